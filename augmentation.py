@@ -1,0 +1,89 @@
+"""Joint transforms of image and mask on whole batches.
+
+Each sample's transform follows from one row of uniform numbers, and that row from (seed, resolution, epoch, index)
+alone: neither the batch it falls into, nor the number of workers or processes, changes it.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+MAX_ANGLE = math.radians(15)
+MAX_SCALE = 0.1        # relative
+MAX_SHIFT = 0.06       # of the side
+MAX_BRIGHTNESS = 0.1   # on the scale [0, 1]
+MAX_CONTRAST = 0.2     # relative
+_NUMBERS = 12          # uniform numbers a sample: five decisions, seven amounts
+
+
+def sample_numbers(seed: int, resolution: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+    """Draw the (len(indices), 12) uniform numbers in [0, 1) that decide the transforms of these samples."""
+    generator = np.random.default_rng([seed, resolution, epoch])
+    return generator.random((int(np.max(indices)) + 1, _NUMBERS))[indices]
+
+
+def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray,
+            probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transform a batch of images and masks alike.
+
+    Five transforms, each applied to a sample with `probability` on its own: horizontal flip, vertical flip, one to
+    three quarter turns, a small affine (15 degrees, 10 % scale, 6 % shift, mirrored at the border), brightness and
+    contrast (the image alone).
+
+    Args:
+        image: (N, C, S, S) float in [0, 1]; square, as all batches are.
+        mask: (N, K, S, S) float in [0, 1].
+        numbers: (N, 12) from `sample_numbers`.
+        probability: 0..1.
+    Returns:
+        image and mask of the same shapes and ranges, on the same device.
+    """
+    u = torch.as_tensor(numbers, dtype=torch.float32)
+    flip_x, flip_y, turn, move, light = (u[:, :5] < probability).unbind(1)
+    turns = torch.where(turn, 1 + (u[:, 5] * 3).long(), 0)
+    image, mask = _flip_and_turn(image, mask, (turns + 4 * flip_x + 8 * flip_y).tolist())
+    image, mask = _affine(image, mask, move, u[:, 6:10])
+    return _brightness_contrast(image, light, u[:, 10:12]), mask
+
+
+def _flip_and_turn(image, mask, kind):
+    """Apply one of the eight exact symmetries of the square to each sample: quarter turns + 4 flip x + 8 flip y."""
+    if not any(kind):
+        return image, mask
+    image, mask = image.clone(), mask.clone()
+    for k in sorted(set(kind) - {0}):
+        rows = torch.tensor([i for i, own in enumerate(kind) if own == k], device=image.device)
+        axes = [axis for axis, on in ((3, k & 4), (2, k & 8)) if on]
+        for batch in (image, mask):
+            batch[rows] = torch.rot90(torch.flip(batch[rows], axes), k % 4, dims=(2, 3))
+    return image, mask
+
+
+def _affine(image, mask, applied, u):
+    """Rotate, scale and shift by bilinear resampling the samples chosen."""
+    rows = applied.nonzero().flatten()
+    if not len(rows):
+        return image, mask
+    u = 2 * u[rows] - 1
+    angle, scale = u[:, 0] * MAX_ANGLE, 1 + u[:, 1] * MAX_SCALE
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    shift = 2 * MAX_SHIFT * u[:, 2:4]  # the grid spans [-1, 1]
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    rows = rows.to(image.device)
+    channels = image.shape[1]
+    both = torch.cat([image[rows], mask[rows]], dim=1)
+    grid = F.affine_grid(theta.to(image), list(both.shape), align_corners=False)
+    moved = F.grid_sample(both, grid, mode="bilinear", padding_mode="reflection", align_corners=False).clamp_(0, 1)
+    image, mask = image.clone(), mask.clone()
+    image[rows], mask[rows] = moved[:, :channels], moved[:, channels:]
+    return image, mask
+
+
+def _brightness_contrast(image, applied, u):
+    """Add to the brightness and stretch the contrast about each image's mean."""
+    u = torch.where(applied[:, None], 2 * u - 1, 0.0).to(image)[:, :, None, None, None]
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    changed = (image - mean) * (1 + MAX_CONTRAST * u[:, 1]) + mean + MAX_BRIGHTNESS * u[:, 0]
+    return torch.where(applied.to(image.device)[:, None, None, None], changed.clamp(0, 1), image)

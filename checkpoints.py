@@ -1,0 +1,95 @@
+"""What a checkpoint contains, how it is saved and how it is loaded.
+
+A checkpoint is a dictionary of plain types and tensors; it loads with `weights_only=True` and carries its recipe:
+
+    format          1
+    model_args      arguments of `unet.build_model`
+    stage, alpha    where the network stood
+    model           state dict of the parts that live at that stage, image mean and standard deviation included
+    sizing          'resize': the whole image becomes 256x256, logits go back to the original size
+    threshold       probability from which a pixel is foreground
+    epoch           epochs finished within the stage
+    score           validation Dice of these weights (None for a network that was not validated)
+    best_scores     stage -> best validation Dice so far
+    plan            epochs of each stage, rate, schedule and fade (see schedule.TrainingPlan)
+    optimizer       state dict of AdamW
+    scaler          state dict of the gradient scaler, empty unless float16
+    averaged        state dict of the averaged weights, None unless averaging is on
+    random_states   'cpu' and, where present, 'cuda'
+    config          settings of the run that made it
+"""
+
+import contextlib
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+
+from unet import build_model
+
+FORMAT = 1
+FIELDS = ("format", "model_args", "stage", "alpha", "model", "sizing", "threshold", "epoch", "score", "best_scores",
+          "plan", "optimizer", "scaler", "averaged", "random_states", "config")
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint so that the file is either whole or not there: to a temporary file, then renamed."""
+    assert set(checkpoint) == set(FIELDS), set(checkpoint) ^ set(FIELDS)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint into CPU memory; raises ValueError if the file is missing, damaged or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Checkpoints are OUTPUT_DIR/NAME/best_stage_4.pth and its neighbours")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: no checkpoint that can be read ({str(error).splitlines()[0]}). Is it cut off, or "
+                         f"of another program?") from None
+    missing = [f for f in FIELDS if f not in checkpoint] if isinstance(checkpoint, dict) else ["everything"]
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "
+                         f"go through model.transfer_weights")
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {checkpoint['format']!r}, this version reads {FORMAT}. Use the "
+                         f"version of the project that wrote it")
+    return checkpoint
+
+
+def load_model(path: Path):
+    """Make the network of a checkpoint, with its weights and at its stage, on the CPU and in eval mode."""
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint["model_args"])
+    model.set_stage(checkpoint["stage"], checkpoint["alpha"])
+    load_weights(model, checkpoint["model"], path)
+    return model.eval()
+
+
+def load_weights(model, state: dict, path: Path) -> None:
+    """Load a state dict that must fit the model at its current stage exactly."""
+    _, new, left_out = model.transfer_weights(state)
+    if new or left_out:
+        raise ValueError(f"{path}: its weights do not fit the network they say they are for (missing {new[:3]}, left "
+                         f"over {left_out[:3]}). The file is damaged or was edited")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Open a temporary neighbour of `path` for writing; on leaving without an error it takes the place of `path`."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,96 @@
+"""Choose device and precision, and say what a stage will need of memory."""
+
+import torch
+
+from losses import multi_scale_loss
+from unet import STAGE_RESOLUTIONS
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "bfloat16", "float16", "float32")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device of that name; 'auto' takes cuda, else mps, else cpu.
+
+    Raises ValueError for a device that is unknown or not present.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, there in present.items() if there))
+    kind = name.split(":")[0]
+    if kind not in present:
+        raise ValueError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}")
+    if not present[kind]:
+        raise ValueError(f"device is {name!r}, but this machine or this build of torch {torch.__version__} has no "
+                         f"{kind.upper()}. Use 'cpu', or 'auto' to take the best device present")
+    if kind == "cuda" and ":" in name and name.removeprefix("cuda:") not in map(str, range(torch.cuda.device_count())):
+        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return torch.device(name)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Tell whether bfloat16 arithmetic is in hardware: CPUs with AVX512-BF16 or AMX, CUDA from capability 8.0.
+
+    Elsewhere it is emulated and far slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        try:
+            with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
+                flags = next((line for line in file if line.startswith("flags")), "").split()
+        except OSError:
+            return False
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return 'bfloat16', 'float16' or 'float32'; 'auto' takes bfloat16 where it is native, else float32.
+
+    Raises ValueError for an unknown name and for float16 anywhere but on CUDA.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision is {name!r}; it must be one of {', '.join(PRECISIONS)}")
+    if name == "auto":
+        return "bfloat16" if has_native_bfloat16(device) else "float32"
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(f"precision is 'float16' on {device.type}; it is for CUDA alone. Use 'auto'")
+    if name != "float32" and device.type == "mps":
+        raise ValueError(f"precision is {name!r} on mps; use 'float32' or 'auto'")
+    return name
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a network is run: mixed precision, or nothing for float32."""
+    return torch.autocast(device.type, dtype=getattr(torch, precision) if precision != "float32" else None,
+                          enabled=precision != "float32")
+
+
+def training_memory(model, batch_size: int, precision: str) -> int:
+    """Estimate the bytes that training takes at the model's current stage.
+
+    What autograd keeps is counted on one blank image and multiplied by the batch; weights, gradients and the two
+    moments of AdamW are added. Work space of the convolutions and the Python process are not in it.
+    """
+    device = next(model.parameters()).device
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    side = STAGE_RESOLUTIONS[model.stage]
+    image = torch.zeros(1, model.in_channels, side, side, device=device)
+    target = torch.zeros(1, model.out_channels, side, side, device=device)
+    was_training = model.training
+    model.eval()  # so that no running statistic changes
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, precision):
+        loss = multi_scale_loss(model(image, return_all_scales=True), target)
+    model.train(was_training)
+    del loss
+    live = sum(tensor.nbytes for tensor in model.live_state().values())
+    return batch_size * sum(kept.values()) + 4 * live

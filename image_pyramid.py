@@ -1,0 +1,161 @@
+"""The decoded pairs of a split at all four resolutions, kept in memory or decoded when asked for.
+
+The 256 pixel image is made once; each coarser one is its exact mean over 2x2, 4x4 or 8x8 pixels, rounded once to
+8 bit, image and mask alike. That is why growth preserves the function on real data too.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from images import ImageFileError, load_image, load_mask, resize
+from splits import DatasetError, Pair, list_splits
+from unet import STAGE_RESOLUTIONS
+
+FINEST = max(STAGE_RESOLUTIONS.values())
+CACHE_SHARE = 0.25  # of the memory that is free
+
+
+class ImagePyramid:
+    """All images and masks of one split, as uint8, with what was counted while they were read.
+
+    Attributes:
+        pairs, names: the files, in the order of the indices.
+        sizes: (N, 2) original height and width in pixels.
+        image_mean, image_std: (C,) on the scale [0, 1], over all pixels at 256.
+        fingerprint: hash of all names and pixels at 256, in hexadecimal.
+        foreground: (N, K) share of each mask's original pixels that belong to the class.
+    """
+
+    def __init__(self, pairs: list[Pair], in_channels: int, out_channels: int):
+        self.pairs, self.names = pairs, [pair.name for pair in pairs]
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.sizes = np.zeros((len(pairs), 2), dtype=int)
+        self.foreground = np.zeros((len(pairs), out_channels))
+        self._levels: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def cached(self) -> bool:
+        """Tell whether the decoded images are kept in memory."""
+        return bool(self._levels)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the memory that all four levels take."""
+        return sum(len(self) * (self.in_channels + self.out_channels) * r * r for r in STAGE_RESOLUTIONS.values())
+
+    def first(self, count: int) -> "ImagePyramid":
+        """Return the first images alone, decoded anew and kept in memory."""
+        own = ImagePyramid(self.pairs[:count], self.in_channels, self.out_channels)
+        own.read_all(cache=True)
+        return own
+
+    def read_all(self, cache: bool) -> list[str]:
+        """Decode every file once, check it, count, and keep it if asked to; return the problems found."""
+        digest = hashlib.blake2b(digest_size=16)
+        kept = [torch.empty(len(self), c, FINEST, FINEST, dtype=torch.uint8)
+                for c in (self.in_channels, self.out_channels)] if cache else None
+        sums = np.zeros((2, self.in_channels))
+        problems = []
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+            for i, found in enumerate(pool.map(_try_pair, self.pairs, [self.in_channels] * len(self),
+                                               [self.out_channels] * len(self))):
+                if isinstance(found, str):
+                    problems.append(found)
+                    continue
+                image, mask, self.sizes[i], self.foreground[i] = found
+                digest.update(self.names[i].encode() + image.tobytes() + mask.tobytes())
+                value = image.reshape(self.in_channels, -1) / np.float32(255)
+                sums += value.mean(axis=1), np.square(value).mean(axis=1)
+                if cache:
+                    kept[0][i], kept[1][i] = torch.from_numpy(image), torch.from_numpy(mask)
+        mean, square = sums / max(len(self) - len(problems), 1)
+        self.image_mean, self.image_std = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
+        self.fingerprint = digest.hexdigest()
+        if cache and not problems:
+            self._levels[FINEST] = tuple(kept)
+        return problems
+
+    def batch(self, resolution: int, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (N, C, R, R) and mask area fractions (N, K, R, R), both uint8 in 0..255."""
+        if self.cached:
+            if resolution not in self._levels:
+                self._levels[resolution] = tuple(reduce_by_mean(level, resolution) for level in self._levels[FINEST])
+            return tuple(level[torch.as_tensor(indices)] for level in self._levels[resolution])
+        found = [_decode_pair(self.pairs[i], self.in_channels, self.out_channels)[:2] for i in indices]
+        return tuple(reduce_by_mean(torch.from_numpy(np.stack(arrays)), resolution)
+                     for arrays in zip(*found, strict=True))
+
+
+def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,
+                  cache_images: bool | None = None, wanted: tuple[str, ...] = ("train", "valid", "test"),
+                  ) -> dict[str, ImagePyramid]:
+    """Read and check the wanted splits.
+
+    Args:
+        in_channels: 1 for luminance, 3 for RGB.
+        out_channels: 1 for binary masks, K for label images 0..K.
+        cache_images: keep what was decoded; None does so when it fits into a quarter of the free memory.
+    Raises:
+        DatasetError: one error that lists every problem of all these splits.
+    """
+    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels)
+                for split, pairs in list_splits(data_root, use_augmented, wanted).items()}
+    if cache_images is None:
+        cache_images = sum(p.cache_bytes for p in pyramids.values()) < CACHE_SHARE * free_memory()
+    problems = [problem for pyramid in pyramids.values() for problem in pyramid.read_all(cache_images)]
+    if problems:
+        raise DatasetError(data_root, problems)
+    return pyramids
+
+
+def reduce_by_mean(level: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Reduce (N, C, S, S) uint8 to (N, C, R, R) uint8 by exact block means, halves rounded up."""
+    factor = level.shape[-1] // resolution
+    if factor == 1:
+        return level
+    n, c, side, _ = level.shape
+    out = torch.empty(n, c, resolution, resolution, dtype=torch.uint8)
+    for i in range(0, n, 64):  # in slices, so that the sums stay small
+        blocks = level[i:i + 64].reshape(-1, c, resolution, factor, resolution, factor)
+        out[i:i + 64] = (blocks.sum(dim=(3, 5), dtype=torch.int32) + factor * factor // 2) // (factor * factor)
+    return out
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can be had without swapping (half of all where that is not told)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        except (AttributeError, ValueError, OSError):  # Windows
+            return 4 * 2 ** 30
+
+
+def _decode_pair(pair: Pair, in_channels: int, out_channels: int):
+    """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
+    image, mask = load_image(pair.image, in_channels), load_mask(pair.mask, out_channels)
+    if image.shape[:2] != mask.shape[:2]:
+        raise ImageFileError(f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
+                             f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the "
+                             f"image's size")
+    image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
+    return image256, mask256, mask.shape[:2], mask.mean(axis=(0, 1))
+
+
+def _try_pair(pair: Pair, in_channels: int, out_channels: int):
+    """Decode a pair, or return the problem with either file as text."""
+    try:
+        return _decode_pair(pair, in_channels, out_channels)
+    except ImageFileError as error:
+        return str(error)

@@ -1,0 +1,178 @@
+"""Read and write images and masks: the only module that opens an image file.
+
+Images come as uint8, masks as bool, both (H, W, C). Every refusal is an `ImageFileError` that names the file, what
+was found, the rule and the remedy.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+MAX_GREY_SHARE = 0.20  # of a mask's pixels; real JPEG masks have up to 0.07 between 64 and 191
+MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
+
+
+class ImageFileError(ValueError):
+    """A file that cannot serve as image or mask."""
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) in pixels from the header alone."""
+    with _open(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return image.size if turned else image.size[::-1]
+
+
+def load_image(path: Path, channels: int) -> np.ndarray:
+    """Read an image as (H, W, channels) uint8.
+
+    Args:
+        channels: 1 for luminance (ITU-R 601), 3 for RGB. Palettes are resolved and alpha is dropped. 16 bit is scaled
+            by its type (65535 becomes 255), never by the values found; floating point must lie in [0, 1].
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
+    raw = _decode(path)
+    if raw.dtype != np.uint8:
+        raw = _to_8_bit(path, raw)
+    image = Image.fromarray(raw)
+    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(*raw.shape[:2], channels)
+
+
+def load_mask(path: Path, classes: int = 1) -> np.ndarray:
+    """Read a mask as (H, W, classes) bool.
+
+    With one class the file holds 0/255, 0/1 or boolean values; anti-aliased or JPEG grey is cut at half. With more
+    classes it is a label image: 0 is background and pixels of value k belong to channel k - 1.
+    This is where a mask becomes {0, 1}.
+    """
+    raw = _decode(path)
+    if raw.ndim == 3:
+        raw = _grey_of_mask(path, raw)
+    if classes == 1:
+        return _binary(path, raw)[..., None]
+    values = np.unique(raw)
+    if values.max() > classes:
+        raise ImageFileError(f"{path}: label values {_listed(values)} found; with {classes} classes a mask holds whole "
+                             f"numbers 0..{classes}, 0 for background. Renumber the labels, or pass --out_channels 1 "
+                             f"for a 0/255 mask")
+    return np.stack([raw == k for k in range(1, classes + 1)], axis=-1)
+
+
+def save_png(path: Path, array: np.ndarray) -> None:
+    """Write (H, W), (H, W, 1) or (H, W, 3) uint8, or (H, W) uint16, as PNG; bool becomes 0/255."""
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    Image.fromarray(array).save(path, format="PNG", optimize=True)
+
+
+def resize(image: np.ndarray, side: int) -> np.ndarray:
+    """Bring (H, W, C) uint8 to (side, side, C): area means where it shrinks, bilinear where it grows.
+
+    For a mask in 0/255 the result is its area fraction on that scale.
+    """
+    height, width, channels = image.shape
+    if (height, width) == (side, side):
+        return image
+
+    def along(plane: Image.Image, size: tuple[int, int], shrinks: bool) -> Image.Image:
+        return plane.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
+
+    planes = []
+    for c in range(channels):
+        plane = along(Image.fromarray(np.ascontiguousarray(image[..., c])), (side, height), width > side)
+        planes.append(np.asarray(along(plane, (side, side), height > side)))
+    return np.stack(planes, axis=-1)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        raise ImageFileError(f"{path}: not a readable image ({path.stat().st_size} bytes); PNG, JPEG, TIFF and BMP are "
+                             f"read. Export it again or remove it") from None
+    except OSError as error:
+        raise ImageFileError(f"{path}: cannot be opened ({error}). Check the file and its permissions") from None
+
+
+def _decode(path: Path) -> np.ndarray:
+    """Return the pixels of the first frame: (H, W) or (H, W, 3), bool, uint8, uint16, int32 or float32."""
+    with _open(path) as image:
+        try:
+            image.load()
+            if image.getexif().get(0x0112, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
+        if image.mode == "P":
+            image = image.convert("RGB")
+        elif image.mode == "LA":
+            image = image.convert("L")
+        elif image.mode not in ("1", "L", "RGB", "I", "F") and not image.mode.startswith("I;16"):
+            image = image.convert("RGB")
+        return np.asarray(image)
+
+
+def _to_8_bit(path: Path, raw: np.ndarray) -> np.ndarray:
+    """Scale by the type: bool, uint16 (also when held as int32) or floating point in [0, 1] to uint8."""
+    if raw.dtype == bool:
+        return raw.astype(np.uint8) * 255
+    low, high = raw.min(), raw.max()
+    if raw.dtype.kind == "f":
+        if not (low >= 0 and high <= 1):
+            raise ImageFileError(f"{path}: floating-point values {low:g}..{high:g} found; they must lie in [0, 1]. "
+                                 f"Scale the image or save it with 8 or 16 bit")
+        return np.round(raw * 255).astype(np.uint8)
+    if low < 0 or high > 65535:
+        raise ImageFileError(f"{path}: values {low}..{high} found; whole numbers of 8 or 16 bit are read. "
+                             f"Save the image with 16 bit")
+    return np.round(raw / 257).astype(np.uint8)
+
+
+def _grey_of_mask(path: Path, raw: np.ndarray) -> np.ndarray:
+    """Reduce an RGB mask to one plane; its three channels must agree, as they do in a grey file saved as RGB."""
+    spread = int((raw.max(axis=2).astype(int) - raw.min(axis=2)).max())
+    if spread > 32:
+        colours = np.unique(raw.reshape(-1, 3), axis=0)
+        example = tuple(int(v) for v in colours[-1])
+        raise ImageFileError(f"{path}: a colour-coded mask ({len(colours)} colours, e.g. {example}); {MASK_RULE}. "
+                             f"Write the colour of your target as 255 and all else as 0")
+    return raw[..., 1]
+
+
+def _binary(path: Path, raw: np.ndarray) -> np.ndarray:
+    """Cut a grey plane at half, or say why it is no binary mask."""
+    if raw.dtype == bool:
+        return raw
+    high = raw.max()
+    if raw.min() < 0 or raw.dtype.kind == "f":
+        raise ImageFileError(f"{path}: {raw.dtype} values {raw.min():g}..{high:g} found; {MASK_RULE}. "
+                             f"Save it as 8 bit PNG with 0 and 255")
+    if high <= 1:
+        return raw > 0
+    full = 255 if high <= 255 else 65535
+    values = np.unique(raw)
+    low_labels = high <= 15 or (full == 65535 and len(values) > 2 and high < full)
+    flat_grey = len(values) <= 8 and any(
+        0.1 * full < v < 0.9 * full and ndimage.binary_erosion(raw == v, np.ones((3, 3))).any() for v in values)
+    if low_labels or flat_grey:
+        raise ImageFileError(f"{path}: label values {_listed(values)} found; {MASK_RULE}. Write your target as 255 and "
+                             f"all else as 0, or pass --out_channels {max(2, len(values) - 1)} for a label image with "
+                             f"values 0..{max(2, len(values) - 1)}")
+    grey = float(((raw > 0.25 * full) & (raw < 0.75 * full)).mean())
+    if grey > MAX_GREY_SHARE:
+        raise ImageFileError(f"{path}: {grey:.0%} of the pixels are grey (between a quarter and three quarters of "
+                             f"{full}); at most {MAX_GREY_SHARE:.0%} may be, and {MASK_RULE}. Is it an image, not a "
+                             f"mask? Otherwise threshold it yourself")
+    return raw >= full / 2
+
+
+def _listed(values: np.ndarray) -> str:
+    shown = ", ".join(f"{v:g}" for v in values[:6])
+    return f"{{{shown}{', ...' if len(values) > 6 else ''}}}"

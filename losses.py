@@ -1,0 +1,39 @@
+"""The loss: binary cross entropy plus soft Dice at every scale of the network."""
+
+import torch
+from torch.nn import functional as F
+
+from unet_parts import mean2x2
+
+
+def bce_dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Add binary cross entropy and soft Dice loss, in float32.
+
+    Args:
+        logits: (N, C, H, W), any floating type.
+        target: (N, C, H, W) in [0, 1]; fractions are allowed (area fractions of coarse scales).
+    Returns:
+        Scalar float32. Dice is taken per image and channel, then averaged (Milletari et al. 2016, arXiv 1606.04797,
+        with plain sums in the denominator); the 1 added above and below makes an empty mask harmless.
+    """
+    logits, target = logits.float(), target.float()
+    bce = F.binary_cross_entropy_with_logits(logits, target)
+    probability = logits.sigmoid()
+    overlap = (probability * target).sum(dim=(2, 3))
+    size = probability.sum(dim=(2, 3)) + target.sum(dim=(2, 3))
+    return bce + (1 - (2 * overlap + 1) / (size + 1)).mean()
+
+
+def multi_scale_loss(scales: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    """Sum `bce_dice_loss` over all scales with weights 1, 1/2, 1/4 ... from the finest.
+
+    Args:
+        scales: logits from coarse to fine, each twice the side of the one before.
+        target: (N, C, H, W) in [0, 1] at the finest scale; coarser targets are its area fractions (2x2 means).
+    """
+    total = torch.zeros((), device=target.device)
+    for k, logits in enumerate(reversed(scales)):
+        total = total + 0.5 ** k * bce_dice_loss(logits, target)
+        if k + 1 < len(scales):
+            target = mean2x2(target)
+    return total

@@ -1,0 +1,305 @@
+"""The data set, its check, and the loaders for all four resolutions.
+
+    python pap_smear_dataset.py data                                    # check and report
+    python pap_smear_dataset.py data --group_regex '^\\d+'               # leakage by field of view as well
+    python pap_smear_dataset.py data --write_splits --group_regex '^\\d+'  # a splits.csv without leakage
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from augmentation import augment, sample_numbers
+from image_pyramid import ImagePyramid, open_pyramids
+from splits import SPLITS, groups_of, leaked, write_splits
+from unet import STAGE_RESOLUTIONS
+
+RESOLUTIONS = tuple(STAGE_RESOLUTIONS.values())
+DEFAULT_BATCH_SIZES = {32: 64, 64: 32, 128: 16, 256: 8}
+
+
+class PapSmearDataset(Dataset):
+    """Images and masks of one split, resized to the current target size.
+
+    Args:
+        data_root: folder with train|valid|test / images|masks (see splits.py).
+        split: 'train', 'valid' or 'test'; only 'train' augments.
+        target_size: 32, 64, 128 or 256.
+        use_augmented: take the copies with a prefix (flipped_*, ...) too.
+        augment_probability: chance of each random transform, 0..1; what they do to a sample follows from (seed,
+            target size, epoch, index), so call `set_epoch` before each pass of a loop of your own.
+        in_channels: 1 (luminance) or 3 (RGB).
+        out_channels: mask channels.
+        cache_images: keep decoded images in memory; None does so when they fit.
+        pyramid: the split as already decoded; data_root, use_augmented and cache_images are then not used.
+    Raises:
+        DatasetError (a ValueError) that lists every problem found in the files.
+    """
+
+    def __init__(self, data_root="data", split: str = "train", target_size: int = 256, use_augmented: bool = True,
+                 augment_probability: float = 0.5, in_channels: int = 1, out_channels: int = 1,
+                 cache_images: bool | None = None, seed: int = 0, pyramid: ImagePyramid | None = None):
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        if not 0 <= augment_probability <= 1:
+            raise ValueError(f"augment_probability is {augment_probability!r}; it must lie in [0, 1]")
+        self.split, self.seed = split, seed
+        self.augment_probability = augment_probability if split == "train" else 0.0
+        # In shared memory, so that workers that live on see a change.
+        self._size_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.update_target_size(target_size)
+        self.pyramid = pyramid or open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images,
+                                                wanted=(split,))[split]
+
+    @property
+    def target_size(self) -> int:
+        """Return the side in pixels of the samples."""
+        return int(self._size_and_epoch[0])
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch that decides the augmentation."""
+        return int(self._size_and_epoch[1])
+
+    def update_target_size(self, target_size: int) -> None:
+        """Change the side of all samples from now on; a loader follows at its next `iter`."""
+        if target_size not in RESOLUTIONS:
+            raise ValueError(f"target_size is {target_size!r}; it must be one of {RESOLUTIONS}")
+        self._size_and_epoch[0] = target_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation of this epoch."""
+        self._size_and_epoch[1] = epoch
+
+    def __len__(self) -> int:
+        return len(self.pyramid)
+
+    def __getitem__(self, index: int) -> dict:
+        """Return `image` (C, S, S) float32 in [0, 1], `mask` (K, S, S) float32 of 0 and 1, and `name`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        # Called by DataLoader for a whole batch: the size is read once, so that no batch mixes sizes.
+        indices = np.asarray(indices)
+        if indices.max() >= len(self) or indices.min() < -len(self):
+            raise IndexError(f"index {indices.tolist()} is outside the {len(self)} images of {self.split}")
+        batch = self.finished(self.raw_batch(self.target_size, indices % len(self)), self.epoch)
+        return [{"image": image, "mask": (mask >= 0.5).float(), "name": name}
+                for image, mask, name in zip(batch["image"], batch["mask"], batch["name"], strict=True)]
+
+    def raw_batch(self, resolution: int, indices: np.ndarray) -> dict:
+        """Return images and masks of these samples as stored: uint8, not augmented."""
+        image, mask = self.pyramid.batch(resolution, indices)
+        return {"image": image, "mask": mask, "indices": indices}
+
+    def finished(self, raw: dict, epoch: int, device: torch.device | str = "cpu") -> dict:
+        """Move a raw batch to the device, scale it to [0, 1] and augment it there."""
+        image, mask = (_to_device(raw[key], device).float().div_(255) for key in ("image", "mask"))
+        if self.augment_probability > 0:
+            numbers = sample_numbers(self.seed, image.shape[-1], epoch, raw["indices"])
+            image, mask = augment(image, mask, numbers, self.augment_probability)
+        return {"image": image, "mask": mask, "name": [self.pyramid.names[i] for i in raw["indices"]]}
+
+    def finest_masks(self, names: list[str]) -> torch.Tensor:
+        """Return the area fractions (N, K, 256, 256) float32 in [0, 1] of the masks with these names."""
+        if not hasattr(self, "_index"):
+            self._index = {name: i for i, name in enumerate(self.pyramid.names)}
+        indices = np.array([self._index[name] for name in names])
+        return self.pyramid.batch(RESOLUTIONS[-1], indices)[1].float().div_(255)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class _RawBatches(Dataset):
+    """What worker processes serve: a request (resolution, indices) in, a raw batch out."""
+
+    def __init__(self, dataset: PapSmearDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> dict:
+        return self.dataset.raw_batch(*request)
+
+
+class ProgressiveLoader:
+    """Yield batches `image` (N, C, S, S), `mask` (N, K, S, S) float32 in [0, 1] and `name` (list of N).
+
+    A train loader shuffles and augments; the order is a function of (seed, resolution, epoch). Each pass is the next
+    epoch unless `set_epoch` says which. No image is dropped, except that batch normalisation cannot use a last
+    training batch of one. Workers are only used while files are decoded at every step; they stay for the next epoch
+    of a train loader and leave when a loader of another resolution starts.
+    """
+
+    def __init__(self, dataset: PapSmearDataset, batch_size: int, num_workers: int = 0,
+                 device: torch.device | str = "cpu", siblings: list | None = None):
+        self.dataset, self.batch_size, self.num_workers, self.device = dataset, batch_size, num_workers, device
+        self.training = dataset.split == "train"
+        self.epoch = 0
+        self._requests: list[tuple[int, np.ndarray]] = []
+        self._workers: DataLoader | None = None
+        self._siblings = siblings if siblings is not None else []
+        self._siblings.append(self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.dataset), self.batch_size)
+        return full + (rest > 0 and not (self.training and rest == 1 and full))
+
+    def __iter__(self) -> Iterator[dict]:
+        resolution, epoch = self.dataset.target_size, self.epoch
+        self.epoch += 1
+        order = np.arange(len(self.dataset))
+        if self.training:
+            np.random.default_rng([self.dataset.seed, resolution, epoch, 1]).shuffle(order)
+        self._requests[:] = [(resolution, order[i * self.batch_size:(i + 1) * self.batch_size])
+                             for i in range(len(self))]
+        for raw in self._raw_batches():
+            yield self.dataset.finished(raw, epoch, self.device)
+
+    def _raw_batches(self):
+        for sibling in self._siblings:
+            if sibling.dataset.target_size != self.dataset.target_size:
+                sibling._workers = None
+        if self.num_workers == 0:
+            return (self.dataset.raw_batch(*request) for request in list(self._requests))
+        if self._workers is None or not self.training:
+            self._workers = DataLoader(_RawBatches(self.dataset), batch_size=None, sampler=self._requests,
+                                       num_workers=self.num_workers, persistent_workers=self.training)
+        return self._workers
+
+
+def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int] | None = None, in_channels: int = 1,
+                                   out_channels: int = 1, use_augmented: bool = True, augment_probability: float = 0.5,
+                                   num_workers: int = 0, cache_images: bool | None = None, seed: int = 0,
+                                   device: torch.device | str = "cpu",
+                                   pyramids: dict[str, ImagePyramid] | None = None,
+                                   ) -> dict[int, tuple[ProgressiveLoader, ProgressiveLoader, ProgressiveLoader]]:
+    """Make the train, valid and test loader of every resolution; all twelve share one decoded copy of the data.
+
+    Args:
+        batch_sizes: resolution -> images a batch; what is missing is 64, 32, 16 and 8 for 32, 64, 128 and 256.
+        num_workers: processes that decode, of use only when images are not cached.
+        device: where batches are scaled, augmented and delivered.
+        pyramids: the splits as already decoded (`image_pyramid.open_pyramids`); the arguments on files are then
+            not used. For the others see PapSmearDataset.
+    Returns:
+        {32: (train, valid, test), 64: ..., 128: ..., 256: ...}
+    Raises:
+        DatasetError (a ValueError) that lists every problem of all three splits.
+    """
+    sizes = DEFAULT_BATCH_SIZES | (batch_sizes or {})
+    for resolution, size in sizes.items():
+        if resolution not in RESOLUTIONS or not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_sizes has {resolution!r}: {size!r}; keys are {RESOLUTIONS}, values whole numbers "
+                             f"of at least 1")
+    if pyramids is None:
+        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images)
+    siblings: list[ProgressiveLoader] = []
+
+    def loader(split: str, resolution: int) -> ProgressiveLoader:
+        dataset = PapSmearDataset(split=split, target_size=resolution, augment_probability=augment_probability,
+                                  seed=seed, pyramid=pyramids[split])
+        workers = 0 if pyramids[split].cached else num_workers
+        return ProgressiveLoader(dataset, sizes[resolution], workers, device, siblings)
+
+    return {r: tuple(loader(split, r) for split in SPLITS) for r in RESOLUTIONS}
+
+
+@dataclass
+class DatasetReport:
+    """What was counted in a data set; printing it shows a table and the warnings.
+
+    Attributes:
+        counts: split -> images, originals, empty masks, foreground (mean share of pixels, one a class).
+        totals: 'source images' and, with a group expression, 'groups' -> how many there are.
+        leakage: the same kinds -> split -> (in train, all).
+        warnings: sentences, one a warning.
+    """
+
+    data_root: str
+    counts: dict[str, dict]
+    totals: dict[str, int]
+    leakage: dict[str, dict[str, tuple[int, int]]]
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"data set {self.data_root}", "split   images  originals  empty masks  foreground"]
+        for split, c in self.counts.items():
+            share = ", ".join(f"{f:.1%}" for f in c["foreground"])
+            lines.append(f"{split:<6}  {c['images']:>6}  {c['originals']:>9}  {c['empty_masks']:>11}  {share:>10}")
+        lines += [f"{n} {kind} in all" for kind, n in self.totals.items()]
+        for kind, by_split in self.leakage.items():
+            lines += [f"leakage: {n} of {m} {kind} of {split} are in train" +
+                      (" as originals or copies" if kind == "source images" else "")
+                      for split, (n, m) in by_split.items()]
+        return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
+
+
+def check_dataset(data_root="data", group_regex: str | None = None, in_channels: int = 1, out_channels: int = 1,
+                  use_augmented: bool = True, pyramids: dict[str, ImagePyramid] | None = None) -> DatasetReport:
+    """Read every file of a data set and report images, empty masks, foreground and leakage.
+
+    Args:
+        group_regex: expression that finds the field of view or patient in a source name, e.g. '^\\d+'.
+        pyramids: the splits as already decoded; otherwise the files are read.
+    Raises:
+        DatasetError (a ValueError) that lists every problem.
+    """
+    if pyramids is None:
+        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images=False)
+    counts = {split: {"images": len(p), "originals": sum(not pair.is_copy for pair in p.pairs),
+                      "empty_masks": int((p.foreground == 0).any(axis=1).sum()),
+                      "foreground": p.foreground.mean(axis=0).tolist()} for split, p in pyramids.items()}
+    pairs = {split: p.pairs for split, p in pyramids.items()}
+    kinds = {"source images": None} | ({"groups": group_regex} if group_regex else {})
+    everything = [pair for own in pairs.values() for pair in own]
+    totals = {kind: len(groups_of(everything, regex)) for kind, regex in kinds.items()}
+    leakage = {kind: {split: leaked(pairs, split, regex) for split in SPLITS[1:]} for kind, regex in kinds.items()}
+    report = DatasetReport(str(data_root), counts, totals, leakage)
+    for kind, by_split in leakage.items():
+        for split, (n, m) in by_split.items():
+            if n:
+                report.warnings.append(
+                    f"{n} of {m} {kind} of {split} are in train as well, so scores on {split} overstate what the "
+                    f"network does on new {kind}. python pap_smear_dataset.py DATA_ROOT --write_splits makes a "
+                    f"split without leakage")
+    for split, c in counts.items():
+        if c["empty_masks"] == c["images"]:
+            report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check a data set, or write a split without leakage.")
+    parser.add_argument("data_root", type=Path)
+    parser.add_argument("--group_regex", help="finds the field of view or patient in a name, e.g. '^\\d+'")
+    parser.add_argument("--write_splits", action="store_true",
+                        help="write splits.csv: every source (or group) in one split, copies in train only")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    parser.add_argument("--in_channels", type=int, choices=(1, 3), default=1)
+    parser.add_argument("--out_channels", type=int, default=1)
+    args = parser.parse_args()
+    try:
+        if args.write_splits:
+            print(f"wrote {write_splits(args.data_root, args.group_regex, args.seed)}")
+        print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""Train a network that grows: one optimizer, one schedule, one set of weights.
+
+    trainer = ProgressiveTrainer(model, device="auto", epochs_per_stage=50, output_dir="outputs/my_run")
+    trainer.fit(create_progressive_dataloaders("data"))
+
+or, with the same result for the same seed, the loop that `fit` runs: `set_stage`, `train_epoch`, `validate_epoch`.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from checkpoints import FORMAT, load_checkpoint, load_weights, save_checkpoint
+from devices import autocast, choose_device, choose_precision
+from losses import multi_scale_loss
+from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
+from report import predictions
+from run_folder import RunFolder
+from schedule import TrainingPlan, epochs_by_stage
+from unet import LAST_STAGE, STAGE_RESOLUTIONS
+
+BATCHNORM_MOMENTUM, BATCHNORM_CUMULATIVE = 0.1, 10
+SHOWN_IMAGES = 6
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or not a number; the message says where."""
+
+
+class ProgressiveTrainer:
+    """Train, validate, save and resume.
+
+    Args:
+        model: ProgressiveUNet or UNet. Stages below the one at which it stands now are not planned.
+        device: 'auto' (cuda, else mps, else cpu) or one of them.
+        epochs_per_stage: one number, or one a stage.
+        lr: full learning rate of AdamW.
+        precision: 'auto' (bfloat16 where native, else float32), 'bfloat16', 'float16' (CUDA alone) or 'float32'.
+        seed: of torch's generators.
+        output_dir: run folder; without it nothing is written.
+        accumulate: batches whose gradients are averaged into one step.
+        save_every, keep: every so many epochs a stage_X_epoch_Y.pth is saved, and so many of them stay.
+        schedule, fade_epochs, old_lr_scale: see schedule.TrainingPlan.
+        weight_decay: of convolution weights; never on batch normalisation and biases.
+        average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off.
+        threshold: probability from which a pixel is foreground.
+        config: settings to keep in checkpoints (plain types).
+    Raises:
+        ValueError: for a device or precision that is not there and settings out of range.
+    """
+
+    def __init__(self, model, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
+                 precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
+                 keep: int = 3, schedule: str = "run", fade_epochs: float = 0.0, old_lr_scale: float = 1.0,
+                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5, config: dict | None = None):
+        for name, value, low in (("accumulate", accumulate, 1), ("save_every", save_every, 1), ("keep", keep, 0)):
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        if not 0 <= average < 1 or not 0 < threshold < 1:
+            raise ValueError(f"average is {average!r} and threshold {threshold!r}; they must lie in [0, 1) and (0, 1)")
+        stages = range(model.stage, LAST_STAGE + 1)
+        self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule, fade_epochs, old_lr_scale)
+        self.device = choose_device(str(device))
+        self.precision = choose_precision(precision, self.device)
+        torch.manual_seed(seed)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.accumulate, self.save_every = accumulate, save_every
+        self.threshold, self.config = threshold, config or {}
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr,
+                                           fused=self.device.type in ("cpu", "cuda"))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average),
+                                      use_buffers=True) if average else None
+        self.folder = RunFolder(output_dir, keep) if output_dir else None
+        self.best_scores: dict[int, float] = {}
+        self.finished_epochs = 0       # of the current stage
+        self._steps_taken = 0          # by this trainer, resumed ones included
+        self._train_metrics: dict | None = None  # of an epoch that has not been validated yet
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """Return the network that is validated and saved: the averaged one if averaging is on."""
+        return self.averaged.module if self.averaged else self.model
+
+    def set_stage(self, stage: int, epochs: int | None = None) -> None:
+        """Grow (or shrink) to a stage; nothing happens if it is the current one.
+
+        One stage above that of a trained network the fade begins, if the plan has one.
+
+        Args:
+            epochs: planned epochs of this stage, where they differ from those given at construction.
+        """
+        fades = stage == self.model.stage + 1 and self.model.trained and self.plan.fade_epochs > 0
+        if stage != self.model.stage:
+            self._set_network(stage, 0.0 if fades else 1.0)
+            self.finished_epochs = 0
+        if stage not in self.plan.epochs:
+            self.plan = self.plan.with_epochs(stage, epochs or next(iter(self.plan.epochs.values())))
+        elif epochs is not None:
+            self.plan = self.plan.with_epochs(stage, epochs)
+        if not self._steps_taken:
+            self.plan = self.plan.starting_at(stage)
+
+    def train_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
+        """Train on every batch of a loader once.
+
+        Args:
+            loader: yields `image` (N, C, S, S) float in [0, 1], `mask` (N, K, S, S) in [0, 1] and `name`.
+            epoch: within the stage, from 0; decides order, augmentation and learning rate.
+        Returns:
+            'loss' and the pixel metrics as means over images, 'lr', 'alpha', 'seconds', 'images_per_second'.
+        Raises:
+            NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
+        """
+        start, batches = time.perf_counter(), len(loader)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        if not self.model.trained and hasattr(getattr(loader, "dataset", None), "pyramid"):
+            pyramid = loader.dataset.pyramid
+            for network in {self.model, self.evaluated_model}:
+                network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
+        self.model.train()
+        ages = _batchnorm_ages(self.model)
+        steps = math.ceil(batches / self.accumulate)
+        means = MeanOverImages()
+        with self._bar(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
+            for i, batch in enumerate(bar):
+                if i % self.accumulate == 0:
+                    self._prepare_step(epoch, i // self.accumulate, steps)
+                _use_batchnorm_momentum(ages)
+                group = min(self.accumulate, batches - i // self.accumulate * self.accumulate)
+                logits, mask, loss = self._forward(batch)
+                self._refuse_non_finite(loss, epoch, i, batch)
+                self.scaler.scale(loss / group).backward()
+                if (i + 1) % self.accumulate == 0 or i + 1 == batches:
+                    self._take_step()
+                means.add(self._measure(logits.detach(), mask, loss.detach()))
+                bar.set_postfix(loss=f"{means.means()['loss']:.3f}", dice=f"{means.means()['dice']:.3f}", refresh=False)
+        seconds = time.perf_counter() - start
+        self._train_metrics = means.means() | {
+            "lr": max(group["lr"] for group in self.optimizer.param_groups), "alpha": self.model.alpha,
+            "seconds": seconds, "images_per_second": means.images / seconds}
+        self.finished_epochs = epoch + 1
+        return dict(self._train_metrics)
+
+    @torch.inference_mode()
+    def validate_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
+        """Measure on every batch of a loader; after a `train_epoch` also log it and save the checkpoints.
+
+        Returns:
+            'loss', the pixel metrics, 'dice_256' (logits enlarged to 256 pixels), 'foreground' (share predicted),
+            'empty_masks' (how many).
+        """
+        network = self.evaluated_model.eval()
+        means, empty_masks = MeanOverImages(), 0
+        for batch in self._bar(loader, "validate"):
+            logits, mask, loss = self._forward(batch, network)
+            values = self._measure(logits, mask, loss)
+            values["foreground"] = self._foreground(logits).float().mean(dim=(2, 3))
+            if hasattr(getattr(loader, "dataset", None), "finest_masks") and logits.shape[-1] < 256:
+                finest = loader.dataset.finest_masks(batch["name"]).to(self.device)
+                enlarged = F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False)
+                values["dice_256"] = pixel_metrics(self._foreground(enlarged), finest >= 0.5)["dice"]
+            else:
+                values["dice_256"] = values["dice"]
+            means.add(values)
+            empty_masks += int((~(mask >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
+        metrics = means.means() | {"empty_masks": empty_masks}
+        if self._train_metrics is not None:
+            train_metrics, self._train_metrics = self._train_metrics, None
+            self._record(train_metrics, metrics, epoch)
+        return metrics
+
+    def fit(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
+        """Run all planned stages that are not finished, saying one line an epoch.
+
+        Args:
+            dataloaders: resolution -> (train, valid, ...), as `create_progressive_dataloaders` makes them.
+        """
+        for stage, epochs in self.plan.epochs.items():
+            if stage < self.model.stage:
+                continue
+            self.set_stage(stage)
+            train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]
+            for epoch in range(self.finished_epochs, epochs):
+                train = self.train_epoch(train_loader, epoch)
+                valid = self.validate_epoch(valid_loader, epoch)
+                say(f"stage {stage} ({STAGE_RESOLUTIONS[stage]}x{STAGE_RESOLUTIONS[stage]}) epoch {epoch + 1}/{epochs}"
+                    f"  loss {train['loss']:.4f}  dice {train['dice']:.4f}  | valid loss {valid['loss']:.4f}  "
+                    f"dice {valid['dice']:.4f}  dice_256 {valid['dice_256']:.4f}  | lr {train['lr']:.1e}  "
+                    f"{train['images_per_second']:.0f} images/s")
+                if valid["foreground"] == 0 and epoch + 1 == epochs:
+                    say(f"warning: stage {stage} ends predicting no foreground at all. Train longer, lower --lr, or "
+                        f"check that the masks are not empty")
+            if self.folder:
+                self._draw_stage(valid_loader)
+        if self.folder:
+            save_checkpoint(self.folder.file("final_model.pth"), self._checkpoint(None))
+            self.folder.draw_curves()
+            self.folder.close()
+
+    def resume(self, path) -> None:
+        """Continue from a last.pth: weights, optimizer, plan, scores, random states and position."""
+        saved = load_checkpoint(path)
+        if saved["model_args"] != self.model.model_args:
+            raise ValueError(f"{path}: it holds {saved['model_args']}, the trainer's network is "
+                             f"{self.model.model_args}. Build it with unet.build_model")
+        self._set_network(saved["stage"], saved["alpha"])
+        load_weights(self.model, saved["model"], path)
+        if self.averaged and saved["averaged"] is not None:
+            self.averaged.module.transfer_weights(saved["averaged"]["model"])
+            self.averaged.n_averaged.fill_(saved["averaged"]["steps"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.plan = TrainingPlan(**saved["plan"])
+        self.best_scores = dict(saved["best_scores"])
+        self.finished_epochs, self._steps_taken = saved["epoch"], 1
+        torch.set_rng_state(saved["random_states"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in saved["random_states"]:
+            torch.cuda.set_rng_state(saved["random_states"]["cuda"], self.device)
+        if self.folder:
+            self.folder.drop_after(saved["stage"], saved["epoch"],
+                                   self.plan.start_of(saved["stage"]) + saved["epoch"])
+
+    def _set_network(self, stage: int, alpha: float) -> None:
+        for network in {self.model, self.evaluated_model}:
+            network.set_stage(stage, alpha)
+
+    def _prepare_step(self, epoch: int, step: int, steps: int) -> None:
+        """Set alpha and the rate of every part for one optimizer step."""
+        stage = self.model.stage
+        if self.model.alpha < 1:
+            self._set_network(stage, self.plan.alpha(stage, epoch, step, steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(stage, epoch, step, steps, group["born"])
+
+    def _take_step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._steps_taken += 1
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+
+    def _forward(self, batch: dict, network: nn.Module | None = None):
+        """Return the finest logits, the mask on the device, and the loss over all scales."""
+        image = batch["image"].to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        mask = batch["mask"].to(self.device, non_blocking=True)
+        with autocast(self.device, self.precision):
+            scales = (network or self.model)(image, return_all_scales=True)
+        return scales[-1], mask, multi_scale_loss(scales, mask)
+
+    def _foreground(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits >= math.log(self.threshold / (1 - self.threshold))
+
+    def _measure(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = pixel_metrics(self._foreground(logits), mask >= 0.5)
+        return values | {"loss": loss.expand(len(mask))}
+
+    def _refuse_non_finite(self, loss: torch.Tensor, epoch: int, batch_index: int, batch: dict) -> None:
+        if not math.isfinite(loss.item()):
+            names = ", ".join(batch.get("name", ["(not named by the loader)"]))
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at stage {self.model.stage}, epoch {epoch + 1}, batch {batch_index + 1}; "
+                f"its images: {names}. Nothing was learnt from it and nothing overwritten. Try a lower --lr or "
+                f"--precision float32, and look at these images")
+
+    def _bar(self, loader: Iterable[dict], title: str) -> tqdm:
+        return tqdm(loader, desc=title, leave=False, disable=None)  # None: quiet when the output is no terminal
+
+    def _record(self, train: dict, valid: dict, epoch: int) -> None:
+        """Keep the best score and, with an output folder, write the row and the checkpoints of an epoch."""
+        stage, finished = self.model.stage, epoch + 1
+        score = valid["dice"]
+        best = self.model.alpha == 1 and score > self.best_scores.get(stage, -math.inf)
+        if best:
+            self.best_scores[stage] = score
+        if not self.folder:
+            return
+        values = {f"train_{name}": train[name] for name in ("loss", *PIXEL_METRICS)} | valid
+        values |= {name: train[name] for name in ("lr", "alpha", "seconds", "images_per_second")}
+        self.folder.log_epoch(values | {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
+                                        "run_epoch": self.plan.start_of(stage) + finished})
+        checkpoint = self._checkpoint(score)
+        names = ["last.pth"] + [f"best_stage_{stage}.pth"] * best
+        names += [f"stage_{stage}_epoch_{finished}.pth"] * (finished % self.save_every == 0 and self.folder.keep > 0)
+        for name in names:
+            resumes = name == "last.pth"
+            model = self.model if resumes else self.evaluated_model
+            save_checkpoint(self.folder.file(name), checkpoint | {"model": model.live_state()})
+        self.folder.prune()
+
+    def _checkpoint(self, score: float | None) -> dict:
+        """Assemble what checkpoints.py describes; the weights are those that are evaluated."""
+        averaged = {"model": self.averaged.module.live_state(),
+                    "steps": int(self.averaged.n_averaged)} if self.averaged else None
+        random_states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
+                "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "sizing": "resize",
+                "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
+                "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": averaged,
+                "random_states": random_states, "config": self.config}
+
+    @torch.inference_mode()
+    def _draw_stage(self, loader: Iterable[dict]) -> None:
+        """Draw predictions_stage_X.png from the first validation images."""
+        batch = next(iter(loader))
+        logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
+        dice = pixel_metrics(self._foreground(logits), mask >= 0.5)["dice"].mean(dim=1).tolist()
+        shown, stage = slice(SHOWN_IMAGES), self.model.stage
+        name = f"predictions_stage_{stage}.png"
+        predictions(batch["image"][shown].cpu().numpy(), mask[shown].cpu().numpy(),
+                    logits.sigmoid()[shown].cpu().numpy(), batch["name"][shown], dice, self.folder.file(name))
+        self.folder.show_picture("predictions", name, stage)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return two groups a part: convolution weights with decay; biases and batch normalisation without."""
+    groups = []
+    for part, born in model.parts().items():
+        parameters = list(model.get_submodule(part).parameters())
+        for decay, chosen in ((weight_decay, [p for p in parameters if p.ndim > 1]),
+                              (0.0, [p for p in parameters if p.ndim <= 1])):
+            groups.append({"params": chosen, "weight_decay": decay, "part": part, "born": born})
+    return [group for group in groups if group["params"]]
+
+
+def _batchnorm_ages(model: nn.Module) -> list[list]:
+    """Return [layer, batches seen] of the live batch normalisations that are younger than 10 batches."""
+    layers = [m for part in model.live_parts() for m in model.get_submodule(part).modules()
+              if isinstance(m, nn.BatchNorm2d)]
+    return [[m, int(m.num_batches_tracked)] for m in layers if int(m.num_batches_tracked) < BATCHNORM_CUMULATIVE]
+
+
+def _use_batchnorm_momentum(ages: list[list]) -> None:
+    """Make running statistics a plain mean over a layer's first 10 batches, then an average with momentum 0.1."""
+    for entry in ages:
+        layer, age = entry
+        layer.momentum = max(BATCHNORM_MOMENTUM, 1 / (age + 1))
+        entry[1] += 1

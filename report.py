@@ -1,0 +1,89 @@
+"""Pictures of a run: training curves and predictions beside what was drawn by hand."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+DRAWN, FOUND = "#1a9850", "#d73027"  # outline colours; the dash of the second tells them apart without colour
+
+
+def training_curves(rows: list[dict], path: Path) -> None:
+    """Draw loss, Dice and learning rate of every epoch, with the stages marked.
+
+    Args:
+        rows: rows of metrics.csv as name -> number.
+    """
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    x = np.arange(1, len(rows) + 1)
+
+    def curve(axis, key, label, **style):
+        axis.plot(x, [row[key] for row in rows], label=label, marker="." if len(rows) < 60 else None, **style)
+
+    curve(axes[0, 0], "train_loss", "train", color="C0")
+    curve(axes[0, 0], "loss", "valid", color="C1")
+    curve(axes[0, 1], "train_dice", "train, stage resolution", color="C0")
+    curve(axes[0, 1], "dice", "valid, stage resolution", color="C1")
+    curve(axes[0, 1], "dice_256", "valid, enlarged to 256", color="C2", linestyle="--")
+    for key, color in (("precision", "C3"), ("recall", "C4"), ("iou", "C5")):
+        curve(axes[1, 0], key, f"valid {key}", color=color)
+    curve(axes[1, 1], "lr", "learning rate", color="C6")
+    titles = ("Loss (summed over scales)", "Dice", "Validation", "Learning rate")
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        for i, row in enumerate(rows):
+            if i == 0 or row["stage"] != rows[i - 1]["stage"]:
+                axis.axvline(i + 0.5, color="grey", linewidth=0.8, linestyle=":")
+                axis.annotate(f"{row['resolution']:.0f}", (i + 0.5, 1), xycoords=("data", "axes fraction"),
+                              xytext=(3, -11), textcoords="offset points", color="grey", fontsize=8)
+        axis.legend(fontsize=8)
+    for axis in (axes[0, 1], axes[1, 0]):
+        axis.set_ylim(0, 1.02)
+    for axis in axes[1]:
+        axis.set_xlabel("epoch of the run (dotted: a stage begins, with its resolution)")
+    figure.savefig(path, dpi=110)
+
+
+def predictions(images: np.ndarray, masks: np.ndarray, probabilities: np.ndarray, names: list[str], dice: list[float],
+                path: Path) -> None:
+    """Draw image, mask, prediction and outlines of some images, one a row (and class).
+
+    Args:
+        images: (N, C, S, S) in [0, 1].
+        masks, probabilities: (N, K, S, S) in [0, 1].
+        dice: (N,) per image.
+    """
+    rows = [(i, k) for i in range(len(images)) for k in range(masks.shape[1])]
+    figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    for row, (i, k) in zip(axes, rows, strict=True):
+        image = images[i].transpose(1, 2, 0) if images.shape[1] == 3 else images[i, 0]
+        drawn, found = masks[i, k] >= 0.5, probabilities[i, k] >= 0.5
+        row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        row[1].imshow(drawn, cmap="gray", vmin=0, vmax=1)
+        row[2].imshow(probabilities[i, k], cmap="gray", vmin=0, vmax=1)
+        row[3].imshow(image, cmap="gray", vmin=0, vmax=1)
+        outline(row[3], drawn, DRAWN, "solid")
+        outline(row[3], found, FOUND, (0, (3, 2)))
+        row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7)
+        for axis, title in zip(row, ("image", "mask" + (f", class {k}" if masks.shape[1] > 1 else ""),
+                                     "predicted probability", f"green: mask, red: prediction, Dice {dice[i]:.3f}"),
+                               strict=True):
+            axis.set_title(title, fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.savefig(path, dpi=80)
+
+
+def outline(axis, mask: np.ndarray, color: str, style) -> None:
+    """Draw the border of a bool mask (H, W) along its pixel edges; nothing for an empty mask."""
+    if mask.any():
+        # Padded, so that a region which touches the image's edge is closed there.
+        smooth = ndimage.gaussian_filter(np.pad(mask, 1).astype(float), 0.5)
+        axis.contour(np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1), smooth, levels=[0.5],
+                     colors=[color], linewidths=1.2, linestyles=[style])
+        axis.set_xlim(-0.5, mask.shape[1] - 0.5)
+        axis.set_ylim(mask.shape[0] - 0.5, -0.5)

@@ -1,0 +1,99 @@
+"""The plan of a run: epochs of each stage, learning rate and alpha of every step, as pure functions of the position.
+
+Nothing here has a state, so a resumed run needs none, and the loop of `train_epoch` takes the same path as `fit`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unet import LAST_STAGE
+
+FLAT_SHARE = 0.4    # of the run, at the full rate, before the cosine
+WARM_UP = 0.02      # of the run, for every part from its birth
+FINAL_RATE = 0.01   # of the full rate, reached at the planned end and kept beyond
+SCHEDULES = ("run", "stage")
+
+
+def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]) -> dict[int, int]:
+    """Return stage -> epochs from one number for all stages, one a planned stage, or one for each of the four."""
+    given = [epochs_per_stage] * len(stages) if isinstance(epochs_per_stage, int) else list(epochs_per_stage)
+    if len(given) == LAST_STAGE and len(stages) < LAST_STAGE:
+        given = [given[stage - 1] for stage in stages]
+    if len(given) != len(stages) or any(not isinstance(n, int) or n < 1 for n in given):
+        raise ValueError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
+                         f"for each of the stages {list(stages)}")
+    return dict(zip(stages, given, strict=True))
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run intends.
+
+    Args:
+        epochs: stage -> epochs, in the order of training.
+        lr: full learning rate.
+        schedule: 'run', one schedule over the whole run, or 'stage', one that restarts at each stage.
+        fade_epochs: length of the fade at a growth, in epochs.
+        old_lr_scale: factor on the rate of parts born before the current stage.
+    """
+
+    epochs: dict[int, int]
+    lr: float = 1e-3
+    schedule: str = "run"
+    fade_epochs: float = 0.0
+    old_lr_scale: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr!r}; it must be a number above 0, e.g. 1e-3")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+        if not (math.isfinite(self.fade_epochs) and self.fade_epochs >= 0):
+            raise ValueError(f"fade_epochs is {self.fade_epochs!r}; it must be a number of at least 0")
+        if not (math.isfinite(self.old_lr_scale) and self.old_lr_scale >= 0):
+            raise ValueError(f"old_lr_scale is {self.old_lr_scale!r}; it must be a number of at least 0")
+
+    def with_epochs(self, stage: int, epochs: int) -> "TrainingPlan":
+        """Return the plan with another number of epochs at one stage."""
+        return replace(self, epochs=dict(sorted((self.epochs | epochs_by_stage(epochs, [stage])).items())))
+
+    def starting_at(self, stage: int) -> "TrainingPlan":
+        """Return the plan without the stages below."""
+        return replace(self, epochs={s: n for s, n in self.epochs.items() if s >= stage})
+
+    def start_of(self, stage: int) -> int:
+        """Return how many epochs are planned before a stage."""
+        return sum(n for s, n in self.epochs.items() if s < stage)
+
+    def alpha(self, stage: int, epoch: int, step: int, steps: int) -> float:
+        """Decide the alpha of one optimizer step of a stage that fades in.
+
+        Args:
+            epoch: within the stage, from 0.
+            step, steps: optimizer step within the epoch, from 0, and how many an epoch has.
+        Returns:
+            A rise in equal steps, strictly between 0 and 1 during the fade and 1 from then on. The fade ends before
+            the stage's last epoch begins; with a single epoch, in its first half.
+        """
+        epochs = self.epochs[stage]
+        longest = (epochs - 1) * steps if epochs > 1 else steps // 2
+        fade_steps = min(round(self.fade_epochs * steps), longest)
+        done = epoch * steps + step
+        return 1.0 if done >= fade_steps else (done + 1) / (fade_steps + 1)
+
+    def rate(self, stage: int, epoch: int, step: int, steps: int, born: int) -> float:
+        """Return the learning rate of one optimizer step for a part born at stage `born`.
+
+        Flat for 40 % of the run, then a cosine down to 1 %; every part warms up linearly over 2 % of the run from
+        the start of the stage of its birth (or from the start of the run, if that stage is not in the plan).
+        """
+        total = sum(self.epochs.values())
+        within = epoch + (step + 1) / steps
+        position = self.start_of(stage) + within
+        progress = position / total if self.schedule == "run" else within / self.epochs[stage]
+        falling = min(max((progress - FLAT_SHARE) / (1 - FLAT_SHARE), 0.0), 1.0)
+        factor = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * falling)) / 2
+        age = position - self.start_of(born)
+        warm = min(1.0, age / (WARM_UP * total))
+        return self.lr * factor * warm * (self.old_lr_scale if born < stage else 1.0)

@@ -1,0 +1,227 @@
+"""Which files make up train, valid and test, and which of them show the same cell.
+
+A data root holds `train|valid|test` / `images|masks`; image and mask share the stem. `flipped_*`, `mirrored_*` and
+`rotated_X_*` are copies of the image whose name follows the prefix. A `splits.csv` in the root (columns `path`,
+relative to the root, and `split`) overrides the folders; images that it does not list are left out.
+"""
+
+import csv
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from images import IMAGE_SUFFIXES
+
+SPLITS = ("train", "valid", "test")
+SPLITS_FILE = "splits.csv"
+SHARES = (0.70, 0.15, 0.15)
+COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_\d+(?:\.\d+)?_)+")
+TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be trained on; the message lists every problem."""
+
+    def __init__(self, data_root: Path, problems: list[str]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        shown = "".join(f"\n  - {problem}" for problem in problems[:50])
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        super().__init__(f"{data_root}: {count} found in the data set:{shown}{more}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its mask."""
+
+    image: Path
+    mask: Path
+
+    @property
+    def name(self) -> str:
+        return self.image.stem
+
+    @property
+    def source(self) -> str:
+        """Name of the image that this one is, or is a copy of."""
+        return COPY_PREFIX.sub("", self.name)
+
+    @property
+    def is_copy(self) -> bool:
+        return self.source != self.name
+
+
+def list_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[str] = SPLITS) -> dict[str, list[Pair]]:
+    """Return the pairs of the wanted splits, sorted by name, from the folders or from `splits.csv`.
+
+    Args:
+        use_augmented: False leaves out the copies with a prefix.
+    Raises:
+        DatasetError: with every missing folder, unpaired file and name that occurs twice.
+    """
+    data_root = Path(data_root)
+    table = data_root / SPLITS_FILE
+    if table.is_file():
+        splits = _apply_splits_file(table, _read_folders(data_root, SPLITS))
+        splits = {split: splits[split] for split in wanted}
+    else:
+        splits = _read_folders(data_root, wanted)
+    problems = []
+    for split, pairs in splits.items():
+        if not pairs:
+            problems.append(f"{split}: no image. " + (f"Check {table}" if table.is_file() else f"Expected: {TREE}"))
+        elif not use_augmented:
+            splits[split] = [pair for pair in pairs if not pair.is_copy]
+            if not splits[split]:
+                problems.append(f"{split}: all {len(pairs)} images are augmented copies (flipped_*, mirrored_*, "
+                                f"rotated_X_*). Pass --use_augmented true, or add originals")
+    if problems:
+        raise DatasetError(data_root, problems)
+    return {split: sorted(pairs, key=lambda pair: pair.name) for split, pairs in splits.items()}
+
+
+def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair]]:
+    """Collect pairs by source image, or by what `group_regex` finds in its name (group 1 if it has one).
+
+    Raises ValueError when the expression is invalid or finds nothing in some name.
+    """
+    groups = defaultdict(list)
+    try:
+        pattern = re.compile(group_regex) if group_regex else None
+    except re.error as error:
+        raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
+    for pair in pairs:
+        key = pair.source
+        if pattern:
+            match = pattern.search(pair.source)
+            if not match:
+                raise ValueError(f"--group_regex {group_regex!r} finds nothing in {pair.source!r} ({pair.image}); it "
+                                 f"must match every source name. Widen it, e.g. '^\\d+' for leading digits")
+            key = match.group(pattern.groups and 1)
+        groups[key].append(pair)
+    return dict(groups)
+
+
+def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = None) -> tuple[int, int]:
+    """Count the groups of `split` of which any image, original or copy, is in train: (in train, all)."""
+    train = groups_of(splits["train"], group_regex)
+    own = groups_of(splits[split], group_regex)
+    return sum(key in train for key in own), len(own)
+
+
+def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 0) -> dict[str, list[Pair]]:
+    """Deal all originals into 70 % train, 15 % valid and 15 % test so that no group is in two of them.
+
+    Groups are dealt in random order, each to the split that lacks most of its share of sources, so that shares are
+    met in images although groups differ in size. Copies go to train only, and only those of train's own sources; of
+    two images with one name in different folders the first is taken.
+    """
+    by_name: dict[str, Pair] = {}
+    for pair in (pair for pairs in _read_folders(Path(data_root), SPLITS).values() for pair in pairs):
+        by_name.setdefault(pair.name, pair)
+    everything = list(by_name.values())
+    groups = groups_of(everything, group_regex)
+    if len(groups) < len(SPLITS):
+        raise ValueError(f"{data_root}: {len(groups)} group(s) found; at least {len(SPLITS)} are needed, one a split. "
+                         f"Choose another --group_regex")
+    keys = sorted(groups)
+    np.random.default_rng(seed).shuffle(keys)
+    sources = len({pair.source for pair in everything})
+    dealt: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    filled = dict.fromkeys(SPLITS, 0)
+    for key in keys:
+        orphan = all(pair.is_copy for pair in groups[key])  # copies without their original serve in train alone
+        lacking = {split: share - filled[split] / sources for split, share in zip(SPLITS, SHARES, strict=True)}
+        split = "train" if orphan else max(SPLITS, key=lambda s: lacking[s])
+        filled[split] += len({pair.source for pair in groups[key]})
+        dealt[split] += [pair for pair in groups[key] if split == "train" or not pair.is_copy]
+    empty = [split for split in SPLITS if not dealt[split]]
+    if empty:
+        raise ValueError(f"{data_root}: {', '.join(empty)} would get no image; the {len(groups)} groups are too few or "
+                         f"too unequal. Choose another --group_regex")
+    return dealt
+
+
+def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0) -> Path:
+    """Write `splits.csv` from `split_by_group`; an existing one is never overwritten."""
+    data_root = Path(data_root)
+    path = data_root / SPLITS_FILE
+    if path.exists():
+        raise ValueError(f"{path}: exists already. Move or delete it first; it is never overwritten")
+    dealt = split_by_group(data_root, group_regex, seed)
+    rows = [(pair.image.relative_to(data_root).as_posix(), split) for split in SPLITS for pair in dealt[split]]
+    try:
+        with open(path, "x", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("path", "split"), *sorted(rows)])
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "
+                         f"yours") from None
+    return path
+
+
+def _read_folders(data_root: Path, wanted: Iterable[str]) -> dict[str, list[Pair]]:
+    """Return the pairs of these folders, whatever `splits.csv` says."""
+    if not data_root.is_dir():
+        raise DatasetError(data_root, [f"no such folder. Pass --data_root a folder laid out as {TREE}"])
+    problems: list[str] = []
+    folders = {split: _pair_folder(data_root / split, problems) for split in wanted}
+    if problems:
+        raise DatasetError(data_root, problems)
+    return folders
+
+
+def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
+    """Pair images and masks of one split by stem; what does not pair goes into `problems`."""
+    found = {}
+    for kind in ("images", "masks"):
+        if not (folder / kind).is_dir():
+            problems.append(f"{folder / kind}: no such folder. Expected: {TREE}")
+            continue
+        by_stem = found[kind] = {}
+        for path in sorted((folder / kind).iterdir()):
+            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+                continue
+            if path.stem in by_stem:
+                problems.append(f"{path}: same name as {by_stem[path.stem].name}; a stem may occur once in a folder. "
+                                f"Remove or rename one")
+            by_stem[path.stem] = path
+    if len(found) < 2:
+        return []
+    images, masks = found["images"], found["masks"]
+    problems += [f"{images[stem]}: no mask of that name. Add {folder / 'masks' / stem}.png or remove the image"
+                 for stem in images if stem not in masks]
+    problems += [f"{masks[stem]}: no image of that name. Add {folder / 'images' / stem}.png or remove the mask"
+                 for stem in masks if stem not in images]
+    return [Pair(images[stem], masks[stem]) for stem in images if stem in masks]
+
+
+def _apply_splits_file(table: Path, folders: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
+    """Deal the pairs of all folders as the table says; raises DatasetError with every wrong line."""
+    problems = []
+    by_path = {pair.image.relative_to(table.parent).as_posix(): pair for pairs in folders.values() for pair in pairs}
+    splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    with open(table, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not reader.fieldnames or not {"path", "split"} <= set(reader.fieldnames):
+            raise DatasetError(table.parent, [
+                f"{table}: columns {reader.fieldnames} found; 'path' and 'split' are needed. Write it with "
+                f"python pap_smear_dataset.py DATA_ROOT --write_splits"])
+        seen = set()
+        for row in reader:
+            path, split, line = row["path"], row["split"], f"{table}, line {reader.line_num}"
+            if split not in SPLITS:
+                problems.append(f"{line}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+            elif path not in by_path:
+                problems.append(f"{line}: {path} is no image with a mask in this data set. Correct or remove the line")
+            elif by_path[path].name in seen:
+                problems.append(f"{line}: a second image named {by_path[path].name}; names must be unique. Rename one")
+            else:
+                seen.add(by_path[path].name)
+                splits[split].append(by_path[path])
+    if problems:
+        raise DatasetError(table.parent, problems)
+    return splits

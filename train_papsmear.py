@@ -1,0 +1,335 @@
+"""Train the progressive U-Net (or a baseline) from the shell.
+
+    python train_papsmear.py --data_root data --preset quick
+    python train_papsmear.py --data_root data --progressive --epochs_per_stage 50 --experiment_name NAME
+    python train_papsmear.py --data_root data --progressive false --epochs_per_stage 200
+    python train_papsmear.py --resume outputs/NAME
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+
+# Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
+
+RESOLUTIONS = (32, 64, 128, 256)
+
+# An option given by hand beats a preset, a preset beats a default.
+PRESETS = {
+    # The bundled sample in all four stages: about 3 minutes on 2 cores with native bfloat16, test Dice about 0.9.
+    "quick": {"epochs_per_stage": "4,6,10,16", "base_channels": 16, "lr": 2e-3,
+              "batch_sizes": "32:16,64:16,128:8,256:8"},
+}
+CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images")
+
+
+def _flag(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def _whole(low: int):
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+    return parse
+
+
+def _number(low: float, high: float = math.inf, above: bool = False, below: bool = False):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or above and value == low or below and value == high:
+            rule = f"above {low:g}" if above else f"of at least {low:g}"
+            rule += "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
+        return value
+    return parse
+
+
+def _epochs(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor such numbers joined "
+                                         f"by commas, one a stage, e.g. 10,10,20,60")
+    return text
+
+
+def _batch_sizes(text: str) -> str:
+    sizes = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) and [entry.split(":") for entry in text.split(",")]
+    if not sizes or any(int(r) not in RESOLUTIONS or int(n) < 1 for r, n in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not RESOLUTION:BATCH joined by commas, with resolutions out of "
+                                         f"32, 64, 128, 256 and batches of at least 1, e.g. 32:64,64:32,128:16,256:8")
+    if len({r for r, _ in sizes}) < len(sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} names a resolution twice")
+    return text
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[\w.\-+=]+", text) or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder name of letters, digits and _ - + = .")
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every option is checked by its type, before anything is loaded."""
+    parser = _Parser(prog="train_papsmear.py", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = {"type": _flag, "nargs": "?", "const": True, "metavar": "true|false"}
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
+    data.add_argument("--use_augmented", default=True, help="take flipped_*, mirrored_*, rotated_X_* (true)", **flag)
+    data.add_argument("--augment_probability", type=_number(0, 1), default=0.5, help="of each transform (0.5)")
+    data.add_argument("--group_regex", help="field of view or patient in a name, for the leakage report, e.g. '^\\d+'")
+    data.add_argument("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
+    data.add_argument("--out_channels", type=_whole(1), default=1, help="independent classes; above 1 masks are label "
+                                                                        "images 0..K (1)")
+    data.add_argument("--cache_images", default=None, help="keep decoded images in memory (when they fit)", **flag)
+    data.add_argument("--num_workers", type=_whole(0), help="decoding processes (0 with a cache, else up to 4)")
+    data.add_argument("--overfit", type=_whole(0), default=0, metavar="N",
+                      help="smoke run: train and validate on the first N training images, not augmented")
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", choices=("pgunet", "unet"), default="pgunet", help="unet: the classic one (pgunet)")
+    network.add_argument("--progressive", default=True, help="false: stage 4 from the start (true)", **flag)
+    network.add_argument("--base_channels", type=_whole(1), default=64, help="channels at 256 pixels (64)")
+    network.add_argument("--init_from", metavar="CHECKPOINT", help="start from its weights")
+    network.add_argument("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options")
+    training.add_argument("--epochs_per_stage", type=_epochs, default="50", help="50, or one a stage: 10,10,20,60")
+    training.add_argument("--batch_sizes", type=_batch_sizes, default="32:64,64:32,128:16,256:8")
+    training.add_argument("--lr", type=_number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
+    training.add_argument("--schedule", choices=("run", "stage"), default="run", help="one for the run, or one a stage")
+    training.add_argument("--fade_epochs", type=_number(0), default=0.0, help="length of the fade at a growth (0)")
+    training.add_argument("--old_lr_scale", type=_number(0), default=1.0, help="factor on the rate of older parts (1)")
+    training.add_argument("--weight_decay", type=_number(0), default=1e-2, help="of convolutions (0.01)")
+    training.add_argument("--average", type=_number(0, 1, below=True), default=0.0,
+                          help="decay of averaged weights, e.g. 0.99 (0: off)")
+    training.add_argument("--accumulate", type=_whole(1), default=1, help="batches a step (1)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    machine.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    machine.add_argument("--seed", type=_whole(0), default=0)
+    machine.add_argument("--deterministic", action="store_true", help="the same weights to the last bit on CUDA too")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="outputs")
+    output.add_argument("--experiment_name", type=_name, help="name of the run folder (date and time)")
+    output.add_argument("--save_every", type=_whole(1), default=10, help="epochs between stage_X_epoch_Y.pth (10)")
+    output.add_argument("--keep", type=_whole(0), default=3, help="how many of them stay (3)")
+    output.add_argument("--resume", metavar="RUN_FOLDER", help="continue a run with its own settings")
+    output.add_argument("--overwrite", action="store_true", help="replace what an earlier run of that name wrote")
+    output.add_argument("--dry_run", action="store_true", help="print settings, data report and memory, and stop")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return checked settings; raises ValueError for what is wrong in itself or contradicts another option."""
+    parser = build_parser()
+    given = parser.parse_args(argv)
+    if given.preset:
+        parser.set_defaults(**PRESETS[given.preset])
+    args = parser.parse_args(argv)
+    if args.resume:
+        # What is left when every option defaults to nothing is what was given by hand.
+        parser.set_defaults(**dict.fromkeys(vars(args)))
+        by_hand = {key: value for key, value in vars(parser.parse_args(argv)).items() if value not in (None, False)}
+        refused = sorted(set(by_hand) - {"resume", "dry_run", *CHANGEABLE_AT_RESUME})
+        if refused:
+            raise ValueError(f"--{refused[0]} cannot change at --resume; a run continues with its own settings, of "
+                             f"which {', '.join(CHANGEABLE_AT_RESUME)} alone may differ. Leave it out, or start "
+                             f"another run with --init_from")
+        args.by_hand = {key: by_hand[key] for key in CHANGEABLE_AT_RESUME if key in by_hand}
+        return args
+    grows = args.model == "pgunet" and args.progressive
+    if not grows and args.start_stage != 1:
+        raise ValueError("--start_stage is for a network that grows; leave it out with --progressive false or "
+                         "--model unet")
+    first = args.start_stage if grows else 4
+    numbers = args.epochs_per_stage.count(",") + 1
+    if numbers > 1 and (not grows or numbers not in {4, 5 - first}):
+        rule = f"stages {first}..4 are trained, so give one number, or {5 - first} joined by commas" if first < 4 else \
+            "stage 4 alone is trained, so give one number"
+        raise ValueError(f"--epochs_per_stage {args.epochs_per_stage}: {rule}")
+    args.experiment_name = args.experiment_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return args
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check the data, build network and trainer, train, and score the test split."""
+    from checkpoints import load_checkpoint
+
+    folder = Path(args.resume) if args.resume else Path(args.output_dir) / args.experiment_name
+    if args.resume:
+        saved = load_checkpoint(folder / "last.pth")
+        fixed = {"resume": args.resume, "dry_run": args.dry_run}
+        args = argparse.Namespace(**(saved["config"] | args.by_hand | fixed))
+    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise ValueError(f"{folder}: this run folder exists already. Choose another --experiment_name, continue it "
+                         f"with --resume {folder}, or replace it with --overwrite")
+    model, trainer, loaders, pyramids = prepare(args, folder)
+    if args.dry_run:
+        print_memory(args, model, trainer)
+        print("dry run: nothing was trained and nothing written")
+        return
+    if args.resume:
+        trainer.resume(folder / "last.pth")
+        print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}")
+    else:
+        trainer.folder.clear()
+    trainer.folder.write_config(trainer.config)
+    trainer.fit(loaders)
+    if not args.overfit:
+        test(trainer, pyramids["test"])
+    print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, test_scores.csv, best_stage_4.pth; "
+          f"tensorboard --logdir {folder / 'logs'}")
+
+
+def prepare(args: argparse.Namespace, folder: Path):
+    """Open the data, print the report and what was chosen automatically; return model, trainer, loaders, pyramids."""
+    import os
+
+    import torch
+
+    from devices import choose_device, choose_precision
+    from image_pyramid import open_pyramids
+    from pap_smear_dataset import check_dataset, create_progressive_dataloaders
+    from progressive_trainer import ProgressiveTrainer
+    from unet import build_model, count_parameters
+
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
+
+    torch.manual_seed(args.seed)
+    model = build_model({key: getattr(args, key) for key in ("model", "in_channels", "out_channels", "base_channels")})
+    model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
+    initialise(model, args)
+
+    pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images)
+    if args.overfit:
+        pyramids = dict.fromkeys(pyramids, pyramids["train"].first(args.overfit))
+    fingerprint = " ".join(pyramids[split].fingerprint for split in pyramids)
+    if args.resume and fingerprint != args.data_fingerprint:
+        raise ValueError(f"{args.data_root}: the data set is not the one that {folder} was started with (fingerprint "
+                         f"{fingerprint[:8]}..., then {args.data_fingerprint[:8]}...). Point --data_root at the same "
+                         f"files, or start another run")
+    cached = pyramids["train"].cached
+    workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
+    workers = 0 if cached else workers
+    config = {key: value for key, value in vars(args).items() if key not in ("resume", "dry_run", "by_hand")}
+    config |= {"data_fingerprint": fingerprint}
+
+    report = check_dataset(args.data_root, args.group_regex, pyramids=pyramids) if not args.overfit else \
+        f"smoke run on the first {len(pyramids['train'])} training images, for training and validation alike"
+    print(report)
+    print(f"{args.model}, {count_parameters(model) / 1e6:.1f} M parameters; device {device}, precision {precision}, "
+          f"{torch.get_num_threads()} threads; images {'in memory' if cached else 'decoded at every step'}, "
+          f"{workers} workers; seed {args.seed}")
+    if args.dry_run:
+        print(json.dumps(config, indent=2))
+    loaders = create_progressive_dataloaders(
+        batch_sizes={int(r): int(n) for r, n in (entry.split(":") for entry in args.batch_sizes.split(","))},
+        augment_probability=0.0 if args.overfit else args.augment_probability,
+        num_workers=workers, seed=args.seed, device=device, pyramids=pyramids)
+    epochs = [int(n) for n in args.epochs_per_stage.split(",")]
+    trainer = ProgressiveTrainer(
+        model, device=device, epochs_per_stage=epochs if len(epochs) > 1 else epochs[0], lr=args.lr,
+        precision=args.precision, seed=args.seed, output_dir=folder, accumulate=args.accumulate,
+        save_every=args.save_every, keep=args.keep, schedule=args.schedule, fade_epochs=args.fade_epochs,
+        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average, config=config)
+    return model, trainer, loaders, pyramids
+
+
+def initialise(model, args: argparse.Namespace) -> None:
+    """Take over the weights of --init_from and say which parts came, which are new and which found no place."""
+    from checkpoints import load_checkpoint
+
+    if not args.init_from or args.resume:
+        return
+    source = load_checkpoint(Path(args.init_from))
+    if args.fade_epochs and source["stage"] == model.stage - 1:
+        model.set_stage(model.stage, 0.0)
+    carried, new, left_out = model.transfer_weights(source["model"])
+    if not carried:
+        raise ValueError(f"{args.init_from}: no tensor of it fits this network. It holds {source['model_args']}, asked "
+                         f"for is {model.model_args}")
+    print(f"{args.init_from} (stage {source['stage']}) into stage {model.stage}:")
+    for title, names in (("carried", carried), ("new", new), ("left out", left_out)):
+        parts = sorted({re.sub(r"\.(conv|\d+)\..*|\.(conv|\d+)$", "", name) for name in names})
+        print(f"  {title}: {len(names)} tensors" + (f" of {', '.join(parts)}" if parts else ""))
+
+
+def print_memory(args: argparse.Namespace, model, trainer) -> None:
+    """Print parameters and expected memory of every stage."""
+    from devices import training_memory
+
+    sizes = dict(tuple(map(int, entry.split(":"))) for entry in
+                 f"32:64,64:32,128:16,256:8,{args.batch_sizes}".split(","))
+    print("stage  resolution  batch  epochs  parameters  memory in training")
+    for stage, epochs in trainer.plan.epochs.items():
+        model.set_stage(stage)
+        resolution = RESOLUTIONS[stage - 1]
+        live = sum(p.numel() for part in model.live_parts() for p in model.get_submodule(part).parameters())
+        needed = training_memory(model, sizes[resolution], trainer.precision)
+        print(f"{stage:>5}  {resolution:>10}  {sizes[resolution]:>5}  {epochs:>6}  {live / 1e6:>8.2f} M  "
+              f"{needed / 2 ** 20:>12.0f} MiB")
+
+
+def test(trainer, pyramid) -> None:
+    """Score the test split with the best stage-4 model at original size, beside Otsu's threshold; print and save."""
+    from checkpoints import load_model
+    from scoring import score_otsu, score_split, score_table, summarise
+
+    model = load_model(trainer.folder.file("best_stage_4.pth")).to(trainer.device)
+    rows = score_split(model, pyramid, trainer.device, trainer.precision, trainer.threshold)
+    summaries = {"best_stage_4": summarise(rows), "Otsu threshold": summarise(score_otsu(pyramid))}
+    trainer.folder.write_csv("test_scores.csv", rows, tuple(rows[0]))
+    trainer.folder.write_json("test_scores.json", summaries)
+    gain = summaries["best_stage_4"]["dice"]["mean"] - summaries["Otsu threshold"]["dice"]["mean"]
+    print(f"\ntest split, {len(rows)} images at original size, mean ± standard deviation over images "
+          f"({summaries['best_stage_4']['empty_masks']} empty masks)")
+    print(score_table(summaries))
+    print(f"test Dice {summaries['best_stage_4']['dice']['mean']:.4f}, {gain:+.4f} against Otsu's threshold")
+    if not any(row["foreground"] for row in rows):
+        print(f"warning: no foreground predicted in any image; the highest probability is "
+              f"{max(row['highest'] for row in rows):.3f}. Train longer, or check the masks")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(parse(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished epochs are safe. Continue with --resume RUN_FOLDER", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

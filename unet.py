@@ -1,0 +1,266 @@
+"""The progressive U-Net, which grows in place from 32x32 to 256x256, and the classic U-Net beside it.
+
+    model = ProgressiveUNet(in_channels=1, out_channels=1)      # constructed at stage 1
+    model.set_stage(4)
+    logits = model(torch.rand(2, 1, 256, 256))                  # (2, 1, 256, 256)
+
+Channel plan of PGU-net+ (Zhao et al. 2019, arXiv 1911.01062). Ours sums the heads of all scales, and there is one
+set of weights that grows; the classic network is Ronneberger et al. 2015 (arXiv 1505.04597) with batch
+normalisation and padded convolutions.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unet_parts import DecoderLevel, DoubleConv, EncoderLevel, ToLogits, mean2x2, upsample2x
+
+STAGE_RESOLUTIONS = {1: 32, 2: 64, 3: 128, 4: 256}
+LAST_STAGE = 4
+COARSEST = 16  # the encoder's bottom level, below the first stage
+
+# Channels in units of base_channels.
+ENCODER_WIDTH = {16: 8, 32: 8, 64: 4, 128: 2, 256: 1}
+DECODER_WIDTH = {32: 4, 64: 2, 128: 1, 256: 1}
+
+
+class _Network(nn.Module):
+    """What both networks share: the image statistics, the check of the input, and the naming of their parts."""
+
+    name: str
+
+    def __init__(self, in_channels: int, out_channels: int, base_channels: int):
+        super().__init__()
+        for key, value in (("in_channels", in_channels), ("out_channels", out_channels),
+                           ("base_channels", base_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
+        self.in_channels, self.out_channels, self.base_channels = in_channels, out_channels, base_channels
+        self.register_buffer("image_mean", torch.zeros(in_channels))
+        self.register_buffer("image_std", torch.ones(in_channels))
+
+    @property
+    def model_args(self) -> dict:
+        """Return the plain dictionary from which `build_model` makes this network again."""
+        return {"model": self.name, "in_channels": self.in_channels, "out_channels": self.out_channels,
+                "base_channels": self.base_channels}
+
+    @property
+    def resolution(self) -> int:
+        """Return the side in pixels at which the current stage is trained."""
+        return STAGE_RESOLUTIONS[self.stage]
+
+    @property
+    def trained(self) -> bool:
+        """Tell whether any training batch has passed through the network."""
+        return any(int(m.num_batches_tracked) > 0 for m in self.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def set_image_statistics(self, mean, std) -> None:
+        """Store mean and standard deviation of the training images, one number a channel, on the scale [0, 1]."""
+        self.image_mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
+        self.image_std.copy_(torch.as_tensor(std, dtype=torch.float32).clamp_min(1e-3))
+
+    def _checked_and_normalised(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"the input has shape {tuple(x.shape)}; this network takes (N, {self.in_channels}, H, W)")
+        multiple = 2 ** self.stage
+        height, width = x.shape[-2:]
+        if height % multiple or width % multiple or not height * width:
+            pad_h, pad_w = -height % multiple, -width % multiple
+            raise ValueError(
+                f"the input is {height}x{width} pixels; at stage {self.stage} both sides must be multiples of "
+                f"{multiple}. Pad it, e.g. torch.nn.functional.pad(x, (0, {pad_w}, 0, {pad_h}), mode='replicate'), "
+                f"and crop the logits back to [..., :{height}, :{width}]")
+        return (x - self.image_mean.view(1, -1, 1, 1)) / self.image_std.view(1, -1, 1, 1)
+
+    def live_state(self) -> dict[str, torch.Tensor]:
+        """Return the state dict of the parts that live at the current stage, image statistics included."""
+        live = tuple(f"{part}." for part in self.live_parts())
+        return {key: tensor for key, tensor in self.state_dict().items()
+                if key.startswith(live) or key in ("image_mean", "image_std")}
+
+    def transfer_weights(self, source: dict) -> tuple[list[str], list[str], list[str]]:
+        """Copy every tensor of `source` whose full name and shape match one of ours; never a part of a tensor.
+
+        Args:
+            source: state dict of a network of any stage.
+        Returns:
+            (carried, new, left_out): names copied, names living at the current stage that got nothing, and names of
+            the source that found no partner.
+        """
+        own = self.state_dict()
+        carried = [key for key, tensor in source.items() if key in own and own[key].shape == tensor.shape]
+        with torch.no_grad():
+            for key in carried:
+                own[key].copy_(source[key])
+        taken = set(carried)
+        return carried, [k for k in self.live_state() if k not in taken], [k for k in source if k not in taken]
+
+
+class ProgressiveUNet(_Network):
+    """A U-Net of which stage 1..4 reads 32, 64, 128 or 256 pixel images (or any multiple of 2**stage).
+
+    All parts exist from construction; `set_stage` decides which of them the forward pass uses.
+
+    Args:
+        in_channels: channels of the image, 1 for grey or 3 for RGB.
+        out_channels: independent sigmoid channels, e.g. nucleus and cytoplasm.
+        base_channels: width at 256 pixels; the other levels are multiples of it.
+    """
+
+    name = "pgunet"
+
+    def __init__(self, in_channels: int = 1, out_channels: int = 1, base_channels: int = 64):
+        super().__init__(in_channels, out_channels, base_channels)
+        encoder_channels = {r: width * base_channels for r, width in ENCODER_WIDTH.items()}
+        decoder_channels = {r: width * base_channels for r, width in DECODER_WIDTH.items()}
+        self.encoder = nn.ModuleDict({
+            str(r): EncoderLevel(image_channels=None if r == COARSEST else in_channels,
+                                 finer_channels=encoder_channels.get(2 * r), channels=channels)
+            for r, channels in encoder_channels.items()})
+        below = {COARSEST: encoder_channels[COARSEST]} | decoder_channels
+        self.decoder = nn.ModuleDict({
+            str(r): DecoderLevel(below[r // 2], encoder_channels[r], channels)
+            for r, channels in decoder_channels.items()})
+        self.heads = nn.ModuleDict({
+            str(r): ToLogits(channels, out_channels, zero=r != STAGE_RESOLUTIONS[1])
+            for r, channels in decoder_channels.items()})
+        self.stage, self.alpha = 1, 1.0
+
+    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
+        """Go to a stage, up or down, without touching a weight.
+
+        Args:
+            stage: 1..4.
+            alpha: share of the path through the new level, 0..1. Below 1 the level that used to read the image still
+                reads it, reduced by 2x2 means; at 0 the network computes exactly what it did one stage below.
+        """
+        if stage not in STAGE_RESOLUTIONS:
+            raise ValueError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha is {alpha!r}; it must lie in [0, 1]")
+        self.stage, self.alpha = stage, 1.0 if stage == 1 else float(alpha)
+
+    def parts(self) -> dict[str, int]:
+        """Return the name of every part, in a fixed order, with the stage at which it is born."""
+        born = {r: stage for stage, r in STAGE_RESOLUTIONS.items()}
+        parts = {}
+        for r in ENCODER_WIDTH:
+            if r != COARSEST:
+                parts[f"encoder.{r}.from_image"] = born[r]
+            if 2 * r in ENCODER_WIDTH:
+                parts[f"encoder.{r}.from_finer"] = born[2 * r]
+            parts[f"encoder.{r}.refine"] = born.get(r, 1)
+        for r in DECODER_WIDTH:
+            parts[f"decoder.{r}"] = born[r]
+            parts[f"heads.{r}"] = born[r]
+        return parts
+
+    def live_parts(self) -> list[str]:
+        """Return the names of the parts that the forward pass uses at the current stage and alpha."""
+        readers = {self.resolution} | ({self.resolution // 2} if self.alpha < 1 else set())
+        image_parts = {f"encoder.{r}.from_image" for r in readers}
+        return [part for part, born in self.parts().items()
+                if (part in image_parts if part.endswith("from_image") else born <= self.stage)]
+
+    def forward(self, x: torch.Tensor, return_all_scales: bool = False) -> torch.Tensor | list[torch.Tensor]:
+        """Segment a batch of images.
+
+        Args:
+            x: (N, in_channels, H, W) float in [0, 1], both sides multiples of 2**stage.
+        Returns:
+            (N, out_channels, H, W) float32 logits; with `return_all_scales` the list from coarse to fine, at stage 4
+            of sides H/8, H/4, H/2, H.
+        """
+        image = self._checked_and_normalised(x)
+        top = self.resolution
+        features = self.encoder[str(top)].refine(self.encoder[str(top)].from_image(image))
+        skips = {top: features}
+        r = top // 2
+        while r >= COARSEST:
+            features = self.encoder[str(r)].refine(self._enter(r, features, image if 2 * r == top else None))
+            skips[r] = features
+            r //= 2
+
+        scales: list[torch.Tensor] = []
+        r = 2 * COARSEST
+        while r <= top:
+            features = self.decoder[str(r)](features, skips[r])
+            residual = self.heads[str(r)](features)
+            scales.append(residual if not scales else upsample2x(scales[-1]) + residual)
+            r *= 2
+        return scales if return_all_scales else scales[-1]
+
+    def _enter(self, r: int, finer: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        """Enter level r from the finer level; while it fades in, also from the image as one stage below."""
+        level = self.encoder[str(r)]
+        if image is None or self.alpha == 1 or r == COARSEST:
+            return level.from_finer(F.max_pool2d(finer, 2))
+        old = level.from_image(mean2x2(image))
+        if self.alpha == 0:
+            return old
+        return torch.lerp(old, level.from_finer(F.max_pool2d(finer, 2)), self.alpha)
+
+
+class UNet(_Network):
+    """The classic U-Net: four 2x2 max poolings, transposed convolutions, 31 M parameters at 64 channels.
+
+    It is trained at 256 pixels from the start; to the trainer it is a network that is always at stage 4.
+    """
+
+    name = "unet"
+
+    def __init__(self, in_channels: int = 1, out_channels: int = 1, base_channels: int = 64):
+        super().__init__(in_channels, out_channels, base_channels)
+        self.stage, self.alpha = LAST_STAGE, 1.0
+        widths = [base_channels * 2 ** i for i in range(LAST_STAGE + 1)]
+        self.down = nn.ModuleList(DoubleConv(a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, kernel_size=2, stride=2) for w in reversed(widths[:-1]))
+        self.join = nn.ModuleList(DoubleConv(2 * w, w) for w in reversed(widths[:-1]))
+        self.head = ToLogits(base_channels, out_channels)
+
+    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
+        """Accept stage 4, the only one of a network that does not grow."""
+        if stage != LAST_STAGE or alpha != 1:
+            raise ValueError(f"stage is {stage!r} with alpha {alpha!r}; the classic U-Net does not grow and knows "
+                             f"stage {LAST_STAGE} alone. Use ProgressiveUNet to grow")
+
+    def parts(self) -> dict[str, int]:
+        """Return the names of the parts with the stage of their birth, which is 4 for all."""
+        return {name: LAST_STAGE for name, _ in self.named_children()}
+
+    def live_parts(self) -> list[str]:
+        """Return the names of all parts."""
+        return list(self.parts())
+
+    def forward(self, x: torch.Tensor, return_all_scales: bool = False) -> torch.Tensor | list[torch.Tensor]:
+        """Segment (N, in_channels, H, W) images in [0, 1]; see `ProgressiveUNet.forward`. It has one scale only."""
+        features = self._checked_and_normalised(x)
+        skips = []
+        for i, block in enumerate(self.down):
+            features = block(features if i == 0 else F.max_pool2d(features, 2))
+            skips.append(features)
+        for up, join, skip in zip(self.up, self.join, reversed(skips[:-1]), strict=True):
+            features = join(torch.cat([skip, up(features)], dim=1))
+        logits = self.head(features)
+        return [logits] if return_all_scales else logits
+
+
+MODELS = {model.name: model for model in (ProgressiveUNet, UNet)}
+
+
+def build_model(model_args: dict) -> _Network:
+    """Make the network that `model_args` describes (see `model_args` of a network): the only place that does.
+
+    Raises ValueError for a name other than 'pgunet' and 'unet'.
+    """
+    kwargs = dict(model_args)
+    name = kwargs.pop("model", None)
+    if name not in MODELS:
+        raise ValueError(f"model is {name!r}; it must be one of {sorted(MODELS)}")
+    return MODELS[name](**kwargs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the numbers that training may change."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,90 @@
+"""The blocks of both networks; each is read once and knows nothing of stages or training.
+
+Convolutions are 3x3 with padding 1 and no bias, because batch normalisation follows and brings its own.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ConvBNReLU(nn.Sequential):
+    """Convolve 3x3, normalise over the batch, rectify: (N, in, H, W) -> (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class DoubleConv(nn.Sequential):
+    """Apply ConvBNReLU twice: (N, in, H, W) -> (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(ConvBNReLU(in_channels, out_channels), ConvBNReLU(out_channels, out_channels))
+
+
+class EncoderLevel(nn.Module):
+    """Hold the convolutions of one encoder resolution.
+
+    The level enters through `from_image` while its resolution is the network's input and through `from_finer`
+    (after 2x2 max pooling of the finer level) once a finer level exists. `refine` follows either and stays for ever.
+
+    Args:
+        image_channels: channels of the image, or None where the level never reads the image (the coarsest).
+        finer_channels: channels of the next finer level, or None where there is none (the finest).
+        channels: channels of this level.
+    """
+
+    def __init__(self, image_channels: int | None, finer_channels: int | None, channels: int):
+        super().__init__()
+        if image_channels is not None:
+            self.from_image = ConvBNReLU(image_channels, channels)
+        if finer_channels is not None:
+            self.from_finer = ConvBNReLU(finer_channels, channels)
+        self.refine = ConvBNReLU(channels, channels)
+
+
+class DecoderLevel(nn.Module):
+    """Bring coarse features to twice the resolution and join them with the encoder's features there.
+
+    (N, below, H, W) and (N, skip, 2H, 2W) -> (N, channels, 2H, 2W).
+    """
+
+    def __init__(self, below_channels: int, skip_channels: int, channels: int):
+        super().__init__()
+        self.conv = DoubleConv(below_channels + skip_channels, channels)
+
+    def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return self.conv(torch.cat([upsample2x(below), skip], dim=1))
+
+
+class ToLogits(nn.Module):
+    """Turn features into logits by a 1x1 convolution in float32, whatever the precision around it.
+
+    (N, channels, H, W) of any floating type -> (N, out_channels, H, W) float32 logits.
+    With `zero=True` the head starts by adding nothing, so that a network which gains it does not change.
+    """
+
+    def __init__(self, channels: int, out_channels: int, zero: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, kernel_size=1)
+        if zero:
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.conv(features.to(self.conv.weight.dtype))
+
+
+def upsample2x(x: torch.Tensor) -> torch.Tensor:
+    """Enlarge (N, C, H, W) to (N, C, 2H, 2W) bilinearly with `align_corners=False`, which pairs with `mean2x2`."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def mean2x2(x: torch.Tensor) -> torch.Tensor:
+    """Halve (N, C, 2H, 2W) to (N, C, H, W) by the exact mean of each 2x2 block."""
+    return F.avg_pool2d(x, kernel_size=2)
