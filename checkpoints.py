@@ -6,6 +6,8 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     model_args      arguments of `unet.build_model`
     stage, alpha    where the network stood
     model           state dict of the parts that live at that stage, image mean and standard deviation included
+    resting         state dict of all other parts in last.pth, so that a resumed run grows into the same weights; else
+                    empty
     sizing          'resize': the whole image becomes 256x256, logits go back to the original size
     threshold       probability from which a pixel is foreground
     epoch           epochs finished within the stage
@@ -30,7 +32,7 @@ import torch
 from unet import build_model
 
 FORMAT = 1
-FIELDS = ("format", "model_args", "stage", "alpha", "model", "sizing", "threshold", "epoch", "score", "best_scores",
+FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "sizing", "threshold", "epoch", "score", "best_scores",
           "plan", "optimizer", "scaler", "averaged", "random_states", "config")
 
 

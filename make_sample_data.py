@@ -26,7 +26,8 @@ def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
     return (noise - noise.mean()) / noise.std()
 
 
-def blob(rng: np.random.Generator, centre: np.ndarray, radius: float, elongation: float, roughness: float) -> np.ndarray:
+def blob(rng: np.random.Generator, centre: np.ndarray, radius: float, elongation: float,
+         roughness: float) -> np.ndarray:
     """Return the signed distance (256, 256), in pixels and negative inside, to an irregular oval.
 
     Args:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from checkpoints import FORMAT, load_checkpoint, load_weights, save_checkpoint
-from devices import autocast, choose_device, choose_precision
+from devices import autocast, choose_device, choose_precision, keep_freed_memory
 from losses import multi_scale_loss
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
 from report import predictions
@@ -42,7 +42,7 @@ class ProgressiveTrainer:
         device: 'auto' (cuda, else mps, else cpu) or one of them.
         epochs_per_stage: one number, or one a stage.
         lr: full learning rate of AdamW.
-        precision: 'auto' (bfloat16 where native, else float32), 'bfloat16', 'float16' (CUDA alone) or 'float32'.
+        precision: 'auto' (bfloat16 where it pays, else float32), 'bfloat16', 'float16' (CUDA alone) or 'float32'.
         seed: of torch's generators.
         output_dir: run folder; without it nothing is written.
         accumulate: batches whose gradients are averaged into one step.
@@ -69,6 +69,8 @@ class ProgressiveTrainer:
         self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule, fade_epochs, old_lr_scale)
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(seed)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.accumulate, self.save_every = accumulate, save_every
@@ -214,7 +216,9 @@ class ProgressiveTrainer:
                              f"{self.model.model_args}. Build it with unet.build_model")
         self._set_network(saved["stage"], saved["alpha"])
         load_weights(self.model, saved["model"], path)
+        self.model.transfer_weights(saved["resting"])
         if self.averaged and saved["averaged"] is not None:
+            self.averaged.module.load_state_dict(self.model.state_dict())
             self.averaged.module.transfer_weights(saved["averaged"]["model"])
             self.averaged.n_averaged.fill_(saved["averaged"]["steps"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -292,9 +296,8 @@ class ProgressiveTrainer:
         names = ["last.pth"] + [f"best_stage_{stage}.pth"] * best
         names += [f"stage_{stage}_epoch_{finished}.pth"] * (finished % self.save_every == 0 and self.folder.keep > 0)
         for name in names:
-            resumes = name == "last.pth"
-            model = self.model if resumes else self.evaluated_model
-            save_checkpoint(self.folder.file(name), checkpoint | {"model": model.live_state()})
+            resumable = {"model": self.model.live_state(), "resting": self.model.resting_state()}
+            save_checkpoint(self.folder.file(name), checkpoint | (resumable if name == "last.pth" else {}))
         self.folder.prune()
 
     def _checkpoint(self, score: float | None) -> dict:
@@ -305,8 +308,8 @@ class ProgressiveTrainer:
         if self.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
-                "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "sizing": "resize",
-                "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
+                "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
+                "sizing": "resize", "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": averaged,
                 "random_states": random_states, "config": self.config}

@@ -79,6 +79,11 @@ class _Network(nn.Module):
         return {key: tensor for key, tensor in self.state_dict().items()
                 if key.startswith(live) or key in ("image_mean", "image_std")}
 
+    def resting_state(self) -> dict[str, torch.Tensor]:
+        """Return the state dict of the parts that do not live at the current stage: unborn or retired."""
+        live = self.live_state()
+        return {key: tensor for key, tensor in self.state_dict().items() if key not in live}
+
     def transfer_weights(self, source: dict) -> tuple[list[str], list[str], list[str]]:
         """Copy every tensor of `source` whose full name and shape match one of ours; never a part of a tensor.
 
