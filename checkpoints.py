@@ -16,7 +16,8 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     plan            epochs of each stage, rate, schedule and fade (see schedule.TrainingPlan)
     optimizer       state dict of AdamW
     scaler          state dict of the gradient scaler, empty unless float16
-    averaged        state dict of the averaged weights, None unless averaging is on
+    averaged        in last.pth of a run with averaging: 'model', state dict of the averaged weights, and 'steps'; else
+                    None
     random_states   'cpu' and, where present, 'cuda'
     config          settings of the run that made it
 """
@@ -32,8 +33,8 @@ import torch
 from unet import build_model
 
 FORMAT = 1
-FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "sizing", "threshold", "epoch", "score", "best_scores",
-          "plan", "optimizer", "scaler", "averaged", "random_states", "config")
+FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "sizing", "threshold", "epoch", "score",
+          "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -51,8 +52,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: no checkpoint that can be read ({str(error).splitlines()[0]}). Is it cut off, or "
-                         f"of another program?") from None
+        raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}). Is it cut off, or of "
+                         f"another program?") from None
     missing = [f for f in FIELDS if f not in checkpoint] if isinstance(checkpoint, dict) else ["everything"]
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "

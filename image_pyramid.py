@@ -1,7 +1,7 @@
 """The decoded pairs of a split at all four resolutions, kept in memory or decoded when asked for.
 
-The 256 pixel image is made once; each coarser one is its exact mean over 2x2, 4x4 or 8x8 pixels, rounded once to
-8 bit, image and mask alike. That is why growth preserves the function on real data too.
+The 256 pixel image is made once; each coarser one is the exact 2x2 mean of the finer one, rounded to 8 bit, image and
+mask alike. That is why growth preserves the function on real data too.
 """
 
 import hashlib
@@ -86,12 +86,14 @@ class ImagePyramid:
     def batch(self, resolution: int, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (N, C, R, R) and mask area fractions (N, K, R, R), both uint8 in 0..255."""
         if self.cached:
-            if resolution not in self._levels:
-                self._levels[resolution] = tuple(reduce_by_mean(level, resolution) for level in self._levels[FINEST])
+            while (coarsest := min(self._levels)) > resolution:  # made when first needed
+                self._levels[coarsest // 2] = tuple(halve(level) for level in self._levels[coarsest])
             return tuple(level[torch.as_tensor(indices)] for level in self._levels[resolution])
         found = [_decode_pair(self.pairs[i], self.in_channels, self.out_channels)[:2] for i in indices]
-        return tuple(reduce_by_mean(torch.from_numpy(np.stack(arrays)), resolution)
-                     for arrays in zip(*found, strict=True))
+        levels = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
+        while levels[0].shape[-1] > resolution:
+            levels = tuple(halve(level) for level in levels)
+        return levels
 
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,
@@ -116,16 +118,13 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
     return pyramids
 
 
-def reduce_by_mean(level: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Reduce (N, C, S, S) uint8 to (N, C, R, R) uint8 by exact block means, halves rounded up."""
-    factor = level.shape[-1] // resolution
-    if factor == 1:
-        return level
+def halve(level: torch.Tensor) -> torch.Tensor:
+    """Return the exact 2x2 means of (N, C, S, S) uint8 as (N, C, S/2, S/2) uint8, halves rounded up."""
     n, c, side, _ = level.shape
-    out = torch.empty(n, c, resolution, resolution, dtype=torch.uint8)
+    out = torch.empty(n, c, side // 2, side // 2, dtype=torch.uint8)
     for i in range(0, n, 64):  # in slices, so that the sums stay small
-        blocks = level[i:i + 64].reshape(-1, c, resolution, factor, resolution, factor)
-        out[i:i + 64] = (blocks.sum(dim=(3, 5), dtype=torch.int32) + factor * factor // 2) // (factor * factor)
+        blocks = level[i:i + 64].reshape(-1, c, side // 2, 2, side // 2, 2)
+        out[i:i + 64] = (blocks.sum(dim=(3, 5), dtype=torch.int16) + 2) // 4
     return out
 
 

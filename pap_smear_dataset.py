@@ -130,6 +130,10 @@ class _RawBatches(Dataset):
         return self.dataset.raw_batch(*request)
 
 
+def _as_it_is(raw: dict) -> dict:
+    return raw
+
+
 class ProgressiveLoader:
     """Yield batches `image` (N, C, S, S), `mask` (N, K, S, S) float32 in [0, 1] and `name` (list of N).
 
@@ -176,7 +180,8 @@ class ProgressiveLoader:
             return (self.dataset.raw_batch(*request) for request in list(self._requests))
         if self._workers is None or not self.training:
             self._workers = DataLoader(_RawBatches(self.dataset), batch_size=None, sampler=self._requests,
-                                       num_workers=self.num_workers, persistent_workers=self.training)
+                                       collate_fn=_as_it_is, num_workers=self.num_workers,
+                                       persistent_workers=self.training)
         return self._workers
 
 
@@ -269,12 +274,12 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     leakage = {kind: {split: leaked(pairs, split, regex) for split in SPLITS[1:]} for kind, regex in kinds.items()}
     report = DatasetReport(str(data_root), counts, totals, leakage)
     for kind, by_split in leakage.items():
-        for split, (n, m) in by_split.items():
-            if n:
-                report.warnings.append(
-                    f"{n} of {m} {kind} of {split} are in train as well, so scores on {split} overstate what the "
-                    f"network does on new {kind}. python pap_smear_dataset.py DATA_ROOT --write_splits makes a "
-                    f"split without leakage")
+        shared = [f"{n} of {m} {kind} of {split}" for split, (n, m) in by_split.items() if n]
+        if shared:
+            regex = f" --group_regex {group_regex!r}" if kind == "groups" else ""
+            report.warnings.append(
+                f"{' and '.join(shared)} are in train as well, so these scores overstate what the network does on new "
+                f"{kind}. A split without leakage: python pap_smear_dataset.py {data_root} --write_splits{regex}")
     for split, c in counts.items():
         if c["empty_masks"] == c["images"]:
             report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")

@@ -21,12 +21,12 @@ from checkpoints import FORMAT, load_checkpoint, load_weights, save_checkpoint
 from devices import autocast, choose_device, choose_precision, keep_freed_memory
 from losses import multi_scale_loss
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
+from optimization import age_batchnorms, parameter_groups, young_batchnorms
 from report import predictions
 from run_folder import RunFolder
 from schedule import TrainingPlan, epochs_by_stage
 from unet import LAST_STAGE, STAGE_RESOLUTIONS
 
-BATCHNORM_MOMENTUM, BATCHNORM_CUMULATIVE = 0.1, 10
 SHOWN_IMAGES = 6
 
 
@@ -75,7 +75,7 @@ class ProgressiveTrainer:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.accumulate, self.save_every = accumulate, save_every
         self.threshold, self.config = threshold, config or {}
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=lr,
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average),
@@ -129,14 +129,14 @@ class ProgressiveTrainer:
             for network in {self.model, self.evaluated_model}:
                 network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
         self.model.train()
-        ages = _batchnorm_ages(self.model)
+        young = young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
         means = MeanOverImages()
         with self._bar(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
             for i, batch in enumerate(bar):
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
-                _use_batchnorm_momentum(ages)
+                age_batchnorms(young)
                 group = min(self.accumulate, batches - i // self.accumulate * self.accumulate)
                 logits, mask, loss = self._forward(batch)
                 self._refuse_non_finite(loss, epoch, i, batch)
@@ -218,8 +218,7 @@ class ProgressiveTrainer:
         load_weights(self.model, saved["model"], path)
         self.model.transfer_weights(saved["resting"])
         if self.averaged and saved["averaged"] is not None:
-            self.averaged.module.load_state_dict(self.model.state_dict())
-            self.averaged.module.transfer_weights(saved["averaged"]["model"])
+            self.averaged.module.load_state_dict(saved["averaged"]["model"])
             self.averaged.n_averaged.fill_(saved["averaged"]["steps"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
@@ -296,14 +295,11 @@ class ProgressiveTrainer:
         names = ["last.pth"] + [f"best_stage_{stage}.pth"] * best
         names += [f"stage_{stage}_epoch_{finished}.pth"] * (finished % self.save_every == 0 and self.folder.keep > 0)
         for name in names:
-            resumable = {"model": self.model.live_state(), "resting": self.model.resting_state()}
-            save_checkpoint(self.folder.file(name), checkpoint | (resumable if name == "last.pth" else {}))
+            save_checkpoint(self.folder.file(name), checkpoint | (self._resumable() if name == "last.pth" else {}))
         self.folder.prune()
 
     def _checkpoint(self, score: float | None) -> dict:
         """Assemble what checkpoints.py describes; the weights are those that are evaluated."""
-        averaged = {"model": self.averaged.module.live_state(),
-                    "steps": int(self.averaged.n_averaged)} if self.averaged else None
         random_states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -311,8 +307,14 @@ class ProgressiveTrainer:
                 "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
                 "sizing": "resize", "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": averaged,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,
                 "random_states": random_states, "config": self.config}
+
+    def _resumable(self) -> dict:
+        """Return what last.pth holds beyond and instead of `_checkpoint`: every part as it was trained."""
+        averaged = {"model": self.averaged.module.state_dict(),
+                    "steps": int(self.averaged.n_averaged)} if self.averaged else None
+        return {"model": self.model.live_state(), "resting": self.model.resting_state(), "averaged": averaged}
 
     @torch.inference_mode()
     def _draw_stage(self, loader: Iterable[dict]) -> None:
@@ -325,29 +327,3 @@ class ProgressiveTrainer:
         predictions(batch["image"][shown].cpu().numpy(), mask[shown].cpu().numpy(),
                     logits.sigmoid()[shown].cpu().numpy(), batch["name"][shown], dice, self.folder.file(name))
         self.folder.show_picture("predictions", name, stage)
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups a part: convolution weights with decay; biases and batch normalisation without."""
-    groups = []
-    for part, born in model.parts().items():
-        parameters = list(model.get_submodule(part).parameters())
-        for decay, chosen in ((weight_decay, [p for p in parameters if p.ndim > 1]),
-                              (0.0, [p for p in parameters if p.ndim <= 1])):
-            groups.append({"params": chosen, "weight_decay": decay, "part": part, "born": born})
-    return [group for group in groups if group["params"]]
-
-
-def _batchnorm_ages(model: nn.Module) -> list[list]:
-    """Return [layer, batches seen] of the live batch normalisations that are younger than 10 batches."""
-    layers = [m for part in model.live_parts() for m in model.get_submodule(part).modules()
-              if isinstance(m, nn.BatchNorm2d)]
-    return [[m, int(m.num_batches_tracked)] for m in layers if int(m.num_batches_tracked) < BATCHNORM_CUMULATIVE]
-
-
-def _use_batchnorm_momentum(ages: list[list]) -> None:
-    """Make running statistics a plain mean over a layer's first 10 batches, then an average with momentum 0.1."""
-    for entry in ages:
-        layer, age = entry
-        layer.momentum = max(BATCHNORM_MOMENTUM, 1 / (age + 1))
-        entry[1] += 1

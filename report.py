@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-DRAWN, FOUND = "#1a9850", "#d73027"  # outline colours; the dash of the second tells them apart without colour
+DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
 
 
 def training_curves(rows: list[dict], path: Path) -> None:
@@ -34,6 +34,7 @@ def training_curves(rows: list[dict], path: Path) -> None:
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)
+        axis.margins(y=0.1)
         for i, row in enumerate(rows):
             if i == 0 or row["stage"] != rows[i - 1]["stage"]:
                 axis.axvline(i + 0.5, color="grey", linewidth=0.8, linestyle=":")
@@ -70,7 +71,7 @@ def predictions(images: np.ndarray, masks: np.ndarray, probabilities: np.ndarray
         outline(row[3], found, FOUND, (0, (3, 2)))
         row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7)
         for axis, title in zip(row, ("image", "mask" + (f", class {k}" if masks.shape[1] > 1 else ""),
-                                     "predicted probability", f"green: mask, red: prediction, Dice {dice[i]:.3f}"),
+                                     "predicted probability", f"blue: mask, orange: prediction, Dice {dice[i]:.3f}"),
                                strict=True):
             axis.set_title(title, fontsize=9)
             axis.set_xticks([])

@@ -276,7 +276,7 @@ def initialise(model, args: argparse.Namespace) -> None:
                          f"for is {model.model_args}")
     print(f"{args.init_from} (stage {source['stage']}) into stage {model.stage}:")
     for title, names in (("carried", carried), ("new", new), ("left out", left_out)):
-        parts = sorted({re.sub(r"\.(conv|\d+)\..*|\.(conv|\d+)$", "", name) for name in names})
+        parts = dict.fromkeys(next((p for p in model.parts() if name.startswith(f"{p}.")), name) for name in names)
         print(f"  {title}: {len(names)} tensors" + (f" of {', '.join(parts)}" if parts else ""))
 
 

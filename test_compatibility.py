@@ -1,0 +1,160 @@
+"""Tests of the installed versions, of devices and precisions, and that our code calls nothing deprecated.
+
+    python -m pytest test_compatibility.py
+    python test_compatibility.py
+"""
+
+import functools
+import re
+import sys
+import warnings
+from importlib import metadata
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import devices
+from checkpoints import load_checkpoint, load_model
+from conftest import PROJECT, TINY, run_script
+from devices import autocast, bfloat16_pays, choose_device, choose_precision
+from pap_smear_dataset import create_progressive_dataloaders
+from progressive_trainer import ProgressiveTrainer
+from unet import ProgressiveUNet
+
+LOWEST = {"numpy": "2.2.1", "matplotlib": "3.10.5", "scikit-image": "0.24.0", "scipy": "1.13.1", "torch": "2.5.1",
+          "torchvision": "0.20.1"}
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
+
+
+def requirements() -> list[Requirement]:
+    lines = (PROJECT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_installed_versions_are_in_range(requirement):
+    installed = metadata.version(requirement.name)
+    assert requirement.specifier.contains(installed, prereleases=True), f"{requirement}, but {installed} is installed"
+
+
+def test_ranges_begin_where_promised():
+    ranges = {r.name: str(r.specifier) for r in requirements()}
+    assert all(f">={low}" in ranges[name] for name, low in LOWEST.items())
+    assert all("<" in spec for spec in ranges.values())
+
+
+def test_python_is_new_enough():
+    assert sys.version_info >= (3, 11)
+
+
+def test_our_code_calls_nothing_deprecated(shared_root, tmp_path):
+    """A whole run with every deprecation warning as an error, wherever it is raised on our behalf."""
+    code = (
+        "import sys, warnings, train_papsmear\n"
+        "for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):\n"
+        "    warnings.filterwarnings('error', category=kind)\n"
+        # TensorBoard and what it brings are not ours to mend.
+        "    for theirs in ('tensorboard', 'google', r'torch\\.utils\\.tensorboard'):\n"
+        "        warnings.filterwarnings('ignore', category=kind, module=theirs)\n"
+        "sys.exit(train_papsmear.main(sys.argv[1:]))\n")
+    done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path, "--experiment_name", "strict",
+                      *TINY, "--average", "0.9", "--fade_epochs", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+
+
+def train_briefly(root, output, device, precision):
+    torch.manual_seed(0)
+    trainer = ProgressiveTrainer(ProgressiveUNet(base_channels=4), device=device, precision=precision,
+                                 epochs_per_stage=1, output_dir=output)
+    trainer.fit(create_progressive_dataloaders(root, dict.fromkeys((32, 64, 128, 256), 3), device=trainer.device),
+                say=lambda line: None)
+    return trainer
+
+
+PLACES = [("cpu", "float32"), ("cpu", "bfloat16"), pytest.param(("cuda", "bfloat16"), marks=NEEDS_CUDA),
+          pytest.param(("cuda", "float16"), marks=NEEDS_CUDA)]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_a_checkpoint_of_one_precision_or_device_loads_in_another(place, shared_root, tmp_path):
+    train_briefly(shared_root, tmp_path / "a", *place)
+    path = tmp_path / "a/best_stage_4.pth"
+    assert all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64)
+               for t in load_checkpoint(path)["model"].values())
+    model = load_model(path)
+    x = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        reference = model(x).sigmoid()
+        for device, precision in (("cpu", "bfloat16"), ("cuda", "float16")):
+            if device == "cuda" and not torch.cuda.is_available():
+                continue
+            with autocast(torch.device(device), precision):
+                logits = model.to(device)(x.to(device))
+            assert logits.dtype == torch.float32, "heads and sums of logits are float32 in every precision"
+            assert (logits.sigmoid().cpu() - reference).abs().max() < 0.05
+    resumed = ProgressiveTrainer(ProgressiveUNet(base_channels=4), device="cpu", precision="float32")
+    resumed.resume(tmp_path / "a/last.pth")
+    assert resumed.model.stage == 4
+
+
+@NEEDS_CUDA
+def test_cuda_is_reproducible_when_asked(shared_root, tmp_path):
+    for name in "ab":
+        done = run_script("train_papsmear.py", "--data_root", shared_root, "--output_dir", tmp_path,
+                          "--experiment_name", name, *TINY, "--device", "cuda", "--deterministic")
+        assert done.returncode == 0, done.stderr
+    a, b = (load_checkpoint(tmp_path / name / "last.pth")["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_bfloat16_convolutions_agree_with_float32():
+    """Wrong results of bfloat16 kernels have been reported for some processors; ours are checked."""
+    torch.manual_seed(0)
+    model = ProgressiveUNet(base_channels=8).eval()
+    model.set_stage(4)
+    x = torch.rand(2, 1, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        exact = model(x)
+        with autocast(torch.device("cpu"), "bfloat16"):
+            rounded = model(x)
+    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max() + 0.02
+
+
+@pytest.mark.parametrize(("vendor", "flags", "pays"), [
+    ("AuthenticAMD", "avx512f avx512_bf16", True), ("GenuineIntel", "avx512f avx512_bf16", False),
+    ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True), ("AuthenticAMD", "avx2", False)])
+def test_bfloat16_is_chosen_where_it_pays(vendor, flags, pays, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n\n")
+    opened = functools.partial(open, tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "open", lambda path, **kwargs: opened(**kwargs), raising=False)
+    assert bfloat16_pays(torch.device("cpu")) is pays
+    assert choose_precision("auto", torch.device("cpu")) == ("bfloat16" if pays else "float32")
+
+
+def test_auto_takes_the_best_device_there_is():
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert choose_device("auto").type == best
+    assert choose_precision("auto", torch.device("mps")) == "float32"
+
+
+def test_modules_import_one_way_and_without_warnings():
+    """A module imports only from modules listed above it."""
+    order = ["unet_parts", "unet", "losses", "metrics", "images", "augmentation", "splits", "image_pyramid",
+             "pap_smear_dataset", "checkpoints", "devices", "schedule", "optimization", "scoring", "report",
+             "run_folder", "progressive_trainer", "train_papsmear", "make_sample_data", "example_usage"]
+    for i, name in enumerate(order):
+        source = (PROJECT / f"{name}.py").read_text()
+        used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)
+        assert not set(used) & set(order[i:]), f"{name}.py imports {set(used) & set(order[i:])}"
+    ours = {p.stem for p in PROJECT.glob("*.py") if not p.stem.startswith("test_")} - {"conftest"}
+    assert ours == set(order)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SyntaxWarning)
+        for name in order:
+            compile((PROJECT / f"{name}.py").read_text(), name, "exec")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
