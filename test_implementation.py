@@ -1051,7 +1051,7 @@ def test_sample_generator_refuses_a_full_folder(tmp_path):
 
 def test_readme_names_files_and_options_that_exist():
     text = (PROJECT / "README.md").read_text()
-    for name in set(re.findall(r"\b([\w]+\.(?:py|txt))\b", text)):
+    for name in set(re.findall(r"\b([\w-]+\.(?:py|txt))\b", text)):
         assert (PROJECT / name).exists(), name
     known = set(re.findall(r"--\w+", train_papsmear.build_parser().format_help()))
     for line in re.findall(r"python train_papsmear\.py.*", text):
