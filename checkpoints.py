@@ -25,6 +25,7 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
 import contextlib
 import os
 import pickle
+import struct
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,9 @@ import torch
 from unet import build_model
 
 FORMAT = 1
+# What torch.load was seen to raise for files that are something else or cut off.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
+              AttributeError, struct.error)
 FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "sizing", "threshold", "epoch", "score",
           "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
 
@@ -40,8 +44,22 @@ FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "sizing"
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint so that the file is either whole or not there: to a temporary file, then renamed."""
     assert set(checkpoint) == set(FIELDS), set(checkpoint) ^ set(FIELDS)
+    check_plain(checkpoint, "checkpoint")
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
+
+
+def check_plain(value, name: str) -> None:
+    """Raise ValueError unless `value` is made of plain types and tensors alone, which is what loads safely."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            check_plain(item, f"{name}[{i}]")
+    elif type(value) not in (type(None), bool, int, float, str, torch.Tensor):
+        raise ValueError(f"{name} is {value!r} of type {type(value).__name__}; checkpoints hold None, bool, int, "
+                         f"float, str, lists, tuples, dictionaries and tensors. Convert it, e.g. with float() or str()")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -51,7 +69,7 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path}: no such file. Checkpoints are OUTPUT_DIR/NAME/best_stage_4.pth and its neighbours")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}). Is it cut off, or of "
                          f"another program?") from None
     missing = [f for f in FIELDS if f not in checkpoint] if isinstance(checkpoint, dict) else ["everything"]

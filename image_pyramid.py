@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from images import ImageFileError, load_image, load_mask, resize
-from splits import DatasetError, Pair, list_splits
+from splits import DatasetError, Pair, find_splits
 from unet import STAGE_RESOLUTIONS
 
 FINEST = max(STAGE_RESOLUTIONS.values())
@@ -67,11 +67,11 @@ class ImagePyramid:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
             for i, found in enumerate(pool.map(_try_pair, self.pairs, [self.in_channels] * len(self),
                                                [self.out_channels] * len(self))):
-                if isinstance(found, str):
-                    problems.append(found)
+                if isinstance(found, list):
+                    problems += found
                     continue
                 image, mask, self.sizes[i], self.foreground[i] = found
-                digest.update(self.names[i].encode() + image.tobytes() + mask.tobytes())
+                digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(self.in_channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
                 if cache:
@@ -108,11 +108,12 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
     Raises:
         DatasetError: one error that lists every problem of all these splits.
     """
-    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels)
-                for split, pairs in list_splits(data_root, use_augmented, wanted).items()}
+    splits, problems = find_splits(data_root, use_augmented, wanted)
+    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels) for split, pairs in splits.items()}
     if cache_images is None:
         cache_images = sum(p.cache_bytes for p in pyramids.values()) < CACHE_SHARE * free_memory()
-    problems = [problem for pyramid in pyramids.values() for problem in pyramid.read_all(cache_images)]
+    for pyramid in pyramids.values():
+        problems += pyramid.read_all(cache_images)
     if problems:
         raise DatasetError(data_root, problems)
     return pyramids
@@ -143,18 +144,26 @@ def free_memory() -> int:
 
 def _decode_pair(pair: Pair, in_channels: int, out_channels: int):
     """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
-    image, mask = load_image(pair.image, in_channels), load_mask(pair.mask, out_channels)
-    if image.shape[:2] != mask.shape[:2]:
-        raise ImageFileError(f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
-                             f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the "
-                             f"image's size")
-    image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-    return image256, mask256, mask.shape[:2], mask.mean(axis=(0, 1))
+    found = _try_pair(pair, in_channels, out_channels)
+    if isinstance(found, list):
+        raise ImageFileError("; ".join(found))
+    return found
 
 
 def _try_pair(pair: Pair, in_channels: int, out_channels: int):
-    """Decode a pair, or return the problem with either file as text."""
-    try:
-        return _decode_pair(pair, in_channels, out_channels)
-    except ImageFileError as error:
-        return str(error)
+    """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
+    problems = []
+    arrays = []
+    for read, path, channels in ((load_image, pair.image, in_channels), (load_mask, pair.mask, out_channels)):
+        try:
+            arrays.append(read(path, channels))
+        except ImageFileError as error:
+            problems.append(str(error))
+    if problems:
+        return problems
+    image, mask = arrays
+    if image.shape[:2] != mask.shape[:2]:
+        return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
+                f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's size"]
+    image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
+    return image256, mask256, mask.shape[:2], mask.mean(axis=(0, 1))

@@ -1,9 +1,15 @@
 """The loss: binary cross entropy plus soft Dice at every scale of the network."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
 from unet_parts import mean2x2
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or not a number; the message says where."""
 
 
 def bce_dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -37,3 +43,16 @@ def multi_scale_loss(scales: list[torch.Tensor], target: torch.Tensor) -> torch.
         if k + 1 < len(scales):
             target = mean2x2(target)
     return total
+
+
+def refuse_non_finite(value: torch.Tensor, what: str, names: list[str]) -> None:
+    """Raise NonFiniteLossError unless the scalar `value` is finite.
+
+    Args:
+        what: what it is and where it was met.
+        names: the images of the batch.
+    """
+    if not math.isfinite(value.item()):
+        raise NonFiniteLossError(f"{value.item()} found as {what}; its images: {', '.join(names)}. No weight was "
+                                 f"changed by it, and what finished epochs have saved is whole. Try a lower --lr or "
+                                 f"--precision float32, and look at these images")

@@ -145,7 +145,7 @@ def main() -> int:
         if min(counts.values()) < 1:
             raise ValueError(f"--train, --valid and --test are {list(counts.values())}; each must be at least 1")
         size = make_sample(args.out, counts, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {sum(counts.values())} images with masks to {args.out} ({size / 2 ** 20:.1f} MiB)")

@@ -1,5 +1,6 @@
-"""What a part of a network means to its optimizer, and how young batch normalisation learns its statistics."""
+"""Parameter groups of a network's parts, statistics of young batch normalisation, and averaged weights."""
 
+import torch
 from torch import nn
 
 BATCHNORM_MOMENTUM, BATCHNORM_CUMULATIVE = 0.1, 10
@@ -14,6 +15,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
                               (0.0, [p for p in parameters if p.ndim <= 1])):
             groups.append({"params": chosen, "weight_decay": decay, "part": part, "born": born})
     return [group for group in groups if group["params"]]
+
+
+def moving_average(decay: float):
+    """Return the update of an exponential moving average for `torch.optim.swa_utils.AveragedModel`.
+
+    The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that a young average follows quickly.
+    """
+    @torch.no_grad()
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
+        n = int(updates)
+        for mean, value in zip(averaged, current, strict=True):
+            mean.lerp_(value, 1 - min(decay, (1 + n) / (10 + n)))
+    return update
 
 
 def young_batchnorms(model: nn.Module) -> list[list]:

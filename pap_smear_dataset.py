@@ -6,6 +6,7 @@
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augmentation import augment, sample_numbers
 from image_pyramid import ImagePyramid, open_pyramids
-from splits import SPLITS, groups_of, leaked, write_splits
+from splits import SPLITS, groups_of, leaked, other_files, write_splits
 from unet import STAGE_RESOLUTIONS
 
 RESOLUTIONS = tuple(STAGE_RESOLUTIONS.values())
@@ -276,10 +277,15 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     for kind, by_split in leakage.items():
         shared = [f"{n} of {m} {kind} of {split}" for split, (n, m) in by_split.items() if n]
         if shared:
-            regex = f" --group_regex {group_regex!r}" if kind == "groups" else ""
-            report.warnings.append(
-                f"{' and '.join(shared)} are in train as well, so these scores overstate what the network does on new "
-                f"{kind}. A split without leakage: python pap_smear_dataset.py {data_root} --write_splits{regex}")
+            report.warnings.append(f"{' and '.join(shared)} are in train as well, so these scores overstate what the "
+                                   f"network does on new {kind}")
+    if report.warnings:
+        regex = f" --group_regex {shlex.quote(group_regex)}" if group_regex else ""
+        report.warnings.append(f"for a split without leakage: python pap_smear_dataset.py "
+                               f"{shlex.quote(str(data_root))} --write_splits{regex}")
+    others = other_files(Path(data_root))
+    if others:
+        report.warnings.append(f"{len(others)} files are of no type that is read, and left out, e.g. {others[0]}")
     for split, c in counts.items():
         if c["empty_masks"] == c["images"]:
             report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")
@@ -300,7 +306,7 @@ def main() -> int:
         if args.write_splits:
             print(f"wrote {write_splits(args.data_root, args.group_regex, args.seed)}")
         print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

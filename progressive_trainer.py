@@ -14,24 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from checkpoints import FORMAT, load_checkpoint, load_weights, save_checkpoint
+from checkpoints import FORMAT, check_plain, load_checkpoint, load_weights, save_checkpoint
 from devices import autocast, choose_device, choose_precision, keep_freed_memory
-from losses import multi_scale_loss
+from losses import multi_scale_loss, refuse_non_finite
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
-from optimization import age_batchnorms, parameter_groups, young_batchnorms
+from optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
 from report import predictions
 from run_folder import RunFolder
 from schedule import TrainingPlan, epochs_by_stage
 from unet import LAST_STAGE, STAGE_RESOLUTIONS
 
 SHOWN_IMAGES = 6
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number; the message says where."""
 
 
 class ProgressiveTrainer:
@@ -49,9 +45,11 @@ class ProgressiveTrainer:
         save_every, keep: every so many epochs a stage_X_epoch_Y.pth is saved, and so many of them stay.
         schedule, fade_epochs, old_lr_scale: see schedule.TrainingPlan.
         weight_decay: of convolution weights; never on batch normalisation and biases.
-        average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off.
+        average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
+            starts anew at each stage, so that new parts do not carry their untrained start with them.
         threshold: probability from which a pixel is foreground.
-        config: settings to keep in checkpoints (plain types).
+        overwrite: whether a run that lies in `output_dir` may be replaced.
+        config: settings to keep in checkpoints and config.json (plain types).
     Raises:
         ValueError: for a device or precision that is not there and settings out of range.
     """
@@ -59,14 +57,19 @@ class ProgressiveTrainer:
     def __init__(self, model, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
                  keep: int = 3, schedule: str = "run", fade_epochs: float = 0.0, old_lr_scale: float = 1.0,
-                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5, config: dict | None = None):
+                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5,
+                 overwrite: bool = False, config: dict | None = None):
+        lr, fade_epochs, old_lr_scale, weight_decay, average, threshold = map(
+            float, (lr, fade_epochs, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
         for name, value, low in (("accumulate", accumulate, 1), ("save_every", save_every, 1), ("keep", keep, 0)):
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
         if not 0 <= average < 1 or not 0 < threshold < 1:
             raise ValueError(f"average is {average!r} and threshold {threshold!r}; they must lie in [0, 1) and (0, 1)")
+        check_plain(config or {}, "config")
         stages = range(model.stage, LAST_STAGE + 1)
-        self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule, fade_epochs, old_lr_scale)
+        self._whole_plan = self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule,
+                                                    fade_epochs, old_lr_scale)
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
         if self.device.type == "cpu":
@@ -78,9 +81,8 @@ class ProgressiveTrainer:
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average),
-                                      use_buffers=True) if average else None
-        self.folder = RunFolder(output_dir, keep) if output_dir else None
+        self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
+        self.folder = RunFolder(output_dir, keep, overwrite) if output_dir else None
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
         self._steps_taken = 0          # by this trainer, resumed ones included
@@ -103,12 +105,14 @@ class ProgressiveTrainer:
         if stage != self.model.stage:
             self._set_network(stage, 0.0 if fades else 1.0)
             self.finished_epochs = 0
-        if stage not in self.plan.epochs:
-            self.plan = self.plan.with_epochs(stage, epochs or next(iter(self.plan.epochs.values())))
-        elif epochs is not None:
-            self.plan = self.plan.with_epochs(stage, epochs)
-        if not self._steps_taken:
-            self.plan = self.plan.starting_at(stage)
+            if self.averaged:
+                self.averaged.n_averaged.zero_()
+        whole = self._whole_plan
+        if epochs is not None or stage not in whole.epochs:
+            whole = whole.with_epochs(stage, epochs or next(iter(whole.epochs.values())))
+        self._whole_plan = whole
+        # What lies below the first stage that is trained is no part of the run.
+        self.plan = whole.starting_at(min(self.plan.epochs) if self._steps_taken else stage)
 
     def train_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
         """Train on every batch of a loader once.
@@ -119,16 +123,10 @@ class ProgressiveTrainer:
         Returns:
             'loss' and the pixel metrics as means over images, 'lr', 'alpha', 'seconds', 'images_per_second'.
         Raises:
-            NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
+            losses.NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
         """
         start, batches = time.perf_counter(), len(loader)
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        if not self.model.trained and hasattr(getattr(loader, "dataset", None), "pyramid"):
-            pyramid = loader.dataset.pyramid
-            for network in {self.model, self.evaluated_model}:
-                network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
-        self.model.train()
+        self._begin_epoch(loader, epoch)
         young = young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
         means = MeanOverImages()
@@ -138,8 +136,9 @@ class ProgressiveTrainer:
                     self._prepare_step(epoch, i // self.accumulate, steps)
                 age_batchnorms(young)
                 group = min(self.accumulate, batches - i // self.accumulate * self.accumulate)
+                self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
                 logits, mask, loss = self._forward(batch)
-                self._refuse_non_finite(loss, epoch, i, batch)
+                self._refuse_non_finite(loss, "loss", epoch, i, batch)
                 self.scaler.scale(loss / group).backward()
                 if (i + 1) % self.accumulate == 0 or i + 1 == batches:
                     self._take_step()
@@ -162,8 +161,9 @@ class ProgressiveTrainer:
         """
         network = self.evaluated_model.eval()
         means, empty_masks = MeanOverImages(), 0
-        for batch in self._bar(loader, "validate"):
+        for i, batch in enumerate(self._bar(loader, "validate")):
             logits, mask, loss = self._forward(batch, network)
+            self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
             values = self._measure(logits, mask, loss)
             values["foreground"] = self._foreground(logits).float().mean(dim=(2, 3))
             if hasattr(getattr(loader, "dataset", None), "finest_masks") and logits.shape[-1] < 256:
@@ -180,16 +180,31 @@ class ProgressiveTrainer:
             self._record(train_metrics, metrics, epoch)
         return metrics
 
+    def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> None:
+        """Claim the output folder, tell the loader its epoch, take the image statistics over, once."""
+        if self.folder:
+            self.folder.claim()
+        dataset = getattr(loader, "dataset", None)
+        for target in (loader, dataset):  # a plain DataLoader has no epochs, our data set in it has
+            if hasattr(target, "set_epoch"):
+                target.set_epoch(epoch)
+        if not self.model.has_image_statistics and hasattr(dataset, "pyramid"):
+            for network in {self.model, self.evaluated_model}:
+                network.set_image_statistics(dataset.pyramid.image_mean, dataset.pyramid.image_std)
+        self.model.train()
+
     def fit(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
         """Run all planned stages that are not finished, saying one line an epoch.
 
         Args:
             dataloaders: resolution -> (train, valid, ...), as `create_progressive_dataloaders` makes them.
         """
-        for stage, epochs in self.plan.epochs.items():
-            if stage < self.model.stage:
-                continue
+        if self.folder:
+            self.folder.claim()
+            self.folder.write_config(self.config | {"resolved": self.resolved | self.config.get("resolved", {})})
+        for stage in [stage for stage in self._whole_plan.epochs if stage >= self.model.stage]:
             self.set_stage(stage)
+            epochs = self.plan.epochs[stage]
             train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]
             for epoch in range(self.finished_epochs, epochs):
                 train = self.train_epoch(train_loader, epoch)
@@ -208,9 +223,22 @@ class ProgressiveTrainer:
             self.folder.draw_curves()
             self.folder.close()
 
+    @property
+    def resolved(self) -> dict:
+        """Return what was chosen or derived, as plain types."""
+        return {"model_args": self.model.model_args, "device": str(self.device), "precision": self.precision,
+                "epochs": {str(stage): n for stage, n in self.plan.epochs.items()}, "lr": self.plan.lr,
+                "accumulate": self.accumulate, "threshold": self.threshold}
+
     def resume(self, path) -> None:
-        """Continue from a last.pth: weights, optimizer, plan, scores, random states and position."""
+        """Continue from a last.pth: weights, optimizer, plan, scores, random states and position.
+
+        Raises ValueError for a file of another network and for one that is not a last.pth.
+        """
         saved = load_checkpoint(path)
+        if saved["stage"] < LAST_STAGE and not saved["resting"]:
+            raise ValueError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
+                             f"it as it was. Resume from last.pth, or start another run with --init_from")
         if saved["model_args"] != self.model.model_args:
             raise ValueError(f"{path}: it holds {saved['model_args']}, the trainer's network is "
                              f"{self.model.model_args}. Build it with unet.build_model")
@@ -220,15 +248,19 @@ class ProgressiveTrainer:
         if self.averaged and saved["averaged"] is not None:
             self.averaged.module.load_state_dict(saved["averaged"]["model"])
             self.averaged.n_averaged.fill_(saved["averaged"]["steps"])
+        elif self.averaged:
+            self.averaged.module.load_state_dict(self.model.state_dict())
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.plan = TrainingPlan(**saved["plan"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
         self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1
         torch.set_rng_state(saved["random_states"]["cpu"])
         if self.device.type == "cuda" and "cuda" in saved["random_states"]:
             torch.cuda.set_rng_state(saved["random_states"]["cuda"], self.device)
         if self.folder:
+            self.folder.claimed = True
             self.folder.drop_after(saved["stage"], saved["epoch"],
                                    self.plan.start_of(saved["stage"]) + saved["epoch"])
 
@@ -267,13 +299,9 @@ class ProgressiveTrainer:
         values = pixel_metrics(self._foreground(logits), mask >= 0.5)
         return values | {"loss": loss.expand(len(mask))}
 
-    def _refuse_non_finite(self, loss: torch.Tensor, epoch: int, batch_index: int, batch: dict) -> None:
-        if not math.isfinite(loss.item()):
-            names = ", ".join(batch.get("name", ["(not named by the loader)"]))
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at stage {self.model.stage}, epoch {epoch + 1}, batch {batch_index + 1}; "
-                f"its images: {names}. Nothing was learnt from it and nothing overwritten. Try a lower --lr or "
-                f"--precision float32, and look at these images")
+    def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
+        refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
+                          batch.get("name", ["(not named by the loader)"]))
 
     def _bar(self, loader: Iterable[dict], title: str) -> tqdm:
         return tqdm(loader, desc=title, leave=False, disable=None)  # None: quiet when the output is no terminal
@@ -292,10 +320,12 @@ class ProgressiveTrainer:
         self.folder.log_epoch(values | {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
                                         "run_epoch": self.plan.start_of(stage) + finished})
         checkpoint = self._checkpoint(score)
-        names = ["last.pth"] + [f"best_stage_{stage}.pth"] * best
+        names = [f"best_stage_{stage}.pth"] * best
         names += [f"stage_{stage}_epoch_{finished}.pth"] * (finished % self.save_every == 0 and self.folder.keep > 0)
         for name in names:
-            save_checkpoint(self.folder.file(name), checkpoint | (self._resumable() if name == "last.pth" else {}))
+            save_checkpoint(self.folder.file(name), checkpoint)
+        # Last, so that an interruption in between repeats the epoch instead of losing its best weights.
+        save_checkpoint(self.folder.file("last.pth"), checkpoint | self._resumable())
         self.folder.prune()
 
     def _checkpoint(self, score: float | None) -> dict:
@@ -324,6 +354,6 @@ class ProgressiveTrainer:
         dice = pixel_metrics(self._foreground(logits), mask >= 0.5)["dice"].mean(dim=1).tolist()
         shown, stage = slice(SHOWN_IMAGES), self.model.stage
         name = f"predictions_stage_{stage}.png"
-        predictions(batch["image"][shown].cpu().numpy(), mask[shown].cpu().numpy(),
-                    logits.sigmoid()[shown].cpu().numpy(), batch["name"][shown], dice, self.folder.file(name))
+        arrays = [tensor[shown].cpu().numpy() for tensor in (batch["image"], mask, logits.sigmoid())]
+        predictions(*arrays, batch["name"][shown], dice, self.folder.file(name), self.threshold)
         self.folder.show_picture("predictions", name, stage)

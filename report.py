@@ -49,7 +49,7 @@ def training_curves(rows: list[dict], path: Path) -> None:
 
 
 def predictions(images: np.ndarray, masks: np.ndarray, probabilities: np.ndarray, names: list[str], dice: list[float],
-                path: Path) -> None:
+                path: Path, threshold: float = 0.5) -> None:
     """Draw image, mask, prediction and outlines of some images, one a row (and class).
 
     Args:
@@ -62,15 +62,16 @@ def predictions(images: np.ndarray, masks: np.ndarray, probabilities: np.ndarray
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for row, (i, k) in zip(axes, rows, strict=True):
         image = images[i].transpose(1, 2, 0) if images.shape[1] == 3 else images[i, 0]
-        drawn, found = masks[i, k] >= 0.5, probabilities[i, k] >= 0.5
+        drawn, found = masks[i, k] >= 0.5, probabilities[i, k] >= threshold
         row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
         row[1].imshow(drawn, cmap="gray", vmin=0, vmax=1)
         row[2].imshow(probabilities[i, k], cmap="gray", vmin=0, vmax=1)
         row[3].imshow(image, cmap="gray", vmin=0, vmax=1)
         outline(row[3], drawn, DRAWN, "solid")
         outline(row[3], found, FOUND, (0, (3, 2)))
-        row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7)
-        for axis, title in zip(row, ("image", "mask" + (f", class {k}" if masks.shape[1] > 1 else ""),
+        row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7,
+                          parse_math=False)
+        for axis, title in zip(row, ("image", "mask" + (f", class {k + 1}" if masks.shape[1] > 1 else ""),
                                      "predicted probability", f"blue: mask, orange: prediction, Dice {dice[i]:.3f}"),
                                strict=True):
             axis.set_title(title, fontsize=9)

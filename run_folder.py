@@ -8,16 +8,15 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
 
-import matplotlib.image
 import torch
 
 from checkpoints import atomic_write
+from images import load_image
 from metrics import PIXEL_METRICS
 from report import training_curves
 
@@ -25,7 +24,7 @@ COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "alpha", "lr", "train_lo
            *(f"train_{name}" for name in PIXEL_METRICS), "loss", *PIXEL_METRICS, "dice_256", "foreground",
            "empty_masks", "seconds", "images_per_second")
 OWN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
-                       r"|stage_\d_epoch_\d+\.pth|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
+                       r"|stage_\d_epoch_\d+\.pth|\..*\.(pth|json|csv)\..*\.tmp|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
 
@@ -35,12 +34,33 @@ class RunFolder:
     Args:
         path: the folder.
         keep: how many stage_X_epoch_Y.pth stay; the oldest go first.
+        overwrite: whether `claim` may remove what an earlier run wrote here.
     """
 
-    def __init__(self, path: Path, keep: int = 3):
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: Path, keep: int = 3, overwrite: bool = False):
+        self.path, self.keep, self.overwrite = Path(path), keep, overwrite
+        self.claimed = False
         self._writer = None
         self._purge_step: int | None = None  # TensorBoard forgets events of an interrupted run from here on
+
+    def check(self) -> None:
+        """Raise ValueError if the folder cannot be used, or holds a run that was not asked to be replaced."""
+        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
+                             f"Choose another --output_dir or --experiment_name")
+        if not self.overwrite and self.path.is_dir() and any(OWN_FILES.fullmatch(p.name) for p in self.path.iterdir()):
+            raise ValueError(f"{self.path}: this run folder exists already. Choose another --experiment_name, continue "
+                             f"it with --resume {self.path}, or replace it with --overwrite (in Python: another "
+                             f"output_dir, resume() or overwrite=True)")
+
+    def claim(self) -> None:
+        """Check the folder and clear it, once, before the first write of a run that does not continue another."""
+        if not self.claimed:
+            self.check()
+            if self.path.is_dir():
+                self._clear()
+            self.claimed = True
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, which is made if it is missing."""
@@ -48,7 +68,11 @@ class RunFolder:
         return self.path / name
 
     def write_config(self, config: dict) -> None:
-        """Save the settings with package versions, git commit and machine as config.json."""
+        """Save the settings with package versions, git commit and machine as config.json.
+
+        Args:
+            config: plain data.
+        """
         self.write_json("config.json", config | {"environment": environment()})
 
     def write_json(self, name: str, content: dict) -> None:
@@ -109,7 +133,7 @@ class RunFolder:
 
     def show_picture(self, tag: str, name: str, step: int) -> None:
         """Put a PNG of the folder into TensorBoard."""
-        self.tensorboard().add_image(tag, matplotlib.image.imread(self.path / name)[..., :3], step, dataformats="HWC")
+        self.tensorboard().add_image(tag, load_image(self.path / name, 3), step, dataformats="HWC")
 
     def prune(self) -> None:
         """Remove the oldest stage_X_epoch_Y.pth beyond the number to keep."""
@@ -131,13 +155,14 @@ class RunFolder:
             self._writer.close()
             self._writer = None
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         """Remove what an earlier run wrote here, and nothing else that lies in the folder."""
-        if self.path.is_dir():
-            for path in self.path.iterdir():
-                if path.is_file() and OWN_FILES.fullmatch(path.name):
-                    path.unlink()
-            shutil.rmtree(self.path / "logs", ignore_errors=True)
+        logs = self.path / "logs"
+        for path in (*self.path.iterdir(), *logs.glob("events.out.tfevents.*")):
+            if path.is_file() and (OWN_FILES.fullmatch(path.name) or path.parent == logs):
+                path.unlink()
+        if logs.is_dir() and not any(logs.iterdir()):
+            logs.rmdir()
 
 
 def environment() -> dict:

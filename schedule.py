@@ -4,6 +4,7 @@ Nothing here has a state, so a resumed run needs none, and the loop of `train_ep
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,10 @@ SCHEDULES = ("run", "stage")
 
 def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]) -> dict[int, int]:
     """Return stage -> epochs from one number for all stages, one a planned stage, or one for each of the four."""
-    given = [epochs_per_stage] * len(stages) if isinstance(epochs_per_stage, int) else list(epochs_per_stage)
+    if isinstance(epochs_per_stage, Sequence):
+        given = list(epochs_per_stage)
+    else:
+        given = [operator.index(epochs_per_stage)] * len(stages)  # NumPy's whole numbers too
     if len(given) == LAST_STAGE and len(stages) < LAST_STAGE:
         given = [given[stage - 1] for stage in stages]
     if len(given) != len(stages) or any(not isinstance(n, int) or n < 1 for n in given):

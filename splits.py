@@ -19,7 +19,7 @@ from images import IMAGE_SUFFIXES
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
 SHARES = (0.70, 0.15, 0.15)
-COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_\d+(?:\.\d+)?_)+")
+COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_-?\d+(?:\.\d+)?_)+")
 TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
 
 
@@ -63,25 +63,29 @@ def list_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[st
     Raises:
         DatasetError: with every missing folder, unpaired file and name that occurs twice.
     """
+    splits, problems = find_splits(data_root, use_augmented, wanted)
+    if problems:
+        raise DatasetError(data_root, problems)
+    return splits
+
+
+def find_splits(data_root: Path, use_augmented: bool = True,
+                wanted: Iterable[str] = SPLITS) -> tuple[dict[str, list[Pair]], list[str]]:
+    """Return what `list_splits` does and the problems, so that files that do pair can be read all the same."""
     data_root = Path(data_root)
     table = data_root / SPLITS_FILE
-    if table.is_file():
-        splits = _apply_splits_file(table, _read_folders(data_root, SPLITS))
-        splits = {split: splits[split] for split in wanted}
-    else:
-        splits = _read_folders(data_root, wanted)
-    problems = []
+    folders, problems = _read_folders(data_root, SPLITS if table.is_file() else wanted)
+    splits = _apply_splits_file(table, folders, problems) if table.is_file() else folders
+    splits = {split: sorted(splits[split], key=lambda pair: pair.name) for split in wanted}
     for split, pairs in splits.items():
-        if not pairs:
-            problems.append(f"{split}: no image. " + (f"Check {table}" if table.is_file() else f"Expected: {TREE}"))
-        elif not use_augmented:
+        if not use_augmented and pairs:
             splits[split] = [pair for pair in pairs if not pair.is_copy]
             if not splits[split]:
                 problems.append(f"{split}: all {len(pairs)} images are augmented copies (flipped_*, mirrored_*, "
                                 f"rotated_X_*). Pass --use_augmented true, or add originals")
-    if problems:
-        raise DatasetError(data_root, problems)
-    return {split: sorted(pairs, key=lambda pair: pair.name) for split, pairs in splits.items()}
+        elif not pairs and not problems:
+            problems.append(f"{split}: no image. " + (f"Check {table}" if table.is_file() else f"Expected: {TREE}"))
+    return splits, problems
 
 
 def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair]]:
@@ -93,14 +97,14 @@ def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair
     try:
         pattern = re.compile(group_regex) if group_regex else None
     except re.error as error:
-        raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
+        raise ValueError(f"--group_regex {group_regex} is no regular expression ({error})") from None
     for pair in pairs:
         key = pair.source
         if pattern:
             match = pattern.search(pair.source)
             if not match:
-                raise ValueError(f"--group_regex {group_regex!r} finds nothing in {pair.source!r} ({pair.image}); it "
-                                 f"must match every source name. Widen it, e.g. '^\\d+' for leading digits")
+                raise ValueError(f"--group_regex {group_regex} finds nothing in {pair.source} ({pair.image}); it must "
+                                 f"match every source name. Widen it, e.g. '^\\d+' for leading digits")
             key = match.group(pattern.groups and 1)
         groups[key].append(pair)
     return dict(groups)
@@ -117,12 +121,18 @@ def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 
     """Deal all originals into 70 % train, 15 % valid and 15 % test so that no group is in two of them.
 
     Groups are dealt in random order, each to the split that lacks most of its share of sources, so that shares are
-    met in images although groups differ in size. Copies go to train only, and only those of train's own sources; of
-    two images with one name in different folders the first is taken.
+    met in images although groups differ in size. Copies go to train only, and only those of train's own sources. An
+    image that lies in two folders is taken once.
     """
+    folders, problems = _read_folders(Path(data_root), SPLITS)
     by_name: dict[str, Pair] = {}
-    for pair in (pair for pairs in _read_folders(Path(data_root), SPLITS).values() for pair in pairs):
-        by_name.setdefault(pair.name, pair)
+    for pair in (pair for pairs in folders.values() for pair in pairs):
+        first = by_name.setdefault(pair.name, pair)
+        if first is not pair and first.image.read_bytes() != pair.image.read_bytes():
+            problems.append(f"{pair.image}: another picture than {first.image}, of the same name; names must be unique "
+                            f"across train, valid and test. Rename one with its mask")
+    if problems:
+        raise DatasetError(data_root, problems)
     everything = list(by_name.values())
     groups = groups_of(everything, group_regex)
     if len(groups) < len(SPLITS):
@@ -133,10 +143,12 @@ def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 
     sources = len({pair.source for pair in everything})
     dealt: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     filled = dict.fromkeys(SPLITS, 0)
-    for key in keys:
+    for i, key in enumerate(keys):
         orphan = all(pair.is_copy for pair in groups[key])  # copies without their original serve in train alone
         lacking = {split: share - filled[split] / sources for split, share in zip(SPLITS, SHARES, strict=True)}
-        split = "train" if orphan else max(SPLITS, key=lambda s: lacking[s])
+        empty = [split for split in SPLITS if not dealt[split]]
+        candidates = empty if len(keys) - i <= len(empty) else SPLITS  # few groups: none may stay empty
+        split = "train" if orphan else max(candidates, key=lambda s: lacking[s])
         filled[split] += len({pair.source for pair in groups[key]})
         dealt[split] += [pair for pair in groups[key] if split == "train" or not pair.is_copy]
     empty = [split for split in SPLITS if not dealt[split]]
@@ -163,15 +175,20 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0)
     return path
 
 
-def _read_folders(data_root: Path, wanted: Iterable[str]) -> dict[str, list[Pair]]:
-    """Return the pairs of these folders, whatever `splits.csv` says."""
+def _read_folders(data_root: Path, wanted: Iterable[str]) -> tuple[dict[str, list[Pair]], list[str]]:
+    """Return the pairs of these folders, whatever `splits.csv` says, and the problems."""
     if not data_root.is_dir():
-        raise DatasetError(data_root, [f"no such folder. Pass --data_root a folder laid out as {TREE}"])
+        found = "a file, not a folder" if data_root.exists() else "no such folder"
+        raise DatasetError(data_root, [f"{found}. Pass --data_root a folder laid out as {TREE}"])
     problems: list[str] = []
-    folders = {split: _pair_folder(data_root / split, problems) for split in wanted}
-    if problems:
-        raise DatasetError(data_root, problems)
-    return folders
+    return {split: _pair_folder(data_root / split, problems) for split in wanted}, problems
+
+
+def other_files(data_root: Path) -> list[Path]:
+    """Return the files in the images and masks folders that are of no type that is read."""
+    folders = [data_root / split / kind for split in SPLITS for kind in ("images", "masks")]
+    return [path for folder in folders for path in sorted(folder.glob("*"))
+            if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()]
 
 
 def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
@@ -182,7 +199,12 @@ def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
             problems.append(f"{folder / kind}: no such folder. Expected: {TREE}")
             continue
         by_stem = found[kind] = {}
-        for path in sorted((folder / kind).iterdir()):
+        try:
+            paths = sorted((folder / kind).iterdir())
+        except OSError as error:
+            problems.append(f"{folder / kind}: cannot be listed ({error.strerror}). Check its permissions")
+            continue
+        for path in paths:
             if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
                 continue
             if path.stem in by_stem:
@@ -199,29 +221,31 @@ def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
     return [Pair(images[stem], masks[stem]) for stem in images if stem in masks]
 
 
-def _apply_splits_file(table: Path, folders: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
-    """Deal the pairs of all folders as the table says; raises DatasetError with every wrong line."""
-    problems = []
+def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: list[str]) -> dict[str, list[Pair]]:
+    """Deal the pairs of all folders as the table says; every wrong line goes into `problems`."""
     by_path = {pair.image.relative_to(table.parent).as_posix(): pair for pairs in folders.values() for pair in pairs}
     splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    with open(table, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not reader.fieldnames or not {"path", "split"} <= set(reader.fieldnames):
-            raise DatasetError(table.parent, [
-                f"{table}: columns {reader.fieldnames} found; 'path' and 'split' are needed. Write it with "
-                f"python pap_smear_dataset.py DATA_ROOT --write_splits"])
-        seen = set()
-        for row in reader:
-            path, split, line = row["path"], row["split"], f"{table}, line {reader.line_num}"
-            if split not in SPLITS:
-                problems.append(f"{line}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
-            elif path not in by_path:
-                problems.append(f"{line}: {path} is no image with a mask in this data set. Correct or remove the line")
-            elif by_path[path].name in seen:
-                problems.append(f"{line}: a second image named {by_path[path].name}; names must be unique. Rename one")
-            else:
-                seen.add(by_path[path].name)
-                splits[split].append(by_path[path])
-    if problems:
-        raise DatasetError(table.parent, problems)
+    remedy = "Write it with python pap_smear_dataset.py DATA_ROOT --write_splits, or save it as CSV UTF-8 with commas"
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark in front
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        problems.append(f"{table}: cannot be read ({error}). {remedy}")
+        return splits
+    columns = list(rows[0]) if rows else []
+    if not {"path", "split"} <= set(columns):
+        problems.append(f"{table}: columns {columns} found; 'path' and 'split' are needed. {remedy}")
+        return splits
+    seen = set()
+    for number, row in enumerate(rows, start=2):
+        path, split, line = (row["path"] or "").replace("\\", "/"), row["split"], f"{table}, line {number}"
+        if split not in SPLITS:
+            problems.append(f"{line}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        elif path not in by_path:
+            problems.append(f"{line}: {path} is no image with a mask in this data set. Correct or remove the line")
+        elif by_path[path].name in seen:
+            problems.append(f"{line}: a second image named {by_path[path].name}; names must be unique. Rename one")
+        else:
+            seen.add(by_path[path].name)
+            splits[split].append(by_path[path])
     return splits

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,11 +26,11 @@ from conftest import PROJECT, TINY, draw_pair, run_script, write_data_set
 from devices import choose_device, choose_precision, training_memory
 from image_pyramid import ImagePyramid, halve, open_pyramids
 from images import ImageFileError, image_size, load_image, load_mask, resize, save_png
-from losses import bce_dice_loss, multi_scale_loss
+from losses import NonFiniteLossError, bce_dice_loss, multi_scale_loss
 from make_sample_data import make_field
 from metrics import MeanOverImages, pixel_metrics
 from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
-from progressive_trainer import NonFiniteLossError, ProgressiveTrainer
+from progressive_trainer import ProgressiveTrainer
 from schedule import TrainingPlan, epochs_by_stage
 from scoring import score_otsu, score_split, summarise
 from splits import DatasetError, leaked, list_splits, write_splits
@@ -298,6 +299,10 @@ def test_masks_that_are_accepted(tmp_path):
     (disc().astype(np.uint8) * 128, "label values {0, 128}"),
     (disc().astype(np.uint8) * 128 + disc(64, 10) * np.uint8(127), "label values {0, 128, 255}"),
     (np.arange(64 * 64).reshape(64, 64).astype(np.uint16), "label values {0, 1, 2, 3, 4, 5, ...}"),
+    (disc().astype(np.uint8) * 20, "label values {0, 20}"),
+    (disc().astype(np.uint16) * 4095, "label values {0, 4095}"),
+    (np.kron(np.arange(144).reshape(12, 12), np.ones((6, 6))).astype(np.uint8), "own number"),
+    (np.kron(np.arange(256).reshape(16, 16), np.ones((6, 6))).astype(np.uint8), "own number"),
     ((np.arange(64 * 64).reshape(64, 64) // 16).astype(np.uint8), "grey"),
     (np.stack([disc() * np.uint8(255), disc() * np.uint8(0), disc() * np.uint8(0)], -1), "colour-coded"),
     (np.full((8, 8), 0.5, np.float32), "float32"),
@@ -316,6 +321,10 @@ def test_label_images_become_classes(tmp_path):
     classes = load_mask(tmp_path / "m.png", classes=2)
     assert np.array_equal(classes[..., 1], disc(64, 10))
     assert np.array_equal(classes[..., 0], disc(64, 20) & ~disc(64, 10))
+    coloured = Image.fromarray(disc(64, 20).astype(np.uint8) + disc(64, 10))
+    coloured.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759)
+    coloured.save(tmp_path / "palette.png")
+    assert np.array_equal(load_mask(tmp_path / "palette.png", classes=2), classes)
     save_png(tmp_path / "m.png", disc().astype(np.uint8) * 3)
     with pytest.raises(ImageFileError, match="0..2"):
         load_mask(tmp_path / "m.png", classes=2)
@@ -463,7 +472,7 @@ def test_copies_sources_and_leakage(data_root):
                                       "foreground": [pytest.approx(0.09, abs=0.06)]}
     assert report.leakage["source images"] == {"valid": (1, 3), "test": (1, 4)}
     assert "1 of 3 source images of valid" in str(report)
-    assert len(report.warnings) == 1
+    assert len(report.warnings) == 2
     assert len(list_splits(data_root, use_augmented=False)["train"]) == 6
     grouped = check_dataset(data_root, group_regex=r"^(\w+?)_")
     assert grouped.leakage["groups"] == {"valid": (1, 1), "test": (1, 2)}
@@ -487,10 +496,37 @@ def test_written_splits_have_no_leakage(tmp_path):
     assert leaked(splits, "test") == (0, 5)
     with pytest.raises(ValueError, match="never overwritten"):
         write_splits(root)
+    table = path.read_text()
+    path.write_bytes(b"\xef\xbb\xbf" + table.replace("/", "\\").replace("\n", "\r\n").encode())  # a spreadsheet's
+    assert list_splits(root) == splits
     path.write_text("path,split\ntrain/images/train_0.png,training\nnowhere.png,test\n")
     with pytest.raises(DatasetError, match="'training'") as caught:
         list_splits(root)
     assert len(caught.value.problems) == 2
+    path.write_bytes("path,split\nträin,test".encode("utf-16"))
+    with pytest.raises(DatasetError, match="splits.csv: cannot be read"):
+        list_splits(root)
+
+
+def test_split_of_few_groups_and_of_names_that_occur_twice(tmp_path):
+    root = write_data_set(tmp_path / "data", counts=(1, 1, 1))
+    write_splits(root)
+    assert [len(pairs) for pairs in list_splits(root).values()] == [1, 1, 1]
+    (root / "splits.csv").unlink()
+    move_pair(root, "train", "train_0", "test", "valid_0")
+    with pytest.raises(DatasetError, match="another picture than"):
+        write_splits(root)
+
+
+def test_remedy_against_leakage_can_be_pasted(data_root, tmp_path):
+    move_pair(data_root, "train", "train_0", "test", "rotated_-90_train_0")
+    (data_root / "train/images/notes.webp").write_text("x")
+    report = check_dataset(data_root, group_regex=r"^(\w+_\d+)$")
+    assert "1 files are of no type" in str(report)
+    command = re.search(r"python (pap_smear_dataset\.py .*)", str(report)).group(1)
+    done = run_script(*shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    assert not check_dataset(data_root).leakage["source images"]["test"][0]
 
 
 def break_data_set(root: Path, fault: str) -> list[str]:
@@ -538,7 +574,11 @@ def break_data_set(root: Path, fault: str) -> list[str]:
     save_png(root / "valid/masks/valid_0.png", disc().astype(np.uint8) * 7)
     save_png(root / "test/masks/test_2.png", np.zeros((9, 9), np.uint8))
     save_png(one, disc().astype(np.uint8) * 7)
-    return ["3 problems", "valid_0.png", "test_2.png", "train_1.png"]
+    (images / "train_2.png").write_bytes(b"nor this")
+    (masks / "train_2.png").write_bytes(b"nor that")
+    (images / "train_3.png").unlink()
+    return ["6 problems", "valid_0.png", "test_2.png", "train_1.png", "images/train_2.png", "masks/train_2.png",
+            "train_3.png: no image"]
 
 
 FAULTS = ["image without mask", "mask without image", "size mismatch", "unreadable image", "cut off image",
@@ -621,7 +661,7 @@ def make_trainer(root, output=None, seed=0, **kwargs):
     model = ProgressiveUNet(base_channels=2)
     trainer = ProgressiveTrainer(model, device="cpu", precision="float32", output_dir=output, seed=seed,
                                  **({"epochs_per_stage": [2, 1, 1, 1]} | kwargs))
-    return trainer, create_progressive_dataloaders(root, dict.fromkeys((32, 64, 128, 256), 4))
+    return trainer, create_progressive_dataloaders(root, dict.fromkeys((32, 64, 128, 256), 2))
 
 
 def metric_rows(folder):
@@ -630,9 +670,9 @@ def metric_rows(folder):
         return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("average", [0.0, 0.8])
-def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path, average):
-    options = {"average": average, "fade_epochs": 0.5, "accumulate": 2}
+@pytest.mark.parametrize(("average", "fade_epochs"), [(0.0, 1.0), (0.8, 0.0)])
+def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path, average, fade_epochs):
+    options = {"average": average, "fade_epochs": fade_epochs, "accumulate": 2, "epochs_per_stage": [1, 3, 1, 1]}
     trainer, loaders = make_trainer(shared_root, tmp_path / "fit", **options)
     trainer.fit(loaders, say=lambda line: None)
 
@@ -644,7 +684,8 @@ def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path, 
             loop.train_epoch(loaders[resolution][0], epoch)
             loop.validate_epoch(loaders[resolution][1], epoch)
             finished += 1
-            if finished == 3:
+            if finished == 2:  # inside the fade, if there is one
+                assert (loop.model.alpha < 1) == (fade_epochs > 0)
                 shutil.copytree(tmp_path / "loop", tmp_path / "cut")
     assert tensors_equal(trainer.model, loop.model)
 
@@ -658,7 +699,11 @@ def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path, 
     assert tensors_equal(trainer.model, resumed.model)
     assert tensors_equal(trainer.evaluated_model, resumed.evaluated_model)
     assert metric_rows(tmp_path / "fit") == metric_rows(tmp_path / "loop") == metric_rows(tmp_path / "cut")
-    assert len(metric_rows(tmp_path / "fit")) == 5
+    assert len(metric_rows(tmp_path / "fit")) == 6
+    with pytest.raises(ValueError, match="run folder exists already"):
+        make_trainer(shared_root, tmp_path / "fit")[0].fit(loaders)
+    with pytest.raises(ValueError, match="Resume from last.pth"):
+        resumed.resume(tmp_path / "fit/best_stage_2.pth")
 
 
 def test_the_loop_writes_nothing_without_a_folder(shared_root, tmp_path, monkeypatch):
@@ -688,8 +733,8 @@ def test_unborn_and_retired_parts_have_no_optimizer_state(shared_root):
     assert torch.equal(retired, before), "no decay either"
     steps = {group["part"]: trainer.optimizer.state[group["params"][0]]["step"].item()
              for group in trainer.optimizer.param_groups if group["params"][0] in trainer.optimizer.state}
-    assert steps["decoder.64"] == 2, "bias correction counts from birth"
-    assert steps["decoder.32"] == 6
+    assert steps["decoder.64"] == 3, "bias correction counts from birth"
+    assert steps["decoder.32"] == 9
     assert all((g["weight_decay"] == 0) == (g["params"][0].ndim <= 1) for g in trainer.optimizer.param_groups)
 
 
@@ -719,7 +764,7 @@ def test_batchnorm_statistics_are_a_plain_mean_at_first(shared_root):
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().mean(dim=(0, 2, 3))))
     for epoch in range(3):
         trainer.train_epoch(loaders[32][0], epoch)
-    assert len(seen) == 6
+    assert len(seen) == 9
     assert torch.allclose(layer.running_mean, torch.stack(seen).mean(0), atol=1e-5)
 
 
@@ -746,7 +791,64 @@ def test_non_finite_loss_stops_with_the_place(shared_root):
         trainer.train_epoch(batches, 1)
     assert "stage 1, epoch 2, batch 2" in str(caught.value)
     assert all(name in str(caught.value) for name in batches[1]["name"])
-    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    with torch.no_grad():
+        trainer.model.heads["32"].conv.bias.fill_(math.inf)
+    with pytest.raises(NonFiniteLossError, match="as loss at stage 1"):
+        trainer.train_epoch(loaders[32][0], 1)
+    with pytest.raises(NonFiniteLossError, match="as validation loss at stage 1"):
+        trainer.validate_epoch(loaders[32][1], 1)
+
+
+def test_averaged_weights_do_not_drag_the_untrained_start_of_new_parts(shared_root):
+    trainer, loaders = make_trainer(shared_root, average=0.999)
+    for _ in range(2):
+        trainer.train_epoch(loaders[32][0], 0)
+    trainer.set_stage(2)
+    start = trainer.model.decoder["64"].conv[0][0].weight.clone()
+    for epoch in range(3):
+        trainer.train_epoch(loaders[64][0], epoch)
+    now, mean = (m.decoder["64"].conv[0][0].weight for m in (trainer.model, trainer.evaluated_model))
+    assert (mean - now).norm() < 0.7 * (now - start).norm()
+    norm, own = (m.decoder["64"].conv[0][1] for m in (trainer.model, trainer.evaluated_model))
+    assert torch.equal(norm.running_var, own.running_var)
+
+
+def test_image_statistics_are_taken_once_whatever_ran_before(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    trainer.model(torch.rand(2, 1, 32, 32))  # a forward pass in train mode, as in a notebook
+    trainer.train_epoch(loaders[32][0], 0)
+    expected = loaders[32][0].dataset.pyramid.image_mean
+    assert trainer.model.image_mean.item() == pytest.approx(expected[0], abs=1e-6)
+
+
+def test_a_plain_loader_gets_new_augmentation_each_epoch(shared_root):
+    dataset = PapSmearDataset(shared_root, "train", target_size=32, augment_probability=1.0)
+    trainer, _ = make_trainer(shared_root)
+    loader = DataLoader(dataset, batch_size=6)
+    trainer.train_epoch(loader, 0)
+    first = next(iter(loader))["image"]
+    trainer.train_epoch(loader, 1)
+    assert not torch.equal(first, next(iter(loader))["image"])
+
+
+def test_going_back_before_training_keeps_the_plan(shared_root):
+    trainer, _ = make_trainer(shared_root)
+    trainer.set_stage(4)
+    assert trainer.plan.epochs == {4: 1}
+    trainer.set_stage(1)
+    assert trainer.plan.epochs == {1: 2, 2: 1, 3: 1, 4: 1}
+    trainer.set_stage(1, epochs=7)
+    assert trainer.plan.epochs[1] == 7
+
+
+def test_settings_of_other_types_are_converted_or_refused_at_once(shared_root, tmp_path):
+    trainer, loaders = make_trainer(shared_root, tmp_path / "a", lr=np.float64(1e-3), epochs_per_stage=np.int64(1))
+    trainer.train_epoch(loaders[32][0], 0)
+    trainer.validate_epoch(loaders[32][1], 0)
+    assert load_checkpoint(tmp_path / "a/last.pth")["plan"]["lr"] == 1e-3
+    with pytest.raises(ValueError, match=r"config\['root'\]"):
+        make_trainer(shared_root, config={"root": Path("x")})
 
 
 def test_validation_enlarges_logits_to_256(shared_root):
@@ -876,6 +978,9 @@ def test_scores_are_at_the_original_size(tmp_path):
     (["--init_from", "nowhere.pth"], "nowhere.pth: no such file"),
     (["--resume", "nowhere"], "no such file"),
     (["--resume", "nowhere", "--lr", "0.1"], "--lr cannot change at --resume"),
+    (["--resume", "nowhere", "--seed", "0"], "--seed cannot change at --resume"),
+    (["--group_regex", "["], "no regular expression"),
+    (["--seed", "99999999999999999999"], "whole number"),
     (["--epoch", "3"], "unrecognized"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "Use 'cpu', or 'auto'")]))
 def test_wrong_options_are_refused(options, words, tmp_path, monkeypatch, capsys, shared_root):
@@ -903,6 +1008,7 @@ def test_defaults_are_those_documented_and_presets_yield_to_options():
     quick = train_papsmear.parse(["--preset", "quick", "--lr", "0.5"])
     assert quick.lr == 0.5
     assert quick.base_channels == train_papsmear.PRESETS["quick"]["base_channels"] != 64
+    assert train_papsmear.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == "16"
 
 
 def test_help_needs_no_torch():
@@ -920,6 +1026,8 @@ def test_a_run_leaves_the_documented_tree(trained_run, shared_root):
         "test_scores.json"}
     config = json.loads((folder / "config.json").read_text())
     assert config["base_channels"] == 4
+    assert config["resolved"]["precision"] in ("float32", "bfloat16")
+    assert config["resolved"]["batch_sizes"] == "32:4,64:4,128:4,256:4"
     assert config["environment"]["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [row["stage"] for row in metric_rows(folder)] == ["1", "2", "3", "4"]
     with open(folder / "test_scores.csv", newline="") as file:
@@ -943,6 +1051,7 @@ def test_an_existing_run_is_refused_and_overwriting_spares_what_is_not_ours(trai
     folder = tmp_path / "tiny"
     shutil.copytree(trained_run[0], folder)
     (folder / "notes.txt").write_text("mine")
+    (folder / "logs/labbook.txt").write_text("mine too")
     command = ["--data_root", str(shared_root), "--output_dir", str(tmp_path), "--experiment_name", "tiny", *TINY]
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert train_papsmear.main(command) == 2
@@ -950,6 +1059,7 @@ def test_an_existing_run_is_refused_and_overwriting_spares_what_is_not_ours(trai
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
     assert train_papsmear.main([*command, "--overwrite", "--progressive", "false"]) == 0
     assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "logs/labbook.txt").read_text() == "mine too"
     assert not (folder / "best_stage_1.pth").exists()
     assert [row["stage"] for row in metric_rows(folder)] == ["4"]
 
@@ -962,6 +1072,26 @@ def test_resuming_a_finished_run_from_the_command_line_changes_no_number(trained
     assert "resumed" in printed
     assert "epoch 1/1" not in printed
     assert metric_rows(folder) == metric_rows(trained_run[0])
+
+
+def test_resume_takes_the_file_too_and_says_what_to_do_without_one(trained_run, shared_root, tmp_path, capsys):
+    folder = tmp_path / "tiny"
+    shutil.copytree(trained_run[0], folder)
+    assert train_papsmear.main(["--resume", str(folder / "last.pth"), "--dry_run"]) == 0
+    (folder / "last.pth").unlink()
+    assert train_papsmear.main(["--resume", str(folder)]) == 2
+    assert "no epoch of that run was finished" in capsys.readouterr().err
+    (tmp_path / "afile").write_text("")
+    for options in (["--output_dir", str(tmp_path / "afile")],
+                    ["--output_dir", str(tmp_path), "--experiment_name", "afile"]):
+        assert train_papsmear.main(["--data_root", str(shared_root), *options]) == 2
+        assert "a file, not a folder" in capsys.readouterr().err
+
+
+def test_init_from_another_width_is_refused(trained_run, shared_root, tmp_path, capsys):
+    assert train_papsmear.main(["--data_root", str(shared_root), "--output_dir", str(tmp_path), "--base_channels", "8",
+                                "--init_from", str(trained_run[0] / "best_stage_2.pth")]) == 2
+    assert "Pass --base_channels 4" in capsys.readouterr().err
 
 
 def test_a_stage_2_file_starts_stage_3_of_another_run(trained_run, shared_root, tmp_path, capsys):

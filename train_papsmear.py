@@ -34,10 +34,10 @@ def _flag(text: str) -> bool:
     return values[text.lower()]
 
 
-def _whole(low: int):
+def _whole(low: int, high: int = 10 ** 9):
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        if not re.fullmatch(r"[+-]?\d{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low} (and at most {high})")
         return int(text)
     return parse
 
@@ -79,6 +79,14 @@ def _name(text: str) -> str:
     return text
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from None
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists all options)")
@@ -94,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
     data.add_argument("--use_augmented", default=True, help="take flipped_*, mirrored_*, rotated_X_* (true)", **flag)
     data.add_argument("--augment_probability", type=_number(0, 1), default=0.5, help="of each transform (0.5)")
-    data.add_argument("--group_regex", help="field of view or patient in a name, for the leakage report, e.g. '^\\d+'")
+    data.add_argument("--group_regex", type=_regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
     data.add_argument("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
     data.add_argument("--out_channels", type=_whole(1), default=1, help="independent classes; above 1 masks are label "
                                                                         "images 0..K (1)")
@@ -143,14 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return checked settings; raises ValueError for what is wrong in itself or contradicts another option."""
     parser = build_parser()
-    given = parser.parse_args(argv)
-    if given.preset:
-        parser.set_defaults(**PRESETS[given.preset])
     args = parser.parse_args(argv)
+    # What is there already, argparse does not fill with defaults; so what has changed was given by hand.
+    absent = object()
+    by_hand = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent))))
+    by_hand = {key: value for key, value in by_hand.items() if value is not absent}
     if args.resume:
-        # What is left when every option defaults to nothing is what was given by hand.
-        parser.set_defaults(**dict.fromkeys(vars(args)))
-        by_hand = {key: value for key, value in vars(parser.parse_args(argv)).items() if value not in (None, False)}
         refused = sorted(set(by_hand) - {"resume", "dry_run", *CHANGEABLE_AT_RESUME})
         if refused:
             raise ValueError(f"--{refused[0]} cannot change at --resume; a run continues with its own settings, of "
@@ -158,10 +164,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
                              f"another run with --init_from")
         args.by_hand = {key: by_hand[key] for key in CHANGEABLE_AT_RESUME if key in by_hand}
         return args
+    args = argparse.Namespace(**(vars(args) | PRESETS.get(args.preset, {}) | by_hand))
     grows = args.model == "pgunet" and args.progressive
     if not grows and args.start_stage != 1:
         raise ValueError("--start_stage is for a network that grows; leave it out with --progressive false or "
                          "--model unet")
+    if not grows and "epochs_per_stage" not in by_hand:
+        args.epochs_per_stage = args.epochs_per_stage.split(",")[-1]  # of a preset, its stage 4
     first = args.start_stage if grows else 4
     numbers = args.epochs_per_stage.count(",") + 1
     if numbers > 1 and (not grows or numbers not in {4, 5 - first}):
@@ -174,16 +183,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     """Check the data, build network and trainer, train, and score the test split."""
-    from checkpoints import load_checkpoint
+    from run_folder import RunFolder
 
-    folder = Path(args.resume) if args.resume else Path(args.output_dir) / args.experiment_name
     if args.resume:
-        saved = load_checkpoint(folder / "last.pth")
-        fixed = {"resume": args.resume, "dry_run": args.dry_run}
-        args = argparse.Namespace(**(saved["config"] | args.by_hand | fixed))
-    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
-        raise ValueError(f"{folder}: this run folder exists already. Choose another --experiment_name, continue it "
-                         f"with --resume {folder}, or replace it with --overwrite")
+        folder, args = resumed_settings(args)
+    else:
+        folder = Path(args.output_dir) / args.experiment_name
+        RunFolder(folder, overwrite=args.overwrite).check()
     model, trainer, loaders, pyramids = prepare(args, folder)
     if args.dry_run:
         print_memory(args, model, trainer)
@@ -192,14 +198,37 @@ def train(args: argparse.Namespace) -> None:
     if args.resume:
         trainer.resume(folder / "last.pth")
         print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}")
-    else:
-        trainer.folder.clear()
-    trainer.folder.write_config(trainer.config)
-    trainer.fit(loaders)
+    try:
+        trainer.fit(loaders)
+    except KeyboardInterrupt:
+        begun = (folder / "last.pth").exists()
+        print("\ninterrupted; " + (f"continue with --resume {folder}" if begun else
+                                   "no epoch was finished, start again with --overwrite"), file=sys.stderr)
+        raise
+    scores = ""
     if not args.overfit:
         test(trainer, pyramids["test"])
-    print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, test_scores.csv, best_stage_4.pth; "
+        scores = "test_scores.csv, "
+    print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
+
+
+def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
+    """Return the run folder and the settings of the run to continue, with what may be changed and was."""
+    from checkpoints import load_checkpoint
+
+    folder = Path(args.resume)
+    folder = folder.parent if folder.name == "last.pth" else folder
+    if folder.is_dir() and not (folder / "last.pth").exists():
+        raise ValueError(f"{folder}: no last.pth in it, so no epoch of that run was finished. Start it again with "
+                         f"--overwrite")
+    config = load_checkpoint(folder / "last.pth")["config"]
+    if "resolved" not in config:
+        raise ValueError(f"{folder}: this run was started from Python, so its settings are there. Build the trainer as "
+                         f"it was and call trainer.resume('{folder / 'last.pth'}')")
+    config["precision"] = config["resolved"]["precision"]  # 'auto' could mean another one on this machine
+    fixed = {"resume": args.resume, "dry_run": args.dry_run, "overwrite": False}
+    return folder, argparse.Namespace(**(config | args.by_hand | fixed))
 
 
 def prepare(args: argparse.Namespace, folder: Path):
@@ -237,8 +266,12 @@ def prepare(args: argparse.Namespace, folder: Path):
     cached = pyramids["train"].cached
     workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
     workers = 0 if cached else workers
-    config = {key: value for key, value in vars(args).items() if key not in ("resume", "dry_run", "by_hand")}
-    config |= {"data_fingerprint": fingerprint}
+    unsaved = ("resume", "dry_run", "overwrite", "resolved")
+    config = {key: value for key, value in vars(args).items() if key not in unsaved}
+    batch_sizes = resolved_batch_sizes(args)
+    config |= {"data_fingerprint": fingerprint, "resolved": {
+        "device": str(device), "precision": precision, "num_workers": workers, "cache_images": cached,
+        "batch_sizes": ",".join(f"{r}:{n}" for r, n in batch_sizes.items())}}
 
     report = check_dataset(args.data_root, args.group_regex, pyramids=pyramids) if not args.overfit else \
         f"smoke run on the first {len(pyramids['train'])} training images, for training and validation alike"
@@ -249,16 +282,22 @@ def prepare(args: argparse.Namespace, folder: Path):
     if args.dry_run:
         print(json.dumps(config, indent=2))
     loaders = create_progressive_dataloaders(
-        batch_sizes={int(r): int(n) for r, n in (entry.split(":") for entry in args.batch_sizes.split(","))},
-        augment_probability=0.0 if args.overfit else args.augment_probability,
+        batch_sizes=batch_sizes, augment_probability=0.0 if args.overfit else args.augment_probability,
         num_workers=workers, seed=args.seed, device=device, pyramids=pyramids)
     epochs = [int(n) for n in args.epochs_per_stage.split(",")]
     trainer = ProgressiveTrainer(
         model, device=device, epochs_per_stage=epochs if len(epochs) > 1 else epochs[0], lr=args.lr,
         precision=args.precision, seed=args.seed, output_dir=folder, accumulate=args.accumulate,
         save_every=args.save_every, keep=args.keep, schedule=args.schedule, fade_epochs=args.fade_epochs,
-        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average, config=config)
+        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average,
+        overwrite=args.overwrite, config=config)
     return model, trainer, loaders, pyramids
+
+
+def resolved_batch_sizes(args: argparse.Namespace) -> dict[int, int]:
+    """Return resolution -> batch for all four resolutions."""
+    entries = f"32:64,64:32,128:16,256:8,{args.batch_sizes}".split(",")
+    return dict(tuple(map(int, entry.split(":"))) for entry in entries)
 
 
 def initialise(model, args: argparse.Namespace) -> None:
@@ -268,12 +307,14 @@ def initialise(model, args: argparse.Namespace) -> None:
     if not args.init_from or args.resume:
         return
     source = load_checkpoint(Path(args.init_from))
+    for key in ("model", "base_channels"):
+        if source["model_args"][key] != model.model_args[key]:
+            there, here = source["model_args"][key], model.model_args[key]
+            raise ValueError(f"--init_from {args.init_from}: its network has {key} {there}, asked for is {here}, so no "
+                             f"weight would fit. Pass --{key} {there}")
     if args.fade_epochs and source["stage"] == model.stage - 1:
         model.set_stage(model.stage, 0.0)
     carried, new, left_out = model.transfer_weights(source["model"])
-    if not carried:
-        raise ValueError(f"{args.init_from}: no tensor of it fits this network. It holds {source['model_args']}, asked "
-                         f"for is {model.model_args}")
     print(f"{args.init_from} (stage {source['stage']}) into stage {model.stage}:")
     for title, names in (("carried", carried), ("new", new), ("left out", left_out)):
         parts = dict.fromkeys(next((p for p in model.parts() if name.startswith(f"{p}.")), name) for name in names)
@@ -284,8 +325,7 @@ def print_memory(args: argparse.Namespace, model, trainer) -> None:
     """Print parameters and expected memory of every stage."""
     from devices import training_memory
 
-    sizes = dict(tuple(map(int, entry.split(":"))) for entry in
-                 f"32:64,64:32,128:16,256:8,{args.batch_sizes}".split(","))
+    sizes = resolved_batch_sizes(args)
     print("stage  resolution  batch  epochs  parameters  memory in training")
     for stage, epochs in trainer.plan.epochs.items():
         model.set_stage(stage)
@@ -319,14 +359,13 @@ def test(trainer, pyramid) -> None:
 def main(argv: list[str] | None = None) -> int:
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; finished epochs are safe. Continue with --resume RUN_FOLDER", file=sys.stderr)
         return 130
     return 0
 

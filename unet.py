@@ -55,6 +55,11 @@ class _Network(nn.Module):
         """Tell whether any training batch has passed through the network."""
         return any(int(m.num_batches_tracked) > 0 for m in self.modules() if isinstance(m, nn.BatchNorm2d))
 
+    @property
+    def has_image_statistics(self) -> bool:
+        """Tell whether `set_image_statistics` or a state dict has replaced mean 0 and standard deviation 1."""
+        return bool((self.image_mean != 0).any() or (self.image_std != 1).any())
+
     def set_image_statistics(self, mean, std) -> None:
         """Store mean and standard deviation of the training images, one number a channel, on the scale [0, 1]."""
         self.image_mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
