@@ -908,13 +908,21 @@ def test_a_checkpoint_is_plain_and_whole(trained_run):
         assert torch.equal(model.state_dict()["image_mean"], checkpoint["model"]["image_mean"])
 
 
-def test_a_failed_save_leaves_the_old_file(trained_run, tmp_path):
+def test_a_failed_save_leaves_the_old_file(trained_run, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(trained_run[0] / "best_stage_1.pth")
     path = tmp_path / "best.pth"
     save_checkpoint(path, checkpoint)
     before = path.read_bytes()
-    with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(path, checkpoint | {"config": lambda: None})
+    with pytest.raises(ValueError, match="hold None, bool"):
+        save_checkpoint(path, checkpoint | {"config": Path("x")})
+
+    def fill_the_disk(content, file):
+        file.write(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(path, checkpoint)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
