@@ -37,8 +37,8 @@ def find_folders(folder: Path) -> tuple[Path, Path]:
     found = [_layout(folder)] if _layout(folder) else [pair for place in below if (pair := _layout(place))]
     if len(found) != 1:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{folder}: {names} found{', several of them data sets' if found else ''}; expected: {LAYOUTS}. "
-                         f"Check the path")
+        several = ", several of them data sets" if found else ""
+        raise ValueError(f"{folder}: {names} found{several}; expected: {LAYOUTS}. Check the path")
     return found[0]
 
 
@@ -105,7 +105,7 @@ def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_
         shared = {patient_of(n) for n in names["train"]} & {patient_of(n) for n in names["test"]}
         for patient in sorted(shared):
             data.note(patient, "this patient is in training and in test data, so test scores are too good for it")
-        everything = [(image, annotation, folders[part]) for part, found in pairs.items() for image, annotation in found]
+        everything = [(*pair, folders[part]) for part, found in pairs.items() for pair in found]
         for image, annotation, folder in tqdm(everything, desc="MoNuSeg", unit="image", disable=None):
             source = Source(image.stem, image.relative_to(folder).as_posix(), patient_of(image.stem),
                             split_of[image.stem])
