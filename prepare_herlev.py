@@ -102,8 +102,8 @@ def read_cells(cells: dict[str, tuple[Path, Path]], src: Path) -> dict[str, np.n
             parts[name] = read_parts(mask)
             (height, width), (own_height, own_width) = image_size(image), parts[name].shape
             if (height, width) != (own_height, own_width):
-                problems.append(f"{image}: {height}x{width} pixels, but its mask has {own_height}x{own_width}; both must "
-                                f"have one size. Take both from the original download")
+                problems.append(f"{image}: {height}x{width} pixels, but its mask has {own_height}x{own_width}; both "
+                                f"must have one size. Take both from the original download")
         except ImageFileError as error:
             problems.append(str(error))
     if problems:
@@ -169,7 +169,7 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
         extra = format_table(("class", *SPLITS), [(kind, *(by_class[kind, s] for s in SPLITS)) for kind in CLASSES])
         if folds:
             extra += "\n" + write_folds(root, classes, split_of, folds, seed)
-            extra += "\nTo use a fold, copy its file to splits.csv in the data set; without splits.csv the folders hold."
+            extra += "\nTo use a fold, copy its file to splits.csv in the data set; without that the folders hold."
         if target == "both":
             extra += "\nMasks hold 0 background, 1 nucleus, 2 cytoplasm: train with --out_channels 2."
         return data.finish(extra=extra)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_imagescope
-from images import load_image
+from images import ImageFileError, load_image
 from prepared_data import PreparedData, Source, deal_groups, images_by_stem, new_folder, tile_offsets
 from splits import DatasetError
 
@@ -106,10 +106,16 @@ def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_
         for patient in sorted(shared):
             data.note(patient, "this patient is in training and in test data, so test scores are too good for it")
         everything = [(*pair, folders[part]) for part, found in pairs.items() for pair in found]
+        problems = []
         for image, annotation, folder in tqdm(everything, desc="MoNuSeg", unit="image", disable=None):
             source = Source(image.stem, image.relative_to(folder).as_posix(), patient_of(image.stem),
                             split_of[image.stem])
-            convert(data, source, image, annotation, overlap)
+            try:
+                convert(data, source, image, annotation, overlap)
+            except ImageFileError as error:
+                problems.append(str(error))
+        if problems:
+            raise DatasetError(train_dir, problems)
         sizes = [a.microns_per_pixel for found in pairs.values() for _, a in found if a.microns_per_pixel]
         return data.finish(float(np.median(sizes)) if sizes else None, extra=describe_sizes(sizes, len(split_of)))
 
