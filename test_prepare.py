@@ -253,7 +253,7 @@ def test_instance_maps_of_every_type_are_read(dtype, tmp_path):
 
 
 def test_instance_maps_keep_palette_indices_and_refuse_the_rest(tmp_path):
-    indexed = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), mode=None).convert("P")
+    indexed = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8)).convert("P")
     indexed.putpalette([v for i in range(4) for v in (255 - i, i, 7)])
     indexed.save(tmp_path / "p.png")
     assert load_instances(tmp_path / "p.png").tolist() == [[0, 1], [2, 3]]
