@@ -116,8 +116,8 @@ class PreparedData:
         nuclei = int(labels.max(initial=0)) if nuclei is None else nuclei
         for kind in ("images", "masks") if labels is None else ("images", "masks", "instances"):
             (self.root / folder / kind).mkdir(parents=True, exist_ok=True)
-        save_png(self.root / folder / "images" / f"{name}.png", image)
-        save_png(self.root / folder / "masks" / f"{name}.png", mask)
+        save_png(self.root / folder / "images" / f"{name}.png", image, smallest=False)
+        save_png(self.root / folder / "masks" / f"{name}.png", mask, smallest=False)
         if labels is not None:
             save_instances(self.root / folder / "instances" / f"{name}.png", labels)
         height, width = covered or image.shape[:2]
