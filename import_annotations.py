@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
                               args.overlap, args.microns_per_pixel, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk too
         print(f"error: {error}", file=sys.stderr)
         return 2
     regex = f" --group_regex '{args.group_regex}'" if args.group_regex else ""

@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         report = prepare(args.src, args.out, args.target, args.folds, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk too
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"

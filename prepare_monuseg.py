@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk too
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
