@@ -1,0 +1,313 @@
+"""Read what people draw around nuclei, and turn it into instance maps: the one rasteriser of every format.
+
+Readers return regions in the order of the file. Coordinates are (row, column) in pixels of the image, as the programs
+write them (x and y swapped); the centre of the first pixel is (0, 0).
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.parsers import expat
+
+import numpy as np
+from skimage.draw import polygon
+
+
+@dataclass
+class Region:
+    """One nucleus as drawn.
+
+    Attributes:
+        name: number or id in the file, for messages.
+        polygons: each an outline (N, 2) float64 of (row, column), followed by its holes; the region is their union.
+        pixels: sorted indices into the flattened image, where the file holds pixels and not outlines.
+    """
+
+    name: str
+    polygons: list[list[np.ndarray]] = field(default_factory=list)
+    pixels: np.ndarray | None = None
+
+
+@dataclass
+class Annotation:
+    """What was drawn on one image.
+
+    Attributes:
+        size: (height, width) of the image if the file tells it.
+        notes: what a user should know, one sentence each.
+    """
+
+    regions: list[Region] = field(default_factory=list)
+    microns_per_pixel: float | None = None
+    size: tuple[int, int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def rasterise(regions: list[Region], shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """Draw regions into an instance map (H, W) int32 with labels 1..n in their order, 0 for background.
+
+    A pixel belongs to a region if `skimage.draw.polygon` says so (edges included); where regions overlap, the earlier
+    one wins. What lies beyond the image is cut off. Regions that leave no pixel get no label.
+
+    Returns:
+        The map, and a sentence for each region left out.
+    """
+    labels = np.zeros(shape, np.int32)
+    flat = labels.reshape(-1)
+    count, notes = 0, []
+    for region in regions:
+        pixels = _pixels(region, shape)
+        free = pixels[flat[pixels] == 0]
+        if len(free):
+            count += 1
+            flat[free] = count
+        else:
+            reason = "it lies wholly under earlier regions" if len(pixels) else _why_empty(region, shape)
+            notes.append(f"region {region.name} left out: {reason}")
+    return labels, notes
+
+
+def read_imagescope(path: Path) -> Annotation:
+    """Read an Aperio ImageScope XML; the regions of all its layers are nuclei.
+
+    Raises ValueError for a file with a DOCTYPE or entity declaration (it could read other files or fill the memory),
+    for XML that is not well formed and for XML of another program.
+    """
+    reader = _ImageScopeReader(path)
+    parser = reader.parser = expat.ParserCreate()
+    parser.StartElementHandler = reader.start
+    parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = reader.declaration
+    try:
+        with open(path, "rb") as file:
+            parser.ParseFile(file)
+    except expat.ExpatError as error:
+        raise ValueError(f"{path}: no XML that can be read ({error}). Export it again from ImageScope") from None
+    found = reader.annotation
+    if len(reader.layers) > 1:
+        found.notes.append(f"{len(reader.layers)} annotation layers with regions; all are taken as nuclei")
+    return found
+
+
+class _ImageScopeReader:
+    """Collect regions while the parser walks through Annotations/Annotation/Regions/Region/Vertices/Vertex."""
+
+    def __init__(self, path: Path):
+        self.path, self.annotation = path, Annotation()
+        self.parser = None
+        self.layer, self.layers = 0, set()
+        self.outline: list[tuple[float, float]] | None = None
+
+    def declaration(self, *_) -> None:
+        raise ValueError(f"{self.path}: line {self.parser.CurrentLineNumber} has a DOCTYPE or entity declaration; "
+                         f"ImageScope writes none, and they are not read. Export the file again from ImageScope")
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        if self.outline is None:  # the first element
+            if tag != "Annotations":
+                raise ValueError(f"{self.path}: its root is <{tag}>; an ImageScope file begins with <Annotations>. "
+                                 f"Export the annotation from ImageScope as XML")
+            self.outline = []
+            if "MicronsPerPixel" in attributes:
+                size = self._number(attributes, "MicronsPerPixel")
+                self.annotation.microns_per_pixel = size if size > 0 else None
+        elif tag == "Annotation":
+            self.layer += 1
+        elif tag == "Region":
+            self._start_region(attributes)
+        elif tag == "Vertex":
+            self.outline.append((self._number(attributes, "Y"), self._number(attributes, "X")))
+
+    def _start_region(self, attributes: dict[str, str]) -> None:
+        self.outline = []
+        name = attributes.get("Id", "without Id")
+        if self.layer > 1:
+            name += f" of layer {self.layer}"
+        if attributes.get("NegativeROA") == "1":
+            self.annotation.notes.append(f"region {name} left out: it is a negative region, not a nucleus")
+            return
+        self.layers.add(self.layer)
+        self.annotation.regions.append(Region(name, [[self.outline]]))  # vertices are still to come
+
+    def _number(self, attributes: dict[str, str], key: str) -> float:
+        try:
+            value = float(attributes[key])
+        except (KeyError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{self.path}: line {self.parser.CurrentLineNumber} has {key}={attributes.get(key)!r}; a "
+                             f"finite number is needed. Export the file again from ImageScope")
+        return value
+
+
+def read_geojson(path: Path) -> Annotation:
+    """Read GeoJSON as QuPath exports it: a FeatureCollection, a list of features or a single one.
+
+    Polygon and MultiPolygon, with holes; of a QuPath cell the nucleus is taken. Other geometries have no area and are
+    left out with a note. Raises ValueError for anything else.
+    """
+    content = _read_json(path)
+    if isinstance(content, dict):
+        content = content.get("features") if content.get("type") == "FeatureCollection" else [content]
+    if not isinstance(content, list) or not all(isinstance(f, dict) and f.get("type") == "Feature" for f in content):
+        raise ValueError(f"{path}: no GeoJSON features found; a FeatureCollection or a list of features is needed. "
+                         f"Export it from QuPath with 'Export objects as GeoJSON'")
+    found, cells = Annotation(), 0
+    for number, feature in enumerate(content, 1):
+        cells += "nucleusGeometry" in feature
+        geometry = feature.get("nucleusGeometry") or feature.get("geometry")
+        geometry = geometry if isinstance(geometry, dict) else {}
+        kind, coordinates = geometry.get("type"), geometry.get("coordinates")
+        if kind not in ("Polygon", "MultiPolygon"):
+            found.notes.append(f"region {number} left out: a {kind or 'feature without geometry'} has no area")
+            continue
+        polygons = coordinates if kind == "MultiPolygon" else [coordinates]
+        try:
+            rings = [[_ring(ring) for ring in rings] for rings in polygons]
+        except (TypeError, ValueError, IndexError):
+            raise ValueError(f"{path}: feature {number} has {kind} coordinates that are no lists of finite (x, y) "
+                             f"pairs. Export it again") from None
+        found.regions.append(Region(str(number), rings))
+    if cells:
+        found.notes.append(f"{cells} cells with a nucleus of their own; the nucleus is taken, not the cell")
+    return found
+
+
+def read_coco(path: Path) -> dict[str, Annotation]:
+    """Read COCO JSON as CVAT exports it: polygons and run lengths, plain or compressed. Categories are not told apart.
+
+    Returns:
+        The annotation of each image, by the stem of its file name.
+    Raises ValueError for JSON of another kind, for two images with one stem and for run lengths that do not fit.
+    """
+    content = _read_json(path)
+    if not isinstance(content, dict) or not all(_dictionaries(content.get(k)) for k in ("images", "annotations")):
+        raise ValueError(f"{path}: no COCO annotation; the lists 'images' and 'annotations' are needed. Export it from "
+                         f"CVAT as 'COCO 1.0'")
+    by_id, by_stem = {}, {}
+    for image in content["images"]:
+        stem = Path(str(image.get("file_name", "")).replace("\\", "/")).stem
+        if not stem or stem in by_stem:
+            raise ValueError(f"{path}: image {image.get('id')!r} has file_name {image.get('file_name')!r}; every image "
+                             f"needs a name whose stem occurs once. Rename it and export again")
+        size = (image.get("height"), image.get("width"))
+        by_stem[stem] = by_id[str(image.get("id"))] = Annotation(size=size if all(size) else None)
+    for number, entry in enumerate(content["annotations"], 1):
+        name = str(entry.get("id", number))
+        if str(entry.get("image_id")) not in by_id:
+            raise ValueError(f"{path}: annotation {name} is for image {entry.get('image_id')!r}, which the file does "
+                             f"not list. Export it again")
+        annotation, segmentation = by_id[str(entry["image_id"])], entry.get("segmentation")
+        if not segmentation:
+            annotation.notes.append(f"region {name} left out: it has no outline (a box alone?)")
+            continue
+        try:
+            annotation.regions.append(_coco_region(name, segmentation, annotation))
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            raise ValueError(f"{path}: annotation {name} has a segmentation that cannot be read ({error}); lists "
+                             f"x, y, x, y ... or run lengths are needed. Export it again") from None
+    return by_stem
+
+
+def decode_run_lengths(counts: list[int] | str, size: tuple[int, int]) -> np.ndarray:
+    """Decode COCO run lengths into (H, W) bool: runs of 0 and 1 in turn, beginning with 0, down the columns.
+
+    Args:
+        counts: the runs, or their compressed text (pycocotools: 5 bits a character from '0' on, the sixth says that
+            the number goes on; from the fourth number on, differences to the last but one).
+    Raises ValueError when the runs do not add up to the image.
+    """
+    runs = _decompress(counts) if isinstance(counts, str) else [int(n) for n in counts]
+    height, width = (int(n) for n in size)
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
+        raise ValueError(f"run lengths of {sum(runs)} pixels for {height}x{width} = {height * width}")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _decompress(text: str) -> list[int]:
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"character {character!r} in compressed run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:  # the sign of the last group is that of the number
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
+
+
+def _coco_region(name: str, segmentation, annotation: Annotation) -> Region:
+    if isinstance(segmentation, dict):
+        inside = decode_run_lengths(segmentation["counts"], segmentation["size"])
+        annotation.size = annotation.size or inside.shape
+        if inside.shape != annotation.size:
+            raise ValueError(f"run lengths for {inside.shape}, image of {annotation.size}")
+        return Region(name, pixels=np.flatnonzero(inside))
+    if not isinstance(segmentation[0], list):  # one outline without the list around it
+        segmentation = [segmentation]
+    return Region(name, [[_ring(np.asarray(outline, float).reshape(-1, 2))] for outline in segmentation])
+
+
+def _ring(points) -> np.ndarray:
+    """Turn (x, y) pairs into (N, 2) float64 of (row, column)."""
+    ring = np.array([[float(point[1]), float(point[0])] for point in points]).reshape(-1, 2)
+    if not np.isfinite(ring).all():
+        raise ValueError("coordinates that are not finite")
+    return ring
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON that can be read ({error}). Export it again") from None
+
+
+def _dictionaries(entries) -> bool:
+    return isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+
+
+def _pixels(region: Region, shape: tuple[int, int]) -> np.ndarray:
+    """Return the sorted flat indices of a region's pixels within the image."""
+    if region.pixels is not None:
+        return region.pixels
+    inside = np.zeros(0, np.intp)
+    for outline, *holes in (rings for rings in region.polygons if rings):
+        part = _inside(outline, shape)
+        for hole in holes:
+            part = np.setdiff1d(part, _inside(hole, shape), assume_unique=True)
+        inside = np.union1d(inside, part)
+    return inside
+
+
+def _inside(ring, shape: tuple[int, int]) -> np.ndarray:
+    ring = np.asarray(ring, float).reshape(-1, 2)
+    if _vertices(ring) < 3:
+        return np.zeros(0, np.intp)
+    rows, columns = polygon(ring[:, 0], ring[:, 1], shape)
+    return np.ravel_multi_index((rows, columns), shape)
+
+
+def _vertices(ring) -> int:
+    """Count the vertices of an outline; the first one repeated at the end counts once."""
+    return len(ring) - (len(ring) > 1 and np.array_equal(ring[0], ring[-1]))
+
+
+def _why_empty(region: Region, shape: tuple[int, int]) -> str:
+    outlines = [rings[0] for rings in region.polygons if rings]
+    most = max((_vertices(outline) for outline in outlines), default=0)
+    if region.pixels is None and most < 3:
+        return f"{most} vertices; a region has at least 3"
+    corners = np.concatenate([np.asarray(o, float).reshape(-1, 2) for o in outlines]) if outlines else np.zeros((1, 2))
+    (top, left), (bottom, right) = corners.min(axis=0), corners.max(axis=0)
+    if bottom < 0 or right < 0 or top > shape[0] - 1 or left > shape[1] - 1:
+        return (f"rows {top:g}..{bottom:g}, columns {left:g}..{right:g} are outside the image of "
+                f"{shape[0]}x{shape[1]} pixels")
+    return "it covers no pixel"

@@ -1,0 +1,212 @@
+"""Turn images and what was drawn on them in QuPath, Fiji, napari or CVAT into a data set, instances kept.
+
+    python import_annotations.py --format geojson --images slides --annotations exports --out data_mine
+    python import_annotations.py --format label-tiff --images fields --annotations labels --out data_mine
+    python import_annotations.py --format coco --images images --annotations instances_default.json --out data_mine
+
+geojson and label-tiff: one file an image, with the image's stem (NAME.geojson or NAME.png.geojson; NAME.tif,
+NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, slides) are found in the names by
+--group_regex and go into one split each: 70 % of the images train, 15 % valid, 15 % test.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from annotations import Annotation, rasterise, read_coco, read_geojson
+from images import IMAGE_SUFFIXES, ImageFileError, image_size, load_image, load_instances
+from prepared_data import PreparedData, Source, deal_groups, images_by_stem, new_folder, tile_offsets
+from splits import SHARES, SPLITS, DatasetError
+
+FORMATS = ("geojson", "label-tiff", "coco")
+LABEL_ENDS = ("_cp_masks", "_labels", "_label", "_masks", "_mask")  # what Cellpose and others add to the name
+FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
+
+Drawn = tuple[np.ndarray, list[str]]  # instance map (H, W) int32 with labels 1..n, and notes
+
+
+def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[str, Callable[[], Drawn]]:
+    """Return, for each image stem that something belongs to, how to read its instance map.
+
+    Outlines are read at once, so that faults are found before anything is written; label images when they are needed.
+
+    Raises:
+        DatasetError: with every file that cannot serve.
+    """
+    if not annotations.exists():
+        raise ValueError(f"{annotations}: no such file or folder. Check --annotations")
+    if kind == "coco":
+        found = read_coco(_only_json(annotations))
+        return {stem: _drawer(images.get(stem), annotation) for stem, annotation in found.items()}
+    drawn, problems = {}, []
+    suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
+    files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
+    own = {image.resolve() for image in images.values()}  # both may lie in one folder
+    for path in (p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")):
+        stem = _stem_of_image(path, images)
+        if path.resolve() in own:
+            continue
+        if stem in drawn:
+            problems.append(f"{path}: a second file for {stem}. Keep one")
+            continue
+        try:
+            drawn[stem] = (_drawer(images.get(stem), read_geojson(path)) if kind == "geojson"
+                           else partial(read_label_image, path, images.get(stem)))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError(annotations, problems)
+    return drawn
+
+
+def _drawer(image: Path | None, annotation: Annotation) -> Callable[[], Drawn]:
+    def draw() -> Drawn:
+        shape = image_size(image)
+        if annotation.size and tuple(annotation.size) != shape:
+            raise ImageFileError(f"{image}: {shape[0]}x{shape[1]} pixels, but it was annotated at {annotation.size[0]}x"
+                                 f"{annotation.size[1]}; both must agree. Use the images that were annotated")
+        labels, left_out = rasterise(annotation.regions, shape)
+        return labels, annotation.notes + left_out
+    return draw
+
+
+def _only_json(path: Path) -> Path:
+    """Return the JSON file itself, or the only one in a folder or in its folder 'annotations'."""
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.json")) or sorted(path.glob("annotations/*.json"))
+    if len(found) != 1:
+        raise ValueError(f"{path}: {len(found)} JSON files found; COCO is one file for all images. Pass it as "
+                         f"--annotations")
+    return found[0]
+
+
+def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
+    """Return the stem of the image that an annotation file belongs to, or its own if there is none."""
+    by_name = {image.name: stem for stem, image in images.items()}
+    if path.stem in images or path.stem in by_name:
+        return by_name.get(path.stem, path.stem)
+    ends = [end for end in LABEL_ENDS if path.stem.endswith(end)]
+    return path.stem.removesuffix(ends[0]) if ends else path.stem
+
+
+def read_label_image(path: Path, image: Path) -> Drawn:
+    """Read an instance map and number its nuclei 1..n; a 0/255 mask is separated where its pieces do not touch."""
+    labels = load_instances(path)
+    shape = image_size(image)
+    if labels.shape != shape:
+        raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but {image} has {shape[0]}x"
+                             f"{shape[1]}; both must have one size. Export the labels at the image's size")
+    values = np.unique(labels[labels > 0])
+    if len(values) == 1 and values[0] in (255, 65535):
+        pieces, count = ndimage.label(labels, np.ones((3, 3)))
+        return pieces.astype(np.int32), [f"a mask of 0 and {values[0]}, not of labels: each of its {count} pieces is "
+                                         f"taken as one nucleus, also where several touch"]
+    return np.searchsorted(values, labels, side="right").astype(np.int32), []
+
+
+def group_names(names: list[str], group_regex: str | None) -> dict[str, str]:
+    """Return the group of every image name: itself, or what the expression finds (its group 1 if it has one)."""
+    if not group_regex:
+        return {name: name for name in names}
+    try:
+        pattern = re.compile(group_regex)
+    except re.error as error:
+        raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
+    found = {name: pattern.search(name) for name in names}
+    missed = [name for name, match in found.items() if not match]
+    if missed:
+        raise ValueError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
+                         f"must match every one. Widen it, e.g. '^[^_]+' for all before the first underscore")
+    return {name: match.group(pattern.groups and 1) for name, match in found.items()}
+
+
+def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
+                 sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
+    """Write the data set and return the report; raises ValueError for what cannot be used."""
+    tile_offsets(0, overlap)  # complains about a wrong overlap before anything is read
+    if microns_per_pixel is not None and not 0 < microns_per_pixel < np.inf:
+        raise ValueError(f"--microns_per_pixel is {microns_per_pixel}; it must be above 0, e.g. 0.25")
+    with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
+        data = PreparedData(root, f"own annotations ({kind})", sizing)
+        images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
+        drawn = find_drawn(kind, images, annotations)
+        data.notes += [f"{images[stem].name}: left out, as nothing is drawn for it" for stem in images
+                       if stem not in drawn]
+        data.notes += [f"{stem}: something is drawn for it, but the image is missing" for stem in drawn
+                       if stem not in images]
+        names = [stem for stem in images if stem in drawn]
+        if not names:
+            raise ValueError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
+                             f"that of an image in {image_dir} ({', '.join(list(images)[:3])}). Stems must be the same")
+        group_of = group_names(names, group_regex)
+        dealt = deal_groups({group: [n] for group, n in Counter(group_of.values()).items()}, SHARES, seed)
+        problems = []
+        for name in tqdm(names, desc="images", unit="image", disable=None):
+            source = Source(name, images[name].name, group_of[name], SPLITS[dealt[group_of[name]]])
+            try:
+                convert(data, source, images[name], *drawn[name](), overlap)
+            except ImageFileError as error:
+                problems.append(str(error))
+        if problems:
+            raise DatasetError(image_dir, problems)
+        return data.finish(microns_per_pixel)
+
+
+def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, notes: list[str],
+            overlap: int) -> None:
+    """Write one image with its instance map, and remember what is odd about it."""
+    data.note(source.origin, *notes)
+    areas = np.bincount(labels.reshape(-1))[1:]
+    if not len(areas):
+        data.note(source.origin, "no nucleus is drawn on it; it is kept, with an empty mask")
+    elif areas.max() > FRAME_SHARE * labels.size:
+        data.note(source.origin, f"one region covers {areas.max() / labels.size:.0%} of the image. Is it a frame "
+                                 f"around the nuclei? It hides all that come after it")
+    data.add(source, load_image(path, 3), labels, overlap)
+
+
+def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> dict[str, Path]:
+    """Leave out label images that lie in the folder of the images, such as a_cp_masks.png beside a.png."""
+    if not annotations.is_dir() or annotations.resolve() != folder.resolve():
+        return images
+    return {stem: path for stem, path in images.items()
+            if not any(stem.endswith(end) and stem.removesuffix(end) in images for end in LABEL_ENDS)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--annotations", type=Path, required=True, help="folder of one file an image, or COCO JSON")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
+    parser.add_argument("--group_regex", help="finds the patient or slide in an image's name, e.g. '^[^_]+'")
+    parser.add_argument("--sizing", choices=("tile", "resize"), default="tile",
+                        help="tile: cut into 256x256 at native scale (default); resize: keep images whole, as training "
+                             "brings each to 256x256 (single cells)")
+    parser.add_argument("--overlap", type=int, default=0, help="pixels that neighbouring tiles share (0)")
+    parser.add_argument("--microns_per_pixel", type=float, help="size of a pixel, if known")
+    parser.add_argument("--seed", type=int, default=0, help="decides which groups go where (0)")
+    args = parser.parse_args(arguments)
+    try:
+        report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
+                              args.overlap, args.microns_per_pixel, args.seed)
+    except (ValueError, OSError) as error:  # a full disk too
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    regex = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
+    print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
+          f"python pap_smear_dataset.py {args.out}{regex}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
