@@ -9,10 +9,20 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
 from skimage.metrics import contingency_table
 from skimage.segmentation import find_boundaries
 
+from checkpoints import load_checkpoint, save_checkpoint
+from conftest import draw_pair, write_checkpoint
+from image_pyramid import FINEST
+from images import ImageFileError, load_image, resize, save_png, to_image
+from inference import REACH, STEP, Predictor, plan_axis, separate_nuclei, tile_margin
 from metrics import INSTANCE_METRICS, boundary, boundary_f1, instance_metrics, overlaps
+from unet import MODELS, ProgressiveUNet, UNet
+from unet_parts import ToLogits
 
 # ---- instance measures
 
@@ -159,6 +169,282 @@ def test_instance_measures_of_a_full_slide_field_take_less_than_a_second():
 def test_label_maps_that_are_refused(found, words):
     with pytest.raises(ValueError, match=words):
         instance_metrics(found, np.zeros((4, 4), int))
+
+
+# ---- images in memory
+
+
+def test_arrays_and_files_become_the_same_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    deep = rng.integers(0, 65536, (9, 7), dtype=np.uint16)
+    for array in (rgb, rgb[..., 0], deep):
+        save_png(tmp_path / "a.png", array)
+        for channels in (1, 3):
+            assert np.array_equal(to_image(array, channels), load_image(tmp_path / "a.png", channels))
+    alpha = np.dstack([rgb, rgb[..., :1]])
+    assert np.array_equal(to_image(alpha, 3), rgb)
+    assert np.array_equal(to_image(alpha[..., :2], 1), rgb[..., :1])
+    assert np.array_equal(to_image(rgb[..., :1] / 255, 1), rgb[..., :1])
+    assert np.array_equal(to_image(rgb[..., 0] > 99, 1)[..., 0], (rgb[..., 0] > 99) * 255)
+    palette = Image.fromarray(rgb).quantize(200)
+    palette.save(tmp_path / "p.png")
+    assert np.array_equal(to_image(palette, 3), load_image(tmp_path / "p.png", 3)), "a palette's indices are no grey"
+
+
+@pytest.mark.parametrize(("array", "words"), [
+    (np.zeros((3, 20, 20), np.uint8), "transpose"), (np.zeros((5, 5), np.int64), "astype"),
+    (np.full((5, 5), 200.0), r"must lie in \[0, 1\]"), (np.full((5, 5), np.nan), r"must lie in \[0, 1\]"),
+    (np.zeros((0, 5), np.uint8), "at least 1"), (np.zeros(5, np.uint8), r"\(H, W\)")])
+def test_arrays_that_are_refused(array, words):
+    with pytest.raises(ImageFileError, match=words):
+        to_image(array, 1)
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path):
+    path = tmp_path / "large.png"
+    save_png(path, np.zeros((100, 100), np.uint8))
+    path.write_bytes(path.read_bytes()[:60])  # the header alone
+    with pytest.raises(ImageFileError, match="100x100 pixels.*--max_pixels"):
+        load_image(path, 1, max_pixels=9999)
+    with pytest.raises(ImageFileError, match="cut off"):
+        load_image(path, 1, max_pixels=10000)
+
+
+# ---- prediction
+
+
+def lively_model(stage=4, in_channels=1, out_channels=1, kind=ProgressiveUNet, seed=0):
+    """A network without training whose probabilities vary over an image."""
+    torch.manual_seed(seed)
+    model = kind(in_channels, out_channels, base_channels=4)
+    model.set_image_statistics([0.5] * in_channels, [0.2] * in_channels)
+    model.set_stage(stage)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ToLogits):
+                torch.nn.init.normal_(module.conv.weight, std=0.5)
+        model.train()
+        for _ in range(20):  # running statistics as after training
+            model(torch.rand(2, in_channels, 64, 64))
+    return model.eval()
+
+
+def noisy_image(height, width, channels=1, seed=0) -> np.ndarray:
+    """Smooth structures and noise (H, W, C) uint8."""
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.normal(0, 1, (height, width, channels)), (6, 6, 0))
+    return np.clip(128 + 400 * smooth + rng.normal(0, 20, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def measured_reach(model) -> int:
+    """Switch on one pixel of a black image where the network can only add, and see how far off the logits answer."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1 / p[0].numel() if p.ndim > 1 else 0)  # nothing is rectified away, and black stays exactly 0
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(1)
+    model = model.double().eval()
+    period = 2 ** model.stage
+    side = (2 * REACH[model.name][model.stage] // period + 4) * period
+    farthest = 0
+    for place in range(side // 2, side // 2 + period):  # everywhere relative to the poolings
+        x = torch.zeros(1, 1, side, side, dtype=torch.float64)
+        x[..., place, place] = 1
+        with torch.inference_mode():
+            answer = (model(x)[0, 0] != 0).any(dim=1).nonzero().flatten()
+        assert answer[0] > 0
+        assert answer[-1] < side - 1
+        farthest = max(farthest, place - int(answer[0]), int(answer[-1]) - place)
+    return farthest
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in REACH for stage in REACH[name]])
+def test_the_reach_of_a_network_is_what_its_constant_says(name, stage):
+    model = MODELS[name](base_channels=1)
+    model.set_stage(stage)
+    assert measured_reach(model) == REACH[name][stage]
+
+
+@pytest.mark.parametrize("length", [16, 320, 336, 512, 1008, 4096])
+def test_tiles_cover_an_axis_once(length):
+    offsets, weights = plan_axis(length, tile=320, margin=122)
+    total = np.zeros(length)
+    for offset, own in zip(offsets, weights, strict=True):
+        assert offset % STEP == 0
+        assert offset + len(own) <= length
+        assert not own[:122].any() or offset == 0
+        assert not own[-122:].any() or offset + len(own) == length
+        total[offset:offset + len(own)] += own
+    assert np.abs(total - 1).max() < 1e-6
+    assert len(offsets) == (1 if length <= 320 else len(set(offsets)))
+
+
+@pytest.mark.parametrize(("stage", "kind", "scale", "tile", "size"), [
+    (4, ProgressiveUNet, None, 304, (470, 357)), (4, ProgressiveUNet, 128, 304, (200, 391)),
+    (4, UNet, None, 272, (333, 290)), (3, ProgressiveUNet, None, 304, (350, 421)),
+    (2, ProgressiveUNet, 32, 288, (301, 399))])
+def test_tiles_equal_the_whole_image(stage, kind, scale, tile, size, tmp_path):
+    model = lively_model(stage, in_channels=3, out_channels=2, kind=kind)
+    path = write_checkpoint(tmp_path / "a.pth", model, "tile")
+    image = noisy_image(*size, 3)
+    whole, tiled = (Predictor(path, "cpu", "float32", tile=side, batch_size=3, scale=scale).predict(image)
+                    for side in (1024, tile))
+    assert whole.shape == tiled.shape == (*size, 2)
+    assert whole.dtype == np.float32
+    assert whole.std() > 0.02, "a network that says the same everywhere proves nothing"
+    assert np.abs(whole - tiled).max() < 1e-4, "1e-3 is promised; float32 does better"
+
+
+def test_tiles_equal_the_whole_image_with_trained_weights(trained_run, tmp_path):
+    checkpoint = load_checkpoint(trained_run[0] / "best_stage_4.pth")
+    save_checkpoint(tmp_path / "tile.pth", checkpoint | {"sizing": "tile"})
+    image = np.vstack([draw_pair(np.random.default_rng(i), 360)[0] for i in range(2)])[:450]
+    whole, tiled = (Predictor(tmp_path / "tile.pth", "cpu", "float32", tile=side).predict(image)
+                    for side in (1024, 304))
+    assert np.abs(whole - tiled).max() < 1e-4
+
+
+def test_a_margin_short_of_the_reach_would_be_seen(tmp_path, monkeypatch):
+    """The test above can fail: with hardly a margin its seams are far beyond what is promised."""
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(), "tile")
+    image = noisy_image(400, 400)
+    whole = Predictor(path, "cpu", "float32").predict(image)
+    monkeypatch.setitem(REACH["pgunet"], 4, 8)
+    assert np.abs(Predictor(path, "cpu", "float32", tile=304).predict(image) - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("sizing", ["resize", "tile"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 40), (63, 65), (256, 256), (300, 17)])
+def test_every_size_and_mode_is_segmented(sizing, size, tmp_path):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), sizing)
+    predictor = Predictor(path, "cpu", "float32")
+    grey = noisy_image(*size)[..., 0]
+    save_png(tmp_path / "grey.png", grey)
+    expected = predictor.predict(tmp_path / "grey.png")
+    assert expected.shape == (*size, 1)
+    assert expected.min() >= 0
+    assert expected.max() <= 1
+    for same in (str(tmp_path / "grey.png"), grey, grey.astype(np.uint16) * 257, grey / 255,
+                 np.dstack([grey] * 3), Image.fromarray(grey)):
+        assert np.array_equal(predictor.predict(same), expected)
+
+
+def test_resizing_is_what_training_validates(tmp_path):
+    """A 256x256 image passes unchanged; a large one as its area means, its logits enlarged again."""
+    model = lively_model()
+    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", model), "cpu", "float32")
+    image = noisy_image(512, 384)
+    small = torch.from_numpy(resize(image, FINEST).transpose(2, 0, 1) / np.float32(255))[None]
+    with torch.inference_mode():
+        logits = torch.nn.functional.interpolate(model(small), (512, 384), mode="bilinear", antialias=True)
+    assert np.abs(predictor.predict(image)[..., 0] - logits.sigmoid()[0, 0].numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("sizing", ["resize", "tile"])
+def test_folds_and_views_are_averaged(sizing, tmp_path):
+    paths = [write_checkpoint(tmp_path / f"{seed}.pth", lively_model(seed=seed), sizing) for seed in (1, 2)]
+    image = noisy_image(*((256, 256) if sizing == "resize" else (96, 128)))
+    single = [Predictor(path, "cpu", "float32").predict(image) for path in paths]
+    both = Predictor(paths, "cpu", "float32").predict(image)
+    assert np.abs(both - np.mean(single, axis=0)).max() < 1e-6
+    assert np.abs(single[0] - single[1]).max() > 0.01
+    # An average over all views turns with the image.
+    augmenting = Predictor(paths[0], "cpu", "float32", augment=True)
+    turned = augmenting.predict(np.rot90(image)[:, ::-1])
+    straight = augmenting.predict(image)
+    assert np.abs(np.rot90(straight)[:, ::-1] - turned).max() < 1e-5
+    assert np.abs(straight - single[0]).max() > 1e-3
+
+
+def test_predictor_refuses(tmp_path):
+    grey = write_checkpoint(tmp_path / "grey.pth", lively_model())
+    rgb = write_checkpoint(tmp_path / "rgb.pth", lively_model(in_channels=3))
+    tile = write_checkpoint(tmp_path / "tile.pth", lively_model(), "tile")
+    odd = write_checkpoint(tmp_path / "odd.pth", lively_model(), "stretch")
+    for arguments, words in [(([grey, rgb],), "must agree"), (([],), "empty"), ((odd,), "sizing is 'stretch'"),
+                             ((tmp_path / "none.pth",), "no such file")]:
+        with pytest.raises(ValueError, match=words):
+            Predictor(*arguments)
+    for tile_side in (200, 1000):
+        with pytest.raises(ValueError, match="multiple of 16 and at least 304"):
+            Predictor(tile, tile=tile_side)
+    with pytest.raises(ValueError, match="logits at 32, 64, 128, 256"):
+        Predictor(grey, scale=100)
+    assert tile_margin(lively_model(2)) == (26 + 3) * 4
+    assert "stage 4, luminance, native scale in tiles of 1024" in str(Predictor(tile, "cpu"))
+
+
+def test_what_is_unlike_the_training_images_is_said(tmp_path):
+    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", lively_model()), "cpu")
+    usual = noisy_image(64, 64)
+    assert predictor.unlike_training(usual) is None
+    assert "mean 0.01, in training 0.50" in predictor.unlike_training(usual // 30)
+    assert "standard deviation" in predictor.unlike_training(usual // 30 + 120)
+
+
+# ---- separation
+
+
+def two_discs(distance: float, radius: float = 20.0) -> np.ndarray:
+    rows, columns = np.mgrid[:100, :140]
+    return np.minimum(np.hypot(rows - 50, columns - 50), np.hypot(rows - 50, columns - 50 - distance)) <= radius
+
+
+def test_touching_discs_are_separated_where_they_touch():
+    probability = two_discs(34).astype(np.float32)
+    assert ndimage.label(probability)[1] == 1
+    nuclei = separate_nuclei(probability)
+    assert nuclei.dtype == np.int32
+    assert nuclei.max() == 2
+    assert np.array_equal(nuclei > 0, probability > 0.5), "nothing of the foreground is lost"
+    assert nuclei[50, 60] != nuclei[50, 74]
+    areas = np.bincount(nuclei.ravel())[1:]
+    assert abs(areas[0] - areas[1]) < 40
+    assert separate_nuclei(two_discs(8).astype(float)).max() == 1, "a slightly long nucleus stays whole"
+
+
+def test_a_boundary_channel_separates_what_its_shape_does_not():
+    probability = np.zeros((40, 80))
+    probability[10:30, 10:70] = 1
+    line = np.zeros((40, 80))
+    line[:, 39:41] = 1
+    assert separate_nuclei(probability).max() == 1
+    nuclei = separate_nuclei(probability, boundary=line)
+    assert nuclei.max() == 2
+    assert np.array_equal(nuclei > 0, probability > 0)
+    assert nuclei[20, 38] != nuclei[20, 41]
+
+
+def test_small_and_thin_nuclei_and_holes():
+    probability = np.zeros((60, 60, 1))
+    probability[2:4, 2:50] = 0.9     # thin, 96 pixels
+    probability[10:14, 10:14] = 0.9  # small, 16 pixels
+    probability[30:50, 30:50] = 0.9
+    probability[38:41, 38:41] = 0.1  # a hole
+    nuclei = separate_nuclei(probability)
+    assert sorted(np.bincount(nuclei.ravel())[1:]) == [96, 400]
+    assert separate_nuclei(probability, min_area=10).max() == 3
+    assert separate_nuclei(probability, threshold=0.95).max() == 0
+    with pytest.raises(ValueError, match="threshold must lie"):
+        separate_nuclei(probability, threshold=1.5)
+    with pytest.raises(ValueError, match="one channel"):
+        separate_nuclei(np.zeros((5, 5, 2)))
+
+
+def test_separation_of_a_drawn_field_recovers_its_nuclei():
+    rng = np.random.default_rng(1)
+    drawn = np.zeros((300, 300), np.int32)
+    rows, columns = np.mgrid[:300, :300]
+    for k in range(1, 200):
+        disc = np.hypot(rows - rng.uniform(0, 300), columns - rng.uniform(0, 300)) <= rng.uniform(9, 14)
+        if (disc & (drawn > 0)).sum() < 0.08 * disc.sum():
+            drawn[disc & (drawn == 0)] = k
+    joined = ndimage.label(drawn > 0)[0]
+    separated = separate_nuclei((drawn > 0).astype(np.float32))
+    assert instance_metrics(separated, drawn)["aji"] > 0.85
+    assert instance_metrics(joined, drawn)["aji"] < 0.6
 
 
 if __name__ == "__main__":
