@@ -85,6 +85,15 @@ def load_mask(path: Path, classes: int = 1) -> np.ndarray:
     return np.stack([raw == k for k in range(1, classes + 1)], axis=-1)
 
 
+def load_instances(path: Path) -> np.ndarray:
+    """Read an instance map: (H, W) int64 labels, 0 for background, from a grey file of 8, 16 or 32 bit."""
+    raw = _decode(path)
+    if raw.ndim != 2 or raw.dtype.kind not in "iub" or raw.size and raw.min() < 0:
+        raise ImageFileError(f"{path}: {'RGB' if raw.ndim == 3 else raw.dtype} found; an instance map is grey and "
+                             f"holds the number of the nucleus at each pixel, 0 for background. Save it as 16 bit PNG")
+    return raw.astype(np.int64)
+
+
 def save_png(path: Path, array: np.ndarray) -> None:
     """Write (H, W), (H, W, 1) or (H, W, 3) uint8, or (H, W) uint16, as PNG; bool becomes 0/255."""
     if array.dtype == bool:
@@ -92,6 +101,16 @@ def save_png(path: Path, array: np.ndarray) -> None:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     Image.fromarray(array).save(path, format="PNG", optimize=True)
+
+
+def save_instances(path: Path, nuclei: np.ndarray) -> Path:
+    """Write a label map (H, W) as 16 bit PNG, or, with labels above 65535, as 32 bit TIFF; return the path written."""
+    if nuclei.size and nuclei.max() > 65535:
+        path = Path(path).with_suffix(".tif")
+        Image.fromarray(nuclei.astype(np.int32)).save(path)
+    else:
+        save_png(path, nuclei.astype(np.uint16))
+    return path
 
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:

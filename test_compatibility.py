@@ -142,7 +142,8 @@ def test_modules_import_one_way_and_without_warnings():
     """A module imports only from modules listed above it."""
     order = ["unet_parts", "unet", "losses", "metrics", "images", "augmentation", "splits", "image_pyramid",
              "pap_smear_dataset", "checkpoints", "devices", "inference", "schedule", "optimization", "scoring",
-             "report", "run_folder", "progressive_trainer", "train_papsmear", "make_sample_data", "example_usage"]
+             "report", "run_folder", "progressive_trainer", "train_papsmear", "predict_papsmear", "evaluate_papsmear",
+             "make_sample_data", "example_usage"]
     for i, name in enumerate(order):
         source = (PROJECT / f"{name}.py").read_text()
         used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)

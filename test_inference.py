@@ -4,6 +4,8 @@
     python test_inference.py
 """
 
+import csv
+import json
 import sys
 import time
 
@@ -15,12 +17,15 @@ from scipy import ndimage
 from skimage.metrics import contingency_table
 from skimage.segmentation import find_boundaries
 
+import evaluate_papsmear
+import predict_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
-from conftest import draw_pair, write_checkpoint
+from conftest import draw_pair, run_script, write_checkpoint, write_data_set
 from image_pyramid import FINEST
-from images import ImageFileError, load_image, resize, save_png, to_image
+from images import ImageFileError, load_image, load_instances, load_mask, resize, save_png, to_image
 from inference import REACH, STEP, Predictor, plan_axis, separate_nuclei, tile_margin
 from metrics import INSTANCE_METRICS, boundary, boundary_f1, instance_metrics, overlaps
+from scoring import compare, drawn_nuclei, scored_pairs, summarise
 from unet import MODELS, ProgressiveUNet, UNet
 from unet_parts import ToLogits
 
@@ -445,6 +450,203 @@ def test_separation_of_a_drawn_field_recovers_its_nuclei():
     separated = separate_nuclei((drawn > 0).astype(np.float32))
     assert instance_metrics(separated, drawn)["aji"] > 0.85
     assert instance_metrics(joined, drawn)["aji"] < 0.6
+
+
+# ---- scores and their comparison
+
+
+def read_rows(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def scored(values: list[float]) -> list[dict]:
+    return [{"image": str(i), "dice": value, "empty": 0} for i, value in enumerate(values)]
+
+
+def test_interval_of_the_mean_is_that_of_theory():
+    values = np.random.default_rng(0).normal(0.8, 0.05, 400)
+    summary = summarise(scored(list(values)))["dice"]
+    half = 1.96 * values.std() / 20
+    assert summary["mean"] == pytest.approx(values.mean())
+    assert summary["low"] == pytest.approx(values.mean() - half, abs=0.0005)
+    assert summary["high"] == pytest.approx(values.mean() + half, abs=0.0005)
+    assert summarise(scored(list(values)))["dice"] == summary, "the same seed gives the same interval"
+
+
+def test_comparison_is_paired():
+    """A constant lead is certain although the images differ far more than the two checkpoints."""
+    values = np.random.default_rng(0).uniform(0.2, 0.9, 12)
+    noise = np.random.default_rng(1).normal(0, 0.002, 12)
+    result = compare(scored(list(values + 0.01 + noise)), scored(list(values)))["dice"]
+    assert result["difference"] == pytest.approx(0.01 + noise.mean())
+    assert 0 < result["low"] < result["difference"] < result["high"] < 0.02
+    assert result["p_bootstrap"] < 0.001
+    assert result["p_wilcoxon"] == pytest.approx(2 / 2 ** 12)  # of 2**12 signs, all plus or all minus
+    same = compare(scored(list(values)), scored(list(values)))["dice"]
+    assert (same["difference"], same["p_bootstrap"], same["p_wilcoxon"]) == (0, 1, 1)
+    with pytest.raises(ValueError, match="different images"):
+        compare(scored([1.0]), scored([1.0, 0.5]))
+
+
+def tile_data_set(root):
+    """What a converter of large images leaves: tiles, and beside them whole images with instance maps."""
+    write_data_set(root, counts=(2, 1, 2))
+    (root / "dataset.json").write_text('{"format": 1, "sizing": "tile", "source": "drawn", "microns_per_pixel": null}')
+    for kind in ("images", "masks", "instances"):
+        (root / "whole/test" / kind).mkdir(parents=True)
+    nuclei = labelled((330, 350), (20, 40, 20, 40), (20, 40, 40, 60), (200, 230, 100, 130))
+    save_png(root / "whole/test/images/large.png", np.where(nuclei > 0, 60, 190).astype(np.uint8))
+    save_png(root / "whole/test/masks/large.png", nuclei > 0)
+    save_png(root / "whole/test/instances/large.png", (nuclei * 1000).astype(np.uint16))
+    return root
+
+
+def test_whole_images_and_instance_maps_are_scored(tmp_path, capsys):
+    root = tile_data_set(tmp_path / "data")
+    (pair,) = scored_pairs(root, "test")
+    assert pair.image == root / "whole/test/images/large.png"
+    drawn = drawn_nuclei(pair, load_mask(pair.mask)[..., 0])
+    assert sorted(np.unique(drawn)) == [0, 1000, 2000, 3000]
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(), "tile")
+    assert evaluate_papsmear.main([str(path), "--data_root", str(root), "--instances", "--out", str(tmp_path / "e"),
+                                   "--device", "cpu"]) == 0
+    assert "drawn nuclei of 1 images from their instance maps, of 0" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "e/summary.json").read_text())["scores"]
+    row = read_rows(tmp_path / "e/scores.csv")[0]
+    assert row["nuclei_drawn"] == "3"
+    assert float(row["aji"]) == scores["aji"]["mean"]
+    (root / "whole/test/instances/large.png").unlink()
+    assert drawn_nuclei(pair, load_mask(pair.mask)[..., 0]).max() == 2, "without a map touching nuclei are one"
+    (root / "splits.csv").write_text("path,split\ntest/images/test_0.png,test\n")
+    assert scored_pairs(root, "test")[0].name == "test_0", "a splits.csv decides"
+
+
+def test_evaluation_repeats_the_table_of_the_training(trained_run, shared_root, tmp_path, capsys):
+    folder = trained_run[0]
+    before = {p: p.stat().st_mtime_ns for p in shared_root.rglob("*")}
+    options = [str(folder / "best_stage_4.pth"), "--data_root", str(shared_root), "--out", str(tmp_path / "e"),
+               "--instances", "--all_scales", "--compare", str(folder / "best_stage_3.pth")]
+    assert evaluate_papsmear.main(options) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((tmp_path / "e/summary.json").read_text())
+    trained = json.loads((folder / "test_scores.json").read_text())["best_stage_4"]
+    assert summary["scores"]["dice"] == trained["dice"]
+    assert set(summary["scales"]) == {"32", "64", "128", "256"}
+    assert summary["scales"]["256"]["dice"] == pytest.approx(trained["dice"]["mean"])
+    difference = summary["comparison"]["dice"]["difference"]
+    assert difference == pytest.approx(trained["dice"]["mean"] - summary["other_scores"]["dice"]["mean"])
+    assert "p Wilcoxon" in printed
+    assert "of 3 as the connected parts of the mask" in printed
+    for name in ("scores.csv", "scores_compared.csv"):
+        assert len(read_rows(tmp_path / "e" / name)) == 3
+    assert load_image(tmp_path / "e/cases.png", 3).std() > 10
+    assert {p: p.stat().st_mtime_ns for p in shared_root.rglob("*")} == before
+    assert evaluate_papsmear.main(options) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+# ---- prediction from the shell
+
+
+def test_the_files_of_a_prediction(trained_run, tmp_path, capsys):
+    image, mask = draw_pair(np.random.default_rng(5), 90)
+    save_png(tmp_path / "cell.png", image)
+    checkpoint = str(trained_run[0] / "best_stage_4.pth")
+    probability = Predictor(checkpoint).predict(image)[..., 0]
+    threshold = f"{np.quantile(probability, 0.8):.4f}"  # so that there is foreground after so short a training
+    command = [checkpoint, str(tmp_path / "cell.png"), "--out", str(tmp_path / "out"), "--probability",
+               "--pixel_size", "0.5", "--threshold", threshold, "--min_area", "5"]
+    assert predict_papsmear.main(command) == 0, capsys.readouterr().err
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {"cell_mask.png", "cell_probability.png", "cell_instances.png",
+                                               "cell_overlay.png", "nuclei.csv"}
+    written = np.asarray(Image.open(out / "cell_mask.png"))
+    assert set(np.unique(written)) == {0, 255}
+    assert np.array_equal(written == 255, probability >= float(threshold))
+    deep = np.asarray(Image.open(out / "cell_probability.png"))
+    assert deep.dtype == np.uint16
+    assert np.abs(deep / 65535 - probability).max() < 1e-4
+    nuclei = load_instances(out / "cell_instances.png")
+    rows = read_rows(out / "nuclei.csv")
+    assert len(rows) == nuclei.max() > 0
+    for row in rows:
+        own = nuclei == int(row["label"])
+        assert int(row["area"]) == own.sum()
+        assert float(row["area_um2"]) == pytest.approx(own.sum() * 0.25)
+        assert float(row["centroid_row"]) == pytest.approx(np.nonzero(own)[0].mean(), abs=0.01)
+        assert float(row["centroid_column_um"]) == pytest.approx(np.nonzero(own)[1].mean() * 0.5, abs=0.01)
+        assert float(row["mean_probability"]) == pytest.approx(probability[own].mean(), abs=1e-3)
+    assert np.array_equal((load_image(out / "cell_overlay.png", 3) == predict_papsmear.OUTLINE).all(axis=2),
+                          boundary(nuclei))
+    assert predict_papsmear.main(command) == 2
+    assert "nothing is overwritten unasked" in capsys.readouterr().err
+    assert predict_papsmear.main([*command, "--overwrite"]) == 0
+
+
+def test_one_bad_file_does_not_stop_a_folder_and_black_is_said(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save_png(folder / "a.png", noisy_image(40, 50))
+    (folder / "b.png").write_bytes(b"no image")
+    save_png(folder / "c.png", np.zeros((70, 70), np.uint8))
+    (folder / "notes.txt").write_text("left alone")
+    path = write_checkpoint(tmp_path / "a.pth", lively_model())
+    command = [str(path), str(folder), "--out", str(tmp_path / "out"), "--threshold", "0.9999", "--max_pixels", "3000"]
+    assert predict_papsmear.main(command) == 1
+    said = capsys.readouterr()
+    assert "2 of 3 files failed" in said.err
+    assert "b.png: not a readable image" in said.err
+    assert "c.png: 70x70 pixels" in said.err
+    assert "Traceback" not in said.err
+    highest = Predictor(path).predict(folder / "a.png").max()
+    assert f"ALL BLACK, highest probability {highest:.3f}" in said.out
+    assert "1 of 3 images came out all black" in said.out
+    assert (tmp_path / "out/a_mask.png").exists()
+
+
+def test_shards_share_the_list(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abcde":
+        save_png(folder / f"{name}.png", noisy_image(40, 50))
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(out_channels=2))
+    command = [str(path), str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict_papsmear.main([*command, "--shard", "1/2"]) == 0
+    assert {p.name[0] for p in (tmp_path / "out").glob("*_mask_2.png")} == set("ace")
+    for variable, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):  # as torchrun sets them
+        monkeypatch.setenv(variable, value)
+    assert predict_papsmear.main(command) == 0, capsys.readouterr().err
+    assert {p.name[0] for p in (tmp_path / "out").glob("*_mask_1.png")} == set("abcde")
+    assert {p.name for p in (tmp_path / "out").glob("*.csv")} == {"nuclei_1_of_2.csv", "nuclei_2_of_2.csv"}
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["none.pth", "IMAGE"], "none.pth: no such file"), (["CHECKPOINT", "nowhere"], "nowhere: no such file or folder"),
+    (["CHECKPOINT", "EMPTY"], "no image in this folder"), (["CHECKPOINT", "IMAGE", "--shard", "3/2"], "not i/n"),
+    (["CHECKPOINT", "IMAGE", "--threshold", "1"], "below 1"),
+    (["CHECKPOINT", "IMAGE", "--scale", "100"], "scale is 100"),
+    (["CHECKPOINT", "IMAGE", "TWIN"], "both would be written as a_mask.png")])
+def test_wrong_prediction_options_are_refused(options, words, tmp_path, capsys):
+    save_png(tmp_path / "a.png", noisy_image(30, 30))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twin").mkdir()
+    save_png(tmp_path / "twin/a.png", noisy_image(30, 30))
+    places = {"CHECKPOINT": str(write_checkpoint(tmp_path / "c.pth", lively_model())), "IMAGE": str(tmp_path / "a.png"),
+              "EMPTY": str(tmp_path / "empty"), "TWIN": str(tmp_path / "twin")}
+    assert predict_papsmear.main([*(places.get(o, o) for o in options), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["predict_papsmear", "evaluate_papsmear"])
+def test_help_needs_no_torch(script):
+    code = f"import sys, {script} as s; s.build_parser().format_help(); print('torch' in sys.modules)"
+    assert run_script("-c", code).stdout.strip() == "False"
+    assert run_script(f"{script}.py", "--help").returncode == 0
 
 
 if __name__ == "__main__":

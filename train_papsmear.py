@@ -184,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
     elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
         raise ValueError(f"{folder}: this run folder exists already. Choose another --experiment_name, continue it "
                          f"with --resume {folder}, or replace it with --overwrite")
-    model, trainer, loaders, pyramids = prepare(args, folder)
+    model, trainer, loaders = prepare(args, folder)
     if args.dry_run:
         print_memory(args, model, trainer)
         print("dry run: nothing was trained and nothing written")
@@ -197,13 +197,13 @@ def train(args: argparse.Namespace) -> None:
     trainer.folder.write_config(trainer.config)
     trainer.fit(loaders)
     if not args.overfit:
-        test(trainer, pyramids["test"])
+        test(trainer, args)
     print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, test_scores.csv, best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
 
 
 def prepare(args: argparse.Namespace, folder: Path):
-    """Open the data, print the report and what was chosen automatically; return model, trainer, loaders, pyramids."""
+    """Open the data, print the report and what was chosen automatically; return model, trainer, loaders."""
     import os
 
     import torch
@@ -258,7 +258,7 @@ def prepare(args: argparse.Namespace, folder: Path):
         precision=args.precision, seed=args.seed, output_dir=folder, accumulate=args.accumulate,
         save_every=args.save_every, keep=args.keep, schedule=args.schedule, fade_epochs=args.fade_epochs,
         old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average, config=config)
-    return model, trainer, loaders, pyramids
+    return model, trainer, loaders
 
 
 def initialise(model, args: argparse.Namespace) -> None:
@@ -296,14 +296,15 @@ def print_memory(args: argparse.Namespace, model, trainer) -> None:
               f"{needed / 2 ** 20:>12.0f} MiB")
 
 
-def test(trainer, pyramid) -> None:
+def test(trainer, args: argparse.Namespace) -> None:
     """Score the test split with the best stage-4 model at original size, beside Otsu's threshold; print and save."""
-    from checkpoints import load_model
-    from scoring import score_otsu, score_split, score_table, summarise
+    from inference import Predictor
+    from scoring import score_otsu, score_pairs, score_table, scored_pairs, summarise
 
-    model = load_model(trainer.folder.file("best_stage_4.pth")).to(trainer.device)
-    rows = score_split(model, pyramid, trainer.device, trainer.precision, trainer.threshold)
-    summaries = {"best_stage_4": summarise(rows), "Otsu threshold": summarise(score_otsu(pyramid))}
+    pairs = scored_pairs(args.data_root, "test", args.use_augmented)
+    predictor = Predictor(trainer.folder.file("best_stage_4.pth"), str(trainer.device), trainer.precision)
+    rows = score_pairs(predictor, pairs)
+    summaries = {"best_stage_4": summarise(rows), "Otsu threshold": summarise(score_otsu(pairs, args.out_channels))}
     trainer.folder.write_csv("test_scores.csv", rows, tuple(rows[0]))
     trainer.folder.write_json("test_scores.json", summaries)
     gain = summaries["best_stage_4"]["dice"]["mean"] - summaries["Otsu threshold"]["dice"]["mean"]
