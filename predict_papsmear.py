@@ -21,7 +21,7 @@ from train_papsmear import _number, _Parser, _whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
-OUTLINE = (255, 140, 0)
+OUTLINE = (20, 230, 60)  # seen on grey smears and on pink and blue stains alike
 COLUMNS = ("image", "label", "centroid_row", "centroid_column", "area", "eccentricity", "mean_probability")
 MICROMETRE_COLUMNS = ("centroid_row_um", "centroid_column_um", "area_um2")
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import ndimage, stats
 from skimage.filters import threshold_otsu
+from tqdm import tqdm
 
 from images import ImageFileError, load_image, load_instances, load_mask
 from inference import Predictor, separate_nuclei
@@ -38,7 +39,8 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> lis
 
 def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
     """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too."""
-    return [score_pair(predictor, pair, instances)[0] for pair in pairs]
+    bar = tqdm(pairs, desc="scoring", leave=False, disable=None)  # None: quiet when the output is no terminal
+    return [score_pair(predictor, pair, instances)[0] for pair in bar]
 
 
 def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:

@@ -5,7 +5,9 @@
 """
 
 import csv
+import doctest
 import json
+import re
 import sys
 import time
 
@@ -18,9 +20,10 @@ from skimage.metrics import contingency_table
 from skimage.segmentation import find_boundaries
 
 import evaluate_papsmear
+import inference
 import predict_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
-from conftest import draw_pair, run_script, write_checkpoint, write_data_set
+from conftest import PROJECT, draw_pair, run_script, write_checkpoint, write_data_set
 from image_pyramid import FINEST
 from images import ImageFileError, load_image, load_instances, load_mask, resize, save_png, to_image
 from inference import REACH, STEP, Predictor, plan_axis, separate_nuclei, tile_margin
@@ -647,6 +650,20 @@ def test_help_needs_no_torch(script):
     code = f"import sys, {script} as s; s.build_parser().format_help(); print('torch' in sys.modules)"
     assert run_script("-c", code).stdout.strip() == "False"
     assert run_script(f"{script}.py", "--help").returncode == 0
+
+
+@pytest.mark.parametrize("module", [predict_papsmear, evaluate_papsmear], ids=lambda module: module.__name__)
+def test_readme_names_options_that_exist(module):
+    known = set(re.findall(r"--\w+", module.build_parser().format_help()))
+    lines = re.findall(rf"python {module.__name__}\.py.*", (PROJECT / "README.md").read_text() + module.__doc__)
+    assert len(lines) >= 4
+    assert all(set(re.findall(r"--\w+", line)) <= known for line in lines)
+
+
+def test_docstring_examples_hold():
+    result = doctest.testmod(inference)
+    assert result.attempted >= 2
+    assert result.failed == 0
 
 
 if __name__ == "__main__":
