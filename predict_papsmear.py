@@ -67,6 +67,9 @@ def predict(args: argparse.Namespace) -> int:
                           scale=args.scale)
     predictor.threshold = args.threshold or predictor.threshold
     folder = Path(args.out)
+    if any(Path(given).resolve() == folder.resolve() for given in args.images):
+        raise ValueError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
+                         f"the next time. Choose another --out")
     table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
     there = [p for path in paths for p in outputs(folder, path, predictor.out_channels) if p.exists()]
     if not args.overwrite and (there or table.exists()):
@@ -142,7 +145,7 @@ def nucleus_rows(name: str, nuclei, probability, pixel_size: float | None) -> li
     """
     from skimage.measure import regionprops_table
 
-    found = regionprops_table(nuclei, probability, ("label", "centroid", "area", "eccentricity", "mean_intensity"))
+    found = regionprops_table(nuclei, probability, ("label", "centroid", "area", "eccentricity", "intensity_mean"))
     rows = []
     for label, y, x, area, eccentricity, mean in zip(*found.values(), strict=True):
         row = dict(zip(COLUMNS, (name, int(label), round(float(y), 2), round(float(x), 2), int(area),

@@ -49,7 +49,7 @@ def test_python_is_new_enough():
 
 
 def test_our_code_calls_nothing_deprecated(shared_root, tmp_path):
-    """A whole run in which every deprecation warning is an error, if our modules, torch or numpy are to blame."""
+    """Whole runs in which every deprecation warning is an error, if our modules, torch or numpy are to blame."""
     ours = "|".join(p.stem for p in PROJECT.glob("*.py"))
     code = (
         "import sys, warnings, train_papsmear\n"
@@ -61,6 +61,11 @@ def test_our_code_calls_nothing_deprecated(shared_root, tmp_path):
     done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path, "--experiment_name", "strict",
                       *TINY, "--average", "0.9", "--fade_epochs", "0.5")
     assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "strict/best_stage_4.pth"
+    for script, options in (("predict_papsmear", (shared_root / "test/images", "--out", tmp_path / "predicted")),
+                            ("evaluate_papsmear", ("--data_root", shared_root, "--instances"))):
+        done = run_script("-c", code.replace("train_papsmear", script), checkpoint, *options)
+        assert done.returncode == 0, done.stderr
 
 
 def train_briefly(root, output, device, precision):

@@ -629,6 +629,7 @@ def test_shards_share_the_list(tmp_path, monkeypatch, capsys):
     (["CHECKPOINT", "EMPTY"], "no image in this folder"), (["CHECKPOINT", "IMAGE", "--shard", "3/2"], "not i/n"),
     (["CHECKPOINT", "IMAGE", "--threshold", "1"], "below 1"),
     (["CHECKPOINT", "IMAGE", "--scale", "100"], "scale is 100"),
+    (["CHECKPOINT", "TWIN", "--out", "TWIN"], "Choose another --out"),
     (["CHECKPOINT", "IMAGE", "TWIN"], "both would be written as a_mask.png")])
 def test_wrong_prediction_options_are_refused(options, words, tmp_path, capsys):
     save_png(tmp_path / "a.png", noisy_image(30, 30))
@@ -637,7 +638,10 @@ def test_wrong_prediction_options_are_refused(options, words, tmp_path, capsys):
     save_png(tmp_path / "twin/a.png", noisy_image(30, 30))
     places = {"CHECKPOINT": str(write_checkpoint(tmp_path / "c.pth", lively_model())), "IMAGE": str(tmp_path / "a.png"),
               "EMPTY": str(tmp_path / "empty"), "TWIN": str(tmp_path / "twin")}
-    assert predict_papsmear.main([*(places.get(o, o) for o in options), "--out", str(tmp_path / "out")]) == 2
+    images, _, others = " ".join(options).partition(" --")
+    others = f"--{others}".split() if others else []
+    assert predict_papsmear.main([places.get(o, o) for o in
+                                  [*images.split(), "--out", str(tmp_path / "out"), *others]]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.startswith("error: ")
