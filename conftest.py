@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from checkpoints import FIELDS, FORMAT, save_checkpoint
 from images import save_png
 
 PROJECT = Path(__file__).parent
@@ -32,6 +33,14 @@ def write_data_set(root: Path, counts=(6, 3, 3), side: int = 64) -> Path:
             save_png(root / split / "images" / f"{split}_{i}.png", image)
             save_png(root / split / "masks" / f"{split}_{i}.png", mask)
     return root
+
+
+def write_checkpoint(path: Path, model, sizing: str = "resize") -> Path:
+    """Save a network as a checkpoint that no training made."""
+    save_checkpoint(path, dict.fromkeys(FIELDS) | {
+        "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "alpha": model.alpha,
+        "model": model.live_state(), "sizing": sizing, "threshold": 0.5})
+    return path
 
 
 def run_script(*arguments, cwd=PROJECT) -> subprocess.CompletedProcess:

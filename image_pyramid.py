@@ -120,11 +120,11 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
 
 
 def halve(level: torch.Tensor) -> torch.Tensor:
-    """Return the exact 2x2 means of (N, C, S, S) uint8 as (N, C, S/2, S/2) uint8, halves rounded up."""
-    n, c, side, _ = level.shape
-    out = torch.empty(n, c, side // 2, side // 2, dtype=torch.uint8)
+    """Return the exact 2x2 means of (N, C, 2H, 2W) uint8 as (N, C, H, W) uint8, halves rounded up."""
+    n, c, height, width = level.shape
+    out = torch.empty(n, c, height // 2, width // 2, dtype=torch.uint8)
     for i in range(0, n, 64):  # in slices, so that the sums stay small
-        blocks = level[i:i + 64].reshape(-1, c, side // 2, 2, side // 2, 2)
+        blocks = level[i:i + 64].reshape(-1, c, height // 2, 2, width // 2, 2)
         out[i:i + 64] = (blocks.sum(dim=(3, 5), dtype=torch.int16) + 2) // 4
     return out
 

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
+MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything is decoded
 MAX_GREY_SHARE = 0.20  # of a mask's pixels; real JPEG masks have up to 0.07 between 64 and 191
 MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
 
@@ -28,20 +29,41 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size if turned else image.size[::-1]
 
 
-def load_image(path: Path, channels: int) -> np.ndarray:
+def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read an image as (H, W, channels) uint8.
 
     Args:
         channels: 1 for luminance (ITU-R 601), 3 for RGB. Palettes are resolved and alpha is dropped. 16 bit is scaled
             by its type (65535 becomes 255), never by the values found; floating point must lie in [0, 1].
+        max_pixels: an image of more is refused before it is decoded.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
-    raw = _decode(path)
-    if raw.dtype != np.uint8:
-        raw = _to_8_bit(path, raw)
-    image = Image.fromarray(raw)
-    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(*raw.shape[:2], channels)
+    return _in_channels(path, _decode(path, max_pixels), channels)
+
+
+def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image") -> np.ndarray:
+    """Turn an image that is in memory into (H, W, channels) uint8, just as `load_image` turns a file.
+
+    Args:
+        image: (H, W), (H, W, 1) grey, (H, W, 2) grey with alpha, (H, W, 3) RGB or (H, W, 4) RGB with alpha, of bool,
+            uint8, uint16 or floating point in [0, 1]; or a Pillow image of any mode.
+        name: what to call it in an error.
+    Raises:
+        ImageFileError: for other shapes and types.
+    """
+    if isinstance(image, Image.Image):
+        return _in_channels(name, _pixels(image), channels)
+    raw = np.asarray(image)
+    if raw.dtype.kind not in "buf" or raw.dtype.kind == "u" and raw.dtype.itemsize > 2:
+        raise ImageFileError(f"{name}: an array of {raw.dtype}; bool, uint8, uint16 and floating point in [0, 1] are "
+                             f"read. Convert it, e.g. with .astype(np.uint8) if it holds 0..255")
+    if raw.ndim == 3 and raw.shape[2] in (1, 2):
+        raw = raw[..., 0]
+    if raw.ndim == 3 and raw.shape[2] == 4:
+        raw = raw[..., :3]
+    if raw.ndim not in (2, 3) or raw.ndim == 3 and raw.shape[2] != 3 or not raw.size:
+        raise ImageFileError(f"{name}: an array of shape {np.shape(image)}; grey is (H, W), colour (H, W, 3), and both "
+                             f"sides are at least 1. From (C, H, W) use .transpose(1, 2, 0)")
+    return _in_channels(name, raw, channels)
 
 
 def load_mask(path: Path, classes: int = 1) -> np.ndarray:
@@ -88,14 +110,6 @@ def load_instances(path: Path) -> np.ndarray:
     return raw.astype(np.int32)
 
 
-def save_instances(path: Path, labels: np.ndarray) -> None:
-    """Write an instance map (H, W) of labels 0..65535 as 16 bit PNG; raises ImageFileError beyond that."""
-    if labels.max(initial=0) > 65535:
-        raise ImageFileError(f"{path}: {labels.max()} nuclei in one image; a 16 bit instance map holds 65535. Cut the "
-                             f"image into parts")
-    save_png(path, labels.astype(np.uint16), smallest=False)
-
-
 def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
     """Write (H, W), (H, W, 1) or (H, W, 3) uint8, or (H, W) uint16, as PNG; bool becomes 0/255.
 
@@ -107,6 +121,16 @@ def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     Image.fromarray(array).save(path, format="PNG", optimize=smallest, compress_level=4)
+
+
+def save_instances(path: Path, nuclei: np.ndarray) -> Path:
+    """Write a label map (H, W) as 16 bit PNG, or, with labels above 65535, as 32 bit TIFF; return the path written."""
+    if nuclei.size and nuclei.max() > 65535:
+        path = Path(path).with_suffix(".tif")
+        Image.fromarray(nuclei.astype(np.int32)).save(path)
+    else:
+        save_png(path, nuclei.astype(np.uint16), smallest=False)
+    return path
 
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:
@@ -128,11 +152,20 @@ def resize(image: np.ndarray, side: int) -> np.ndarray:
     return np.stack(planes, axis=-1)
 
 
+def _in_channels(name: Path | str, raw: np.ndarray, channels: int) -> np.ndarray:
+    """Turn (H, W) or (H, W, 3) pixels of any type that is read into (H, W, channels) uint8."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
+    if raw.dtype != np.uint8:
+        raw = _to_8_bit(name, raw)
+    image = Image.fromarray(raw)
+    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(*raw.shape[:2], channels)
+
+
 def _open(path: Path) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = None  # Pillow refuses beyond 1.8e8 pixels; `max_pixels` takes the place of that
     try:
         return Image.open(path)
-    except Image.DecompressionBombError as error:
-        raise ImageFileError(f"{path}: too large to be read whole ({error}). Cut it into tiles") from None
     except UnidentifiedImageError:
         raise ImageFileError(f"{path}: not a readable image ({path.stat().st_size} bytes); PNG, JPEG, TIFF and BMP are "
                              f"read. Export it again or remove it") from None
@@ -140,29 +173,40 @@ def _open(path: Path) -> Image.Image:
         raise ImageFileError(f"{path}: cannot be opened ({error}). Check the file and its permissions") from None
 
 
-def _decode(path: Path, palette: bool = True) -> np.ndarray:
+def _decode(path: Path, max_pixels: int = MAX_PIXELS, palette: bool = True) -> np.ndarray:
     """Return the pixels of the first frame: (H, W) or (H, W, 3), bool, uint8, uint16, int32 or float32.
 
     Args:
+        max_pixels: an image of more is refused before it is decoded.
         palette: turn palette images into their colours; False keeps the indices.
     """
     with _open(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageFileError(f"{path}: {height}x{width} pixels, {width * height:.3g} in all; at most "
+                                 f"{max_pixels:.3g} are decoded. Cut or reduce the image, or raise --max_pixels if the "
+                                 f"memory is there")
         try:
             image.load()
-            if image.getexif().get(0x0112, 1) != 1:
-                image = ImageOps.exif_transpose(image)
+            return _pixels(image, palette)
         except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:  # what Pillow's readers raise
             raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
-        if image.mode == "P":
-            image = image.convert("RGB") if palette else image
-        elif image.mode == "LA":
-            image = image.convert("L")
-        elif image.mode not in ("1", "L", "RGB", "I", "F") and not image.mode.startswith("I;16"):
-            image = image.convert("RGB")
-        return np.asarray(image)
 
 
-def _to_8_bit(path: Path, raw: np.ndarray) -> np.ndarray:
+def _pixels(image: Image.Image, palette: bool = True) -> np.ndarray:
+    """Turn a photograph upright and reduce its mode to grey or RGB; see `_decode`."""
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "P":
+        image = image.convert("RGB") if palette else image
+    elif image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode not in ("1", "L", "RGB", "I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")
+    return np.asarray(image)
+
+
+def _to_8_bit(path: Path | str, raw: np.ndarray) -> np.ndarray:
     """Scale by the type: bool, uint16 (also when held as int32) or floating point in [0, 1] to uint8."""
     if raw.dtype == bool:
         return raw.astype(np.uint8) * 255

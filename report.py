@@ -1,5 +1,6 @@
 """Pictures of a run: training curves and predictions beside what was drawn by hand."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,30 +49,31 @@ def training_curves(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def predictions(images: np.ndarray, masks: np.ndarray, probabilities: np.ndarray, names: list[str], dice: list[float],
-                path: Path, threshold: float = 0.5) -> None:
+def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], probabilities: Sequence[np.ndarray],
+                names: list[str], dice: list[float], path: Path, threshold: float = 0.5) -> None:
     """Draw image, mask, prediction and outlines of some images, one a row (and class).
 
     Args:
-        images: (N, C, S, S) in [0, 1].
-        masks, probabilities: (N, K, S, S) in [0, 1].
+        images: N times (C, H, W) in [0, 1], of any sizes.
+        masks, probabilities: N times (K, H, W) in [0, 1].
         dice: (N,) per image.
+        threshold: probability from which a pixel is outlined.
     """
-    rows = [(i, k) for i in range(len(images)) for k in range(masks.shape[1])]
+    rows = [(i, k) for i in range(len(images)) for k in range(len(masks[i]))]
     figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for row, (i, k) in zip(axes, rows, strict=True):
-        image = images[i].transpose(1, 2, 0) if images.shape[1] == 3 else images[i, 0]
-        drawn, found = masks[i, k] >= 0.5, probabilities[i, k] >= threshold
+        image = images[i].transpose(1, 2, 0) if len(images[i]) == 3 else images[i][0]
+        drawn, found = masks[i][k] >= 0.5, probabilities[i][k] >= threshold
         row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
         row[1].imshow(drawn, cmap="gray", vmin=0, vmax=1)
-        row[2].imshow(probabilities[i, k], cmap="gray", vmin=0, vmax=1)
+        row[2].imshow(probabilities[i][k], cmap="gray", vmin=0, vmax=1)
         row[3].imshow(image, cmap="gray", vmin=0, vmax=1)
         outline(row[3], drawn, DRAWN, "solid")
         outline(row[3], found, FOUND, (0, (3, 2)))
         row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7,
                           parse_math=False)
-        for axis, title in zip(row, ("image", "mask" + (f", class {k + 1}" if masks.shape[1] > 1 else ""),
+        for axis, title in zip(row, ("image", "mask" + (f", class {k + 1}" if len(masks[i]) > 1 else ""),
                                      "predicted probability", f"blue: mask, orange: prediction, Dice {dice[i]:.3f}"),
                                strict=True):
             axis.set_title(title, fontsize=9)

@@ -1,77 +1,172 @@
-"""Score a split at the original image size, next to what a threshold alone would reach."""
+"""Score predictions at the original image size: the one definition for the table after training and for evaluation.
+
+A row is a dictionary for one image: `image`, `height`, `width`, the pixel metrics and `boundary_f1` as means over
+classes, with several classes `dice_1`, `dice_2`, ..., `empty` (whether the mask or one of its classes is empty),
+`foreground` (share of pixels predicted), for a network `highest` (its highest probability) and, where nuclei are
+compared, the instance metrics with `nuclei_drawn` and `nuclei_found`.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage, stats
 from skimage.filters import threshold_otsu
-from torch.nn import functional as F
+from tqdm import tqdm
 
-from devices import autocast
-from image_pyramid import FINEST, ImagePyramid
-from images import load_image, load_mask
-from metrics import PIXEL_METRICS, pixel_metrics
+from images import ImageFileError, load_image, load_instances, load_mask
+from inference import Predictor, separate_nuclei
+from metrics import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
+from splits import SPLITS_FILE, Pair, list_splits
+
+MEASURES = (*PIXEL_METRICS, "boundary_f1", *INSTANCE_METRICS)
+RESAMPLES = 10_000
+CONFIDENCE = 95  # percent
 
 
-def score_split(model, pyramid: ImagePyramid, device: torch.device, precision: str, threshold: float = 0.5,
-                batch_size: int = 8) -> list[dict]:
-    """Predict every image at 256x256, bring the logits back to its original size, compare with its mask there.
+def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> list[Pair]:
+    """Return the pairs of a split that are scored: whole images where the data set keeps them beside its tiles.
 
-    Args:
-        model: network at stage 4.
-    Returns:
-        One dictionary an image: `image`, `height`, `width`, the five pixel metrics as mean over classes, `empty`
-        (whether a mask or one of its classes is empty), `foreground` (share of pixels predicted), `highest`
-        (highest probability), and with several classes `dice_1`, `dice_2`, ...
+    A data set of tiles has its valid and test images once more in `whole/SPLIT`; these are taken, because a score is
+    one at the original size. A splits.csv in the data root overrides this, as it overrides the folders.
     """
-    model.eval()
-    rows = []
-    for start in range(0, len(pyramid), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(pyramid)))
-        image = pyramid.batch(FINEST, indices)[0].to(device).float().div_(255)
-        with torch.inference_mode(), autocast(device, precision):
-            logits = model(image.contiguous(memory_format=torch.channels_last)).float().cpu()
-        for i, own in zip(indices, logits, strict=True):
-            size = tuple(int(n) for n in pyramid.sizes[i])
-            probability = F.interpolate(own[None], size, mode="bilinear", align_corners=False,
-                                        antialias=True).sigmoid()
-            rows.append(_row(pyramid, i, probability >= threshold) | {"highest": float(probability.max())})
-    return rows
+    data_root = Path(data_root)
+    whole = data_root / "whole"
+    if (whole / split).is_dir() and not (data_root / SPLITS_FILE).is_file():
+        data_root = whole
+    return list_splits(data_root, use_augmented, (split,))[split]
 
 
-def score_otsu(pyramid: ImagePyramid) -> list[dict]:
+def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
+    """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too."""
+    bar = tqdm(pairs, desc="scoring", leave=False, disable=None)  # None: quiet when the output is no terminal
+    return [score_pair(predictor, pair, instances)[0] for pair in bar]
+
+
+def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return the row of one image, its probabilities (H, W, K) float32 and its mask (H, W, K) bool.
+
+    Nuclei are those of the first class, separated by `separate_nuclei` with the checkpoint's threshold.
+    """
+    probability = predictor.predict(pair.image)
+    mask = load_mask(pair.mask, predictor.out_channels)
+    row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
+    if instances:
+        found = separate_nuclei(probability[..., 0], predictor.threshold)
+        drawn = drawn_nuclei(pair, mask[..., 0])
+        row |= instance_metrics(found, drawn)
+        row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}
+    return row, probability, mask
+
+
+def instance_file(pair: Pair) -> Path | None:
+    """Return the instance map that lies in `instances` beside `images`, if there is one."""
+    folder = pair.image.parent.parent / "instances"
+    return next((path for suffix in (".png", ".tif") if (path := folder / f"{pair.name}{suffix}").is_file()), None)
+
+
+def drawn_nuclei(pair: Pair, mask: np.ndarray) -> np.ndarray:
+    """Return the drawn nuclei (H, W) as a label map: from the file, else the connected parts of the mask (H, W) bool.
+
+    Pixels hang together over edges and corners.
+    """
+    path = instance_file(pair)
+    if path is None:
+        return ndimage.label(mask, structure=np.ones((3, 3)))[0]
+    labels = load_instances(path)
+    if labels.shape != mask.shape:
+        raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but the mask {pair.mask} has "
+                             f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Prepare the data set again")
+    return labels
+
+
+def score_otsu(pairs: list[Pair], out_channels: int) -> list[dict]:
     """Score Otsu's threshold (Otsu 1979) on the luminance: what is darker is foreground, in every class."""
     rows = []
-    for i in range(len(pyramid)):
-        grey = load_image(pyramid.pairs[i].image, 1)[..., 0]
+    for pair in pairs:
+        grey = load_image(pair.image, 1)[..., 0]
         dark = grey <= threshold_otsu(grey) if grey.min() < grey.max() else np.zeros(grey.shape, bool)
-        rows.append(_row(pyramid, i, torch.from_numpy(dark).expand(1, pyramid.out_channels, *dark.shape)))
+        rows.append(_row(pair, np.repeat(dark[..., None], out_channels, axis=2), load_mask(pair.mask, out_channels)))
     return rows
 
 
-def _row(pyramid: ImagePyramid, i: int, prediction: torch.Tensor) -> dict:
-    mask = torch.from_numpy(load_mask(pyramid.pairs[i].mask, pyramid.out_channels)).permute(2, 0, 1)[None]
-    scores = pixel_metrics(prediction, mask)
-    row = {"image": pyramid.names[i], "height": mask.shape[2], "width": mask.shape[3]}
+def _row(pair: Pair, prediction: np.ndarray, mask: np.ndarray) -> dict:
+    """Compare two (H, W, K) bool arrays."""
+    if prediction.shape != mask.shape:
+        raise ImageFileError(f"{pair.image}: {prediction.shape[0]}x{prediction.shape[1]} pixels, but its mask "
+                             f"{pair.mask} has {mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the "
+                             f"mask again at the image's size")
+    found, drawn = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (prediction, mask))
+    scores = pixel_metrics(found, drawn)
+    classes = range(mask.shape[2])
+    row = {"image": pair.name, "height": mask.shape[0], "width": mask.shape[1]}
     row |= {name: float(value.mean()) for name, value in scores.items()}
-    if pyramid.out_channels > 1:
-        row |= {f"dice_{k + 1}": float(value) for k, value in enumerate(scores["dice"][0])}
-    return row | {"empty": int(not mask.any(dim=(2, 3)).all()), "foreground": float(prediction.float().mean())}
+    row["boundary_f1"] = float(np.mean([boundary_f1(prediction[..., k], mask[..., k]) for k in classes]))
+    if len(classes) > 1:
+        row |= {f"dice_{k + 1}": float(scores["dice"][0, k]) for k in classes}
+    return row | {"empty": int(not mask.any(axis=(0, 1)).all()), "foreground": float(prediction.mean())}
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Return mean and standard deviation (over images) of every metric, the images and the empty masks."""
-    names = [name for name in rows[0] if name in PIXEL_METRICS or name.startswith("dice_")]
-    return {"images": len(rows), "empty_masks": sum(row["empty"] for row in rows)} | {
-        name: {"mean": float(np.mean([row[name] for row in rows])), "std": float(np.std([row[name] for row in rows]))}
-        for name in names}
+def summarise(rows: list[dict], seed: int = 0) -> dict:
+    """Return the number of images and empty masks, and of every measure over images: mean, std, low, high.
+
+    `low` and `high` bound the percentile bootstrap interval (Efron 1979) of the mean at 95 %, from 10000 resamples of
+    the images. Images that show the same cell or patient count as independent here, which makes it too narrow.
+    """
+    summary = {"images": len(rows), "empty_masks": sum(row["empty"] for row in rows)}
+    for name in rows[0]:
+        if name in MEASURES or name.startswith("dice_"):
+            values = np.array([row[name] for row in rows])
+            low, high = _interval(_resampled_means(values, seed))
+            summary[name] = {"mean": float(values.mean()), "std": float(values.std()), "low": low, "high": high}
+    return summary
+
+
+def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
+    """Compare two lists of rows image by image: measure -> difference, low, high, p_bootstrap, p_wilcoxon.
+
+    `difference` is the mean of the first minus the second; its interval is a paired bootstrap over images,
+    `p_bootstrap` twice the share of resampled differences on the other side of 0, and `p_wilcoxon` that of Wilcoxon's
+    signed rank test (scipy); it is 1 where no image differs.
+
+    Raises:
+        ValueError: if the rows are not of the same images in the same order.
+    """
+    if [row["image"] for row in rows] != [row["image"] for row in others]:
+        raise ValueError(f"the rows are of different images ({len(rows)} and {len(others)}); a paired comparison needs "
+                         f"the same ones in one order")
+    result = {}
+    for name in rows[0]:
+        if (name in MEASURES or name.startswith("dice_")) and name in others[0]:
+            values = np.array([a[name] - b[name] for a, b in zip(rows, others, strict=True)])
+            means = _resampled_means(values, seed)
+            low, high = _interval(means)
+            tail = min((means <= 0).mean(), (means >= 0).mean())
+            result[name] = {"difference": float(values.mean()), "low": low, "high": high,
+                            "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
+                            "p_wilcoxon": float(stats.wilcoxon(values).pvalue) if values.any() else 1.0}
+    return result
+
+
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Return the means (RESAMPLES,) of samples drawn from the values (N,) with replacement."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([values[rng.integers(0, len(values), (RESAMPLES // 10, len(values)))].mean(axis=1)
+                           for _ in range(10)])
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def score_table(summaries: dict[str, dict]) -> str:
-    """Return summaries, one a line, as text: mean and standard deviation of each metric."""
-    names = [name for name in next(iter(summaries.values())) if name not in ("images", "empty_masks")]
+    """Return summaries, one a line, as text: mean and standard deviation of each measure that all have."""
+    first, *others = summaries.values()
+    names = [name for name in first if name not in ("images", "empty_masks") and all(name in s for s in others)]
     width = max(map(len, summaries)) + 2
     lines = [" " * width + "".join(f"{name:>16}" for name in names)]
     for title, summary in summaries.items():
         cells = "".join(f"{summary[name]['mean']:>9.4f} ±{summary[name]['std']:.3f}" for name in names)
         lines.append(f"{title:<{width}}{cells}")
     return "\n".join(lines)
-

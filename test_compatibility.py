@@ -49,7 +49,7 @@ def test_python_is_new_enough():
 
 
 def test_our_code_calls_nothing_deprecated(shared_root, tmp_path):
-    """A whole run in which every deprecation warning is an error, if our modules, torch or numpy are to blame."""
+    """Whole runs in which every deprecation warning is an error, if our modules, torch or numpy are to blame."""
     ours = "|".join(p.stem for p in PROJECT.glob("*.py"))
     code = (
         "import sys, warnings, train_papsmear\n"
@@ -61,6 +61,11 @@ def test_our_code_calls_nothing_deprecated(shared_root, tmp_path):
     done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path, "--experiment_name", "strict",
                       *TINY, "--average", "0.9", "--fade_epochs", "0.5")
     assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "strict/best_stage_4.pth"
+    for script, options in (("predict_papsmear", (shared_root / "test/images", "--out", tmp_path / "predicted")),
+                            ("evaluate_papsmear", ("--data_root", shared_root, "--instances"))):
+        done = run_script("-c", code.replace("train_papsmear", script), checkpoint, *options)
+        assert done.returncode == 0, done.stderr
 
 
 def train_briefly(root, output, device, precision):
@@ -140,10 +145,11 @@ def test_auto_takes_the_best_device_there_is():
 
 def test_modules_import_one_way_and_without_warnings():
     """A module imports only from modules listed above it."""
-    order = ["unet_parts", "unet", "losses", "metrics", "images", "augmentation", "splits", "image_pyramid",
-             "pap_smear_dataset", "checkpoints", "devices", "schedule", "optimization", "scoring", "report",
-             "run_folder", "progressive_trainer", "train_papsmear", "make_sample_data", "annotations", "prepared_data",
-             "prepare_monuseg", "prepare_herlev", "import_annotations", "example_usage"]
+    order = ["options", "unet_parts", "unet", "losses", "metrics", "images", "augmentation", "splits", "image_pyramid",
+             "pap_smear_dataset", "checkpoints", "devices", "inference", "schedule", "optimization", "scoring",
+             "report", "run_folder", "progressive_trainer", "train_papsmear", "predict_papsmear", "evaluate_papsmear",
+             "make_sample_data", "annotations", "prepared_data", "prepare_monuseg", "prepare_herlev",
+             "import_annotations", "example_usage"]
     for i, name in enumerate(order):
         source = (PROJECT / f"{name}.py").read_text()
         used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)

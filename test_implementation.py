@@ -22,17 +22,18 @@ from torch.utils.data import DataLoader
 import train_papsmear
 from augmentation import augment, sample_numbers
 from checkpoints import FIELDS, load_checkpoint, load_model, save_checkpoint
-from conftest import PROJECT, TINY, draw_pair, run_script, write_data_set
+from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from devices import choose_device, choose_precision, training_memory
 from image_pyramid import ImagePyramid, halve, open_pyramids
 from images import ImageFileError, image_size, load_image, load_mask, resize, save_png
+from inference import Predictor
 from losses import NonFiniteLossError, bce_dice_loss, multi_scale_loss
 from make_sample_data import make_field
 from metrics import MeanOverImages, pixel_metrics
 from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from schedule import TrainingPlan, epochs_by_stage
-from scoring import score_otsu, score_split, summarise
+from scoring import score_otsu, score_pairs, scored_pairs, summarise
 from splits import DatasetError, leaked, list_splits, write_splits
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model, count_parameters
 from unet_parts import mean2x2, upsample2x
@@ -611,7 +612,8 @@ def test_two_classes_train_and_are_scored(tmp_path):
     metrics = trainer.train_epoch(loaders[32][0], 0)
     assert math.isfinite(metrics["loss"])
     trainer.set_stage(4)
-    rows = score_split(trainer.model, pyramids["test"], trainer.device, "float32")
+    path = write_checkpoint(tmp_path / "two.pth", trainer.model)
+    rows = score_pairs(Predictor(path, "cpu", "float32"), scored_pairs(root, "test"))
     assert rows[0]["dice"] == pytest.approx((rows[0]["dice_1"] + rows[0]["dice_2"]) / 2)
 
 
@@ -952,13 +954,19 @@ class KnownLogits(torch.nn.Module):
 
 def test_scores_are_at_the_original_size(tmp_path):
     root = write_data_set(tmp_path / "data", counts=(1, 1, 3), side=100)
-    pyramid = open_pyramids(root, wanted=("test",))["test"]
-    rows = score_split(KnownLogits(), pyramid, torch.device("cpu"), "float32")
+    pairs = scored_pairs(root, "test")
+    model = ProgressiveUNet(base_channels=1)
+    model.set_stage(4)
+    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", model), "cpu", "float32")
+    predictor.models = [KnownLogits()]
+    rows = score_pairs(predictor, pairs)
     assert [(row["height"], row["width"]) for row in rows] == [(100, 100)] * 3
     assert min(row["dice"] for row in rows) > 0.97
+    assert min(row["boundary_f1"] for row in rows) == 1
     assert summarise(rows)["dice"]["mean"] == pytest.approx(np.mean([row["dice"] for row in rows]))
-    assert min(row["dice"] for row in score_otsu(pyramid)) > 0.99, "Otsu solves discs"
-    silent = score_split(KnownLogits(shift=99), pyramid, torch.device("cpu"), "float32")[0]
+    assert min(row["dice"] for row in score_otsu(pairs, 1)) > 0.99, "Otsu solves discs"
+    predictor.models = [KnownLogits(shift=99)]
+    silent = score_pairs(predictor, pairs)[0]
     assert (silent["dice"], silent["foreground"]) == (0, 0)
     assert silent["highest"] < 1e-6
 
@@ -1049,9 +1057,7 @@ def test_a_run_leaves_the_documented_tree(trained_run, shared_root):
     for name in ("training_curves.png", "predictions_stage_4.png"):
         assert load_image(folder / name, 3).std() > 10
     assert list((folder / "logs").glob("events*"))
-    best = load_model(folder / "best_stage_4.pth")
-    pyramid = open_pyramids(shared_root, wanted=("test",))["test"]
-    again = score_split(best, pyramid, torch.device("cpu"), choose_precision("auto", torch.device("cpu")))
+    again = score_pairs(Predictor(folder / "best_stage_4.pth", "cpu"), scored_pairs(shared_root, "test"))
     assert again[0]["dice"] == pytest.approx(float(rows[0]["dice"]), abs=1e-6)
 
 
@@ -1175,7 +1181,7 @@ def test_sample_data_is_what_the_generator_makes():
     assert (load_mask(pair.mask)[..., 0] != mask).mean() < 0.001
     pyramid = ImagePyramid(splits["test"], 1, 1)
     assert pyramid.read_all(cache=False) == []
-    assert summarise(score_otsu(pyramid))["dice"]["mean"] < 0.5, "thresholding must not solve it"
+    assert summarise(score_otsu(pyramid.pairs, 1))["dice"]["mean"] < 0.5, "thresholding must not solve it"
 
 
 def test_sample_generator_refuses_a_full_folder(tmp_path):

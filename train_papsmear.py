@@ -8,15 +8,13 @@
 
 import argparse
 import json
-import math
-import re
 import sys
 from datetime import datetime
 from pathlib import Path
 
-# Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
+from options import RESOLUTIONS, Parser, batch_table, epoch_list, flag, folder_name, number, regex, whole
 
-RESOLUTIONS = (32, 64, 128, 256)
+# Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
 # An option given by hand beats a preset, a preset beats a default.
 PRESETS = {
@@ -27,121 +25,56 @@ PRESETS = {
 CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images")
 
 
-def _flag(text: str) -> bool:
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
-
-
-def _whole(low: int, high: int = 10 ** 9):
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,10}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low} (and at most {high})")
-        return int(text)
-    return parse
-
-
-def _number(low: float, high: float = math.inf, above: bool = False, below: bool = False):
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or above and value == low or below and value == high:
-            rule = f"above {low:g}" if above else f"of at least {low:g}"
-            rule += "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
-        return value
-    return parse
-
-
-def _epochs(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor such numbers joined "
-                                         f"by commas, one a stage, e.g. 10,10,20,60")
-    return text
-
-
-def _batch_sizes(text: str) -> str:
-    sizes = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) and [entry.split(":") for entry in text.split(",")]
-    if not sizes or any(int(r) not in RESOLUTIONS or int(n) < 1 for r, n in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not RESOLUTION:BATCH joined by commas, with resolutions out of "
-                                         f"32, 64, 128, 256 and batches of at least 1, e.g. 32:64,64:32,128:16,256:8")
-    if len({r for r, _ in sizes}) < len(sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} names a resolution twice")
-    return text
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[\w.\-+=]+", text) or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder name of letters, digits and _ - + = .")
-    return text
-
-
-def _regex(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from None
-    return text
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (--help lists all options)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
-    parser = _Parser(prog="train_papsmear.py", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="train_papsmear.py", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = {"type": _flag, "nargs": "?", "const": True, "metavar": "true|false"}
+    boolean = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
-    data.add_argument("--use_augmented", default=True, help="take flipped_*, mirrored_*, rotated_X_* (true)", **flag)
-    data.add_argument("--augment_probability", type=_number(0, 1), default=0.5, help="of each transform (0.5)")
-    data.add_argument("--group_regex", type=_regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
+    data.add_argument("--use_augmented", default=True, help="take flipped_*, mirrored_*, rotated_X_* (true)", **boolean)
+    data.add_argument("--augment_probability", type=number(0, 1), default=0.5, help="of each transform (0.5)")
+    data.add_argument("--group_regex", type=regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
     data.add_argument("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
-    data.add_argument("--out_channels", type=_whole(1), default=1, help="independent classes; above 1 masks are label "
+    data.add_argument("--out_channels", type=whole(1), default=1, help="independent classes; above 1 masks are label "
                                                                         "images 0..K (1)")
-    data.add_argument("--cache_images", default=None, help="keep decoded images in memory (when they fit)", **flag)
-    data.add_argument("--num_workers", type=_whole(0), help="decoding processes (0 with a cache, else up to 4)")
-    data.add_argument("--overfit", type=_whole(0), default=0, metavar="N",
+    data.add_argument("--cache_images", default=None, help="keep decoded images in memory (when they fit)", **boolean)
+    data.add_argument("--num_workers", type=whole(0), help="decoding processes (0 with a cache, else up to 4)")
+    data.add_argument("--overfit", type=whole(0), default=0, metavar="N",
                       help="smoke run: train and validate on the first N training images, not augmented")
 
     network = parser.add_argument_group("network")
     network.add_argument("--model", choices=("pgunet", "unet"), default="pgunet", help="unet: the classic one (pgunet)")
-    network.add_argument("--progressive", default=True, help="false: stage 4 from the start (true)", **flag)
-    network.add_argument("--base_channels", type=_whole(1), default=64, help="channels at 256 pixels (64)")
+    network.add_argument("--progressive", default=True, help="false: stage 4 from the start (true)", **boolean)
+    network.add_argument("--base_channels", type=whole(1), default=64, help="channels at 256 pixels (64)")
     network.add_argument("--init_from", metavar="CHECKPOINT", help="start from its weights")
     network.add_argument("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
 
     training = parser.add_argument_group("training")
     training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options")
-    training.add_argument("--epochs_per_stage", type=_epochs, default="50", help="50, or one a stage: 10,10,20,60")
-    training.add_argument("--batch_sizes", type=_batch_sizes, default="32:64,64:32,128:16,256:8")
-    training.add_argument("--lr", type=_number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
+    training.add_argument("--epochs_per_stage", type=epoch_list, default="50", help="50, or one a stage: 10,10,20,60")
+    training.add_argument("--batch_sizes", type=batch_table, default="32:64,64:32,128:16,256:8")
+    training.add_argument("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
     training.add_argument("--schedule", choices=("run", "stage"), default="run", help="one for the run, or one a stage")
-    training.add_argument("--fade_epochs", type=_number(0), default=0.0, help="length of the fade at a growth (0)")
-    training.add_argument("--old_lr_scale", type=_number(0), default=1.0, help="factor on the rate of older parts (1)")
-    training.add_argument("--weight_decay", type=_number(0), default=1e-2, help="of convolutions (0.01)")
-    training.add_argument("--average", type=_number(0, 1, below=True), default=0.0,
+    training.add_argument("--fade_epochs", type=number(0), default=0.0, help="length of the fade at a growth (0)")
+    training.add_argument("--old_lr_scale", type=number(0), default=1.0, help="factor on the rate of older parts (1)")
+    training.add_argument("--weight_decay", type=number(0), default=1e-2, help="of convolutions (0.01)")
+    training.add_argument("--average", type=number(0, 1, below=True), default=0.0,
                           help="decay of averaged weights, e.g. 0.99 (0: off)")
-    training.add_argument("--accumulate", type=_whole(1), default=1, help="batches a step (1)")
+    training.add_argument("--accumulate", type=whole(1), default=1, help="batches a step (1)")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     machine.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    machine.add_argument("--seed", type=_whole(0), default=0)
+    machine.add_argument("--seed", type=whole(0), default=0)
     machine.add_argument("--deterministic", action="store_true", help="the same weights to the last bit on CUDA too")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="outputs")
-    output.add_argument("--experiment_name", type=_name, help="name of the run folder (date and time)")
-    output.add_argument("--save_every", type=_whole(1), default=10, help="epochs between stage_X_epoch_Y.pth (10)")
-    output.add_argument("--keep", type=_whole(0), default=3, help="how many of them stay (3)")
+    output.add_argument("--experiment_name", type=folder_name, help="name of the run folder (date and time)")
+    output.add_argument("--save_every", type=whole(1), default=10, help="epochs between stage_X_epoch_Y.pth (10)")
+    output.add_argument("--keep", type=whole(0), default=3, help="how many of them stay (3)")
     output.add_argument("--resume", metavar="RUN_FOLDER", help="continue a run with its own settings")
     output.add_argument("--overwrite", action="store_true", help="replace what an earlier run of that name wrote")
     output.add_argument("--dry_run", action="store_true", help="print settings, data report and memory, and stop")
@@ -190,7 +123,7 @@ def train(args: argparse.Namespace) -> None:
     else:
         folder = Path(args.output_dir) / args.experiment_name
         RunFolder(folder, overwrite=args.overwrite).check()
-    model, trainer, loaders, pyramids = prepare(args, folder)
+    model, trainer, loaders = prepare(args, folder)
     if args.dry_run:
         print_memory(args, model, trainer)
         print("dry run: nothing was trained and nothing written")
@@ -207,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
         raise
     scores = ""
     if not args.overfit:
-        test(trainer, pyramids["test"])
+        test(trainer, args)
         scores = "test_scores.csv, "
     print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
@@ -232,7 +165,7 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace
 
 
 def prepare(args: argparse.Namespace, folder: Path):
-    """Open the data, print the report and what was chosen automatically; return model, trainer, loaders, pyramids."""
+    """Open the data, print the report and what was chosen automatically; return model, trainer, loaders."""
     import os
 
     import torch
@@ -291,7 +224,7 @@ def prepare(args: argparse.Namespace, folder: Path):
         save_every=args.save_every, keep=args.keep, schedule=args.schedule, fade_epochs=args.fade_epochs,
         old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average,
         overwrite=args.overwrite, config=config)
-    return model, trainer, loaders, pyramids
+    return model, trainer, loaders
 
 
 def resolved_batch_sizes(args: argparse.Namespace) -> dict[int, int]:
@@ -336,14 +269,15 @@ def print_memory(args: argparse.Namespace, model, trainer) -> None:
               f"{needed / 2 ** 20:>12.0f} MiB")
 
 
-def test(trainer, pyramid) -> None:
+def test(trainer, args: argparse.Namespace) -> None:
     """Score the test split with the best stage-4 model at original size, beside Otsu's threshold; print and save."""
-    from checkpoints import load_model
-    from scoring import score_otsu, score_split, score_table, summarise
+    from inference import Predictor
+    from scoring import score_otsu, score_pairs, score_table, scored_pairs, summarise
 
-    model = load_model(trainer.folder.file("best_stage_4.pth")).to(trainer.device)
-    rows = score_split(model, pyramid, trainer.device, trainer.precision, trainer.threshold)
-    summaries = {"best_stage_4": summarise(rows), "Otsu threshold": summarise(score_otsu(pyramid))}
+    pairs = scored_pairs(args.data_root, "test", args.use_augmented)
+    predictor = Predictor(trainer.folder.file("best_stage_4.pth"), str(trainer.device), trainer.precision)
+    rows = score_pairs(predictor, pairs)
+    summaries = {"best_stage_4": summarise(rows), "Otsu threshold": summarise(score_otsu(pairs, args.out_channels))}
     trainer.folder.write_csv("test_scores.csv", rows, tuple(rows[0]))
     trainer.folder.write_json("test_scores.json", summaries)
     gain = summaries["best_stage_4"]["dice"]["mean"] - summaries["Otsu threshold"]["dice"]["mean"]

@@ -51,6 +51,18 @@ class _Network(nn.Module):
         return STAGE_RESOLUTIONS[self.stage]
 
     @property
+    def scales(self) -> list[int]:
+        """Return the resolutions at which the network has logits at its stage, for a square of its resolution."""
+        return [r for r in STAGE_RESOLUTIONS.values() if r <= self.resolution]
+
+    def checked_scale(self, scale: int | None) -> int:
+        """Return the scale, or the finest for None; raises ValueError where the network has no logits."""
+        if scale is not None and scale not in self.scales:
+            raise ValueError(f"scale is {scale!r}; at stage {self.stage} this network has logits at "
+                             f"{', '.join(map(str, self.scales))}")
+        return scale or self.resolution
+
+    @property
     def trained(self) -> bool:
         """Tell whether any training batch has passed through the network."""
         return any(int(m.num_batches_tracked) > 0 for m in self.modules() if isinstance(m, nn.BatchNorm2d))
@@ -173,17 +185,20 @@ class ProgressiveUNet(_Network):
         return [part for part, born in self.parts().items()
                 if (part in image_parts if part.endswith("from_image") else born <= self.stage)]
 
-    def forward(self, x: torch.Tensor, return_all_scales: bool = False) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: torch.Tensor, return_all_scales: bool = False,
+                scale: int | None = None) -> torch.Tensor | list[torch.Tensor]:
         """Segment a batch of images.
 
         Args:
             x: (N, in_channels, H, W) float in [0, 1], both sides multiples of 2**stage.
+            scale: decoder level at which to stop, 32 up to the stage's resolution; finer ones are then not computed.
         Returns:
-            (N, out_channels, H, W) float32 logits; with `return_all_scales` the list from coarse to fine, at stage 4
-            of sides H/8, H/4, H/2, H.
+            (N, out_channels, H, W) float32 logits, of half the sides for each level left out; with
+            `return_all_scales` the list from coarse to fine, at stage 4 of sides H/8, H/4, H/2, H.
         """
         image = self._checked_and_normalised(x)
         top = self.resolution
+        last = self.checked_scale(scale)
         features = self.encoder[str(top)].refine(self.encoder[str(top)].from_image(image))
         skips = {top: features}
         r = top // 2
@@ -194,7 +209,7 @@ class ProgressiveUNet(_Network):
 
         scales: list[torch.Tensor] = []
         r = 2 * COARSEST
-        while r <= top:
+        while r <= last:
             features = self.decoder[str(r)](features, skips[r])
             residual = self.heads[str(r)](features)
             scales.append(residual if not scales else upsample2x(scales[-1]) + residual)
@@ -235,6 +250,11 @@ class UNet(_Network):
             raise ValueError(f"stage is {stage!r} with alpha {alpha!r}; the classic U-Net does not grow and knows "
                              f"stage {LAST_STAGE} alone. Use ProgressiveUNet to grow")
 
+    @property
+    def scales(self) -> list[int]:
+        """Return the one resolution at which the network has logits."""
+        return [self.resolution]
+
     def parts(self) -> dict[str, int]:
         """Return the names of the parts with the stage of their birth, which is 4 for all."""
         return {name: LAST_STAGE for name, _ in self.named_children()}
@@ -243,8 +263,10 @@ class UNet(_Network):
         """Return the names of all parts."""
         return list(self.parts())
 
-    def forward(self, x: torch.Tensor, return_all_scales: bool = False) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: torch.Tensor, return_all_scales: bool = False,
+                scale: int | None = None) -> torch.Tensor | list[torch.Tensor]:
         """Segment (N, in_channels, H, W) images in [0, 1]; see `ProgressiveUNet.forward`. It has one scale only."""
+        self.checked_scale(scale)
         features = self._checked_and_normalised(x)
         skips = []
         for i, block in enumerate(self.down):

@@ -1,0 +1,186 @@
+"""Score a trained checkpoint on a split at the original image size, from the shell.
+
+    python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data --split test
+    python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data_monuseg --split test --instances
+    python evaluate_papsmear.py outputs/A/best_stage_4.pth --data_root data --compare outputs/B/best_stage_4.pth
+    python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data --all_scales
+
+Writes scores.csv (one row an image), summary.json and cases.png (the worst and the best images) into --out, by default
+a folder beside the checkpoint.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+
+from options import Parser, flag, whole
+
+# Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
+
+SHOWN_CASES = 3  # worst ones and best ones each
+OWN_FILES = ("scores.csv", "scores_compared.csv", "summary.json", "cases.png")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every option is checked by its type, before anything is loaded."""
+    parser = Parser(prog="evaluate_papsmear.py", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
+    parser.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="what is scored (test)")
+    parser.add_argument("--use_augmented", default=True, type=flag, nargs="?", const=True, metavar="true|false",
+                        help="score flipped_*, mirrored_*, rotated_X_* too, as after training (true)")
+    parser.add_argument("--instances", action="store_true", help="compare nucleus by nucleus too: AJI, PQ, DQ, SQ, F1")
+    parser.add_argument("--all_scales", action="store_true", help="Dice and milliseconds at each scale of the decoder")
+    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint, scored on the same images and tested")
+    parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
+    parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the bootstrap (0)")
+    parser.add_argument("--out", help="folder for the results (CHECKPOINT_SPLIT beside the checkpoint)")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    return parser
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score, print and save."""
+    from scoring import compare, instance_file, score_pairs, scored_pairs, summarise
+
+    first = Path(args.checkpoint.split(",")[0])
+    folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
+    there = [folder / name for name in OWN_FILES if (folder / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{there[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
+                         f"pass --overwrite")
+    predictor = open_predictor(args, args.checkpoint)
+    other = open_predictor(args, args.compare) if args.compare else None
+    if other and other.out_channels != predictor.out_channels:
+        raise ValueError(f"{args.compare}: {other.out_channels} classes, but {args.checkpoint} has "
+                         f"{predictor.out_channels}; only checkpoints for the same masks can be compared")
+    pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
+    print(f"{len(pairs)} images of {pairs[0].image.parent} at original size")
+    if args.instances:
+        without = sum(instance_file(pair) is None for pair in pairs)
+        print(f"drawn nuclei of {len(pairs) - without} images from their instance maps, of {without} as the connected "
+              f"parts of the mask")
+
+    rows = score_pairs(predictor, pairs, args.instances)
+    summary = {"checkpoint": args.checkpoint, "images": str(pairs[0].image.parent), "seed": args.seed,
+               "scores": summarise(rows, args.seed)}
+    print_scores(summary["scores"])
+    others = score_pairs(other, pairs, args.instances) if other else None
+    if others:
+        summary |= {"compared_with": args.compare, "other_scores": summarise(others, args.seed),
+                    "comparison": compare(rows, others, args.seed)}
+        print_comparison(args, summary)
+    if args.all_scales:
+        summary["scales"] = score_scales(predictor, pairs)
+    for stale in there:
+        stale.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "scores.csv", rows)
+    if others:
+        write_rows(folder / "scores_compared.csv", others)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draw_cases(predictor, pairs, rows, folder / "cases.png")
+    print(f"look at {folder}/: {', '.join(name for name in OWN_FILES if (folder / name).exists())}")
+
+
+def open_predictor(args: argparse.Namespace, checkpoint: str):
+    """Return the Predictor of a checkpoint, or of several joined by commas, and print what it is."""
+    from inference import Predictor
+
+    checkpoints = [checkpoint] if Path(checkpoint).is_file() else checkpoint.split(",")
+    predictor = Predictor(checkpoints, args.device, args.precision, args.tile, augment=args.augment)
+    print(f"{checkpoint}: {predictor}")
+    return predictor
+
+
+def print_scores(scores: dict) -> None:
+    """Print every measure with its spread and interval, one a line."""
+    print(f"\n{'':<14}{'mean':>9}{'std':>9}   95 % interval of the mean ({scores['images']} images, "
+          f"{scores['empty_masks']} empty masks)")
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            print(f"{name:<14}{value['mean']:>9.4f}{value['std']:>9.4f}   {value['low']:.4f} ... {value['high']:.4f}")
+
+
+def print_comparison(args: argparse.Namespace, summary: dict) -> None:
+    """Print the means of both checkpoints and their difference, one measure a line."""
+    print(f"\n{args.checkpoint} minus {args.compare}, paired over images")
+    print(f"{'':<14}{'first':>9}{'second':>9}{'difference':>12}   95 % interval         p bootstrap  p Wilcoxon")
+    for name, value in summary["comparison"].items():
+        print(f"{name:<14}{summary['scores'][name]['mean']:>9.4f}{summary['other_scores'][name]['mean']:>9.4f}"
+              f"{value['difference']:>+12.4f}   {value['low']:+.4f} ... {value['high']:+.4f}"
+              f"{value['p_bootstrap']:>13.4f}{value['p_wilcoxon']:>12.4f}")
+
+
+def score_scales(predictor, pairs: list) -> dict:
+    """Score the logits of every scale, enlarged; return scale -> Dice and milliseconds an image, and print them.
+
+    The time is that of `predict` with the image in memory, as median over at most 20 images after one for warming up.
+    """
+    import numpy as np
+
+    from images import load_image
+    from scoring import score_pairs
+
+    result = {}
+    images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]]
+    print("\nscale       Dice   ms an image")
+    for scale in predictor.models[0].scales:
+        predictor.scale = scale
+        dice = float(np.mean([row["dice"] for row in score_pairs(predictor, pairs)]))
+        predictor.predict(images[0])
+        seconds = []
+        for image in images:
+            start = time.perf_counter()
+            predictor.predict(image)
+            seconds.append(time.perf_counter() - start)
+        result[scale] = {"dice": dice, "milliseconds": 1000 * float(np.median(seconds))}
+        print(f"{scale:>5}{dice:>11.4f}{result[scale]['milliseconds']:>14.1f}")
+    predictor.scale = None
+    return result
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write one row an image."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
+    """Draw the images of lowest and of highest Dice, the worst on top."""
+    from images import load_image
+    from report import predictions
+    from scoring import score_pair
+
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["dice"])
+    shown = order if len(order) <= 2 * SHOWN_CASES else order[:SHOWN_CASES] + order[-SHOWN_CASES:]
+    images = [load_image(pairs[i].image, 3).transpose(2, 0, 1) / 255 for i in shown]
+    found = [score_pair(predictor, pairs[i]) for i in shown]
+    probabilities, masks = ([case[k].transpose(2, 0, 1) for case in found] for k in (1, 2))
+    predictions(images, masks, probabilities, [rows[i]["image"] for i in shown], [rows[i]["dice"] for i in shown], path,
+                predictor.threshold)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        evaluate(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

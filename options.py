@@ -1,0 +1,84 @@
+"""What the command lines share: the parser, and the types of options that check themselves.
+
+Nothing here imports torch, so --help and wrong options answer at once.
+"""
+
+import argparse
+import math
+import re
+
+RESOLUTIONS = (32, 64, 128, 256)
+
+
+def flag(text: str) -> bool:
+    """Read true or false."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def whole(low: int, high: int = 10 ** 9):
+    """Return a reader of whole numbers from `low` to `high`."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low} (and at most {high})")
+        return int(text)
+    return parse
+
+
+def number(low: float, high: float = math.inf, above: bool = False, below: bool = False):
+    """Return a reader of finite numbers from `low` to `high`, the ends excluded where asked for."""
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or above and value == low or below and value == high:
+            rule = f"above {low:g}" if above else f"of at least {low:g}"
+            rule += "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
+        return value
+    return parse
+
+
+def epoch_list(text: str) -> str:
+    """Check '50', or one number a stage: '10,10,20,60'."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor such numbers joined "
+                                         f"by commas, one a stage, e.g. 10,10,20,60")
+    return text
+
+
+def batch_table(text: str) -> str:
+    """Check 'RESOLUTION:BATCH' joined by commas."""
+    sizes = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) and [entry.split(":") for entry in text.split(",")]
+    if not sizes or any(int(r) not in RESOLUTIONS or int(n) < 1 for r, n in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not RESOLUTION:BATCH joined by commas, with resolutions out of "
+                                         f"32, 64, 128, 256 and batches of at least 1, e.g. 32:64,64:32,128:16,256:8")
+    if len({r for r, _ in sizes}) < len(sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} names a resolution twice")
+    return text
+
+
+def folder_name(text: str) -> str:
+    """Check the name of a folder."""
+    if not re.fullmatch(r"[\w.\-+=]+", text) or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder name of letters, digits and _ - + = .")
+    return text
+
+
+def regex(text: str) -> str:
+    """Check a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from None
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """Raise what is wrong as ValueError, so that every refusal of a command line looks the same."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists all options)")

@@ -1,0 +1,227 @@
+"""Segment images with a trained checkpoint, from the shell.
+
+    python predict_papsmear.py outputs/NAME/best_stage_4.pth smear.png --out predicted
+    python predict_papsmear.py outputs/NAME/best_stage_4.pth slides/ --out predicted --probability --pixel_size 0.25
+    python predict_papsmear.py fold_1.pth,fold_2.pth slides/ --out predicted --augment --shard 1/4
+
+For NAME.png the folder gets NAME_mask.png (0/255; with several classes NAME_mask_1.png, ...), NAME_instances.png (16
+bit, 0 for background), NAME_overlay.png (outlines of the nuclei) and rows in nuclei.csv; all nuclei are those of the
+first class. A file that cannot be predicted is listed at the end, and the exit code is then 1.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from options import Parser, number, whole
+
+# Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
+
+OUTLINE = (20, 230, 60)  # seen on grey smears and on pink and blue stains alike
+COLUMNS = ("image", "label", "centroid_row", "centroid_column", "area", "eccentricity", "mean_probability")
+MICROMETRE_COLUMNS = ("centroid_row_um", "centroid_column_um", "area_um2")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 1 to n, e.g. 1/4")
+    return int(first), int(last)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every option is checked by its type, before anything is loaded."""
+    parser = Parser(prog="predict_papsmear.py", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of these images that are there")
+    parser.add_argument("--probability", action="store_true", help="NAME_probability.png too (16 bit, 65535 is 1)")
+    parser.add_argument("--threshold", type=number(0, 1, above=True, below=True), help="that of the checkpoint")
+    parser.add_argument("--min_area", type=whole(0), default=30, help="pixels of the smallest nucleus (30)")
+    parser.add_argument("--pixel_size", type=number(0, above=True), help="micrometres a pixel, for nuclei.csv")
+    parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
+    parser.add_argument("--scale", type=int, help="stop at this decoder level, e.g. 128 to skip the finest")
+    parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
+    parser.add_argument("--max_pixels", type=number(1), default=5e8, help="larger images are not decoded (5e8)")
+    parser.add_argument("--shard", type=_shard, help="i/n: every n-th image from the i-th on (torchrun sets it)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    return parser
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Predict all images of this process; return the exit code."""
+    from inference import Predictor
+
+    shard, device = shard_and_device(args)
+    everything = list_images(args.images)
+    paths = everything[shard[0] - 1::shard[1]]
+    checkpoints = [args.checkpoint] if Path(args.checkpoint).is_file() else args.checkpoint.split(",")
+    predictor = Predictor(checkpoints, device, args.precision, args.tile, augment=args.augment,
+                          scale=args.scale)
+    predictor.threshold = args.threshold or predictor.threshold
+    folder = Path(args.out)
+    if any(Path(given).resolve() == folder.resolve() for given in args.images):
+        raise ValueError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
+                         f"the next time. Choose another --out")
+    table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
+    there = [p for path in paths for p in outputs(folder, path, predictor.out_channels) if p.exists()]
+    if not args.overwrite and (there or table.exists()):
+        raise ValueError(f"{there[0] if there else table}: exists already, and nothing is overwritten unasked. Choose "
+                         f"another --out, or pass --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{args.checkpoint}: {predictor}")
+    part = f", part {shard[0]} of {shard[1]}" if shard[1] > 1 else ""
+    print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}")
+
+    failed, black = [], []
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if args.pixel_size else ()))
+        writer.writeheader()
+        for path in paths:
+            try:
+                rows, highest = predict_one(predictor, path, folder, args)
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
+                first_line = (str(error).splitlines() or ["out of memory"])[0]
+                failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
+                print(f"{path.name}: failed")
+                continue
+            writer.writerows(rows)
+            if highest < predictor.threshold:
+                black.append(highest)
+    if black:
+        print(f"warning: {len(black)} of {len(paths)} images came out all black; the highest probability in them is "
+              f"{max(black):.3f}. Lower --threshold, or train on images like these")
+    print(f"look at {folder}/: NAME_overlay.png, {table.name}")
+    for problem in failed:
+        print(f"error: {problem}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(paths)} files failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[list[dict], float]:
+    """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
+    import numpy as np
+
+    from images import load_image, save_instances, save_png, to_image
+    from inference import separate_nuclei
+
+    start = time.perf_counter()
+    image = load_image(path, 3, int(args.max_pixels))
+    pixels = to_image(image, predictor.in_channels)
+    probability = predictor.predict(pixels)
+    nuclei = separate_nuclei(probability[..., 0], predictor.threshold, min_area=args.min_area)
+    mask = probability >= predictor.threshold
+    for k in range(predictor.out_channels):
+        class_ending = f"_{k + 1}" if predictor.out_channels > 1 else ""
+        save_png(folder / f"{path.stem}_mask{class_ending}.png", mask[..., k])
+        if args.probability:
+            save_png(folder / f"{path.stem}_probability{class_ending}.png",
+                     np.round(probability[..., k] * 65535).astype(np.uint16))
+    save_instances(folder / f"{path.stem}_instances.png", nuclei)
+    save_png(folder / f"{path.stem}_overlay.png", overlay(image, nuclei))
+
+    highest = float(probability.max())
+    strange = predictor.unlike_training(pixels)
+    print(f"{path.name}: {image.shape[0]}x{image.shape[1]}, {nuclei.max()} nuclei, "
+          f"{mask[..., 0].mean():.1%} foreground, {time.perf_counter() - start:.1f} s"
+          + (f"; ALL BLACK, highest probability {highest:.3f}" if highest < predictor.threshold else "")
+          + (f"; UNLIKE THE TRAINING IMAGES: {strange}" if strange else ""), flush=True)
+    return nucleus_rows(path.name, nuclei, probability[..., 0], args.pixel_size), highest
+
+
+def nucleus_rows(name: str, nuclei, probability, pixel_size: float | None) -> list[dict]:
+    """Measure every nucleus of a label map (H, W): one dictionary with COLUMNS each.
+
+    Centroids are in pixels from the centre of the top left one, areas in pixels; with `pixel_size` (micrometres)
+    MICROMETRE_COLUMNS follow. The eccentricity is that of the ellipse with the same second moments (scikit-image).
+    """
+    from skimage.measure import regionprops_table
+
+    found = regionprops_table(nuclei, probability, ("label", "centroid", "area", "eccentricity", "intensity_mean"))
+    rows = []
+    for label, y, x, area, eccentricity, mean in zip(*found.values(), strict=True):
+        row = dict(zip(COLUMNS, (name, int(label), round(float(y), 2), round(float(x), 2), int(area),
+                                 round(float(eccentricity), 4), round(float(mean), 4)), strict=True))
+        if pixel_size:
+            lengths = (y * pixel_size, x * pixel_size, area * pixel_size ** 2)
+            row |= dict(zip(MICROMETRE_COLUMNS, (round(float(n), 4) for n in lengths), strict=True))
+        rows.append(row)
+    return rows
+
+
+def overlay(image, nuclei):
+    """Draw the outlines of a label map (H, W) onto an image (H, W, 3) uint8 and return the copy."""
+    from metrics import boundary
+
+    drawn = image.copy()
+    drawn[boundary(nuclei)] = OUTLINE
+    return drawn
+
+
+def list_images(given: list[str]) -> list[Path]:
+    """Return the files, and the images of the folders in order of their names.
+
+    Raises ValueError for what is not there and for two images whose results would have one name.
+    """
+    from images import IMAGE_SUFFIXES
+
+    paths = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise ValueError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+    paths = list(dict.fromkeys(paths))
+    stem, count = Counter(path.stem for path in paths).most_common(1)[0]
+    if count > 1:
+        twins = [str(path) for path in paths if path.stem == stem]
+        raise ValueError(f"{' and '.join(twins[:2])}: both would be written as {stem}_mask.png. Predict them into two "
+                         f"folders, or rename one")
+    return paths
+
+
+def outputs(folder: Path, path: Path, classes: int) -> list[Path]:
+    """Return the files that every prediction of an image makes."""
+    masks = ["mask"] if classes == 1 else [f"mask_{k + 1}" for k in range(classes)]
+    return [folder / f"{path.stem}_{kind}.png" for kind in (*masks, "instances", "overlay")]
+
+
+def shard_and_device(args: argparse.Namespace) -> tuple[tuple[int, int], str]:
+    """Return (i, n) and the device, both from the variables of torchrun where nothing was given."""
+    shard, device = args.shard or (1, 1), args.device
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if not args.shard and processes > 1:
+        import torch
+
+        shard = int(os.environ["RANK"]) + 1, processes
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return shard, device
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return predict(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished images are written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
