@@ -8,7 +8,7 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     model           state dict of the parts that live at that stage, image mean and standard deviation included
     resting         state dict of all other parts in last.pth, so that a resumed run grows into the same weights; else
                     empty
-    sizing          'resize': the whole image becomes 256x256, logits go back to the original size
+    sizing          'resize': the whole image becomes 256x256, logits go back to the original size; 'tile': native scale
     threshold       probability from which a pixel is foreground
     epoch           epochs finished within the stage
     score           validation Dice of these weights (None for a network that was not validated)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from images import ImageFileError, load_image, load_mask, resize
-from splits import DatasetError, Pair, find_splits
+from splits import DatasetError, Pair, find_splits, sizing_of
 from unet import STAGE_RESOLUTIONS
 
 FINEST = max(STAGE_RESOLUTIONS.values())
@@ -23,6 +23,9 @@ CACHE_SHARE = 0.25  # of the memory that is free
 class ImagePyramid:
     """All images and masks of one split, as uint8, with what was counted while they were read.
 
+    Args:
+        sizing: 'resize' brings every image to 256x256; 'tile' takes tiles at native scale, which have that size.
+
     Attributes:
         pairs, names: the files, in the order of the indices.
         sizes: (N, 2) original height and width in pixels.
@@ -31,7 +34,8 @@ class ImagePyramid:
         foreground: (N, K) share of each mask's original pixels that belong to the class.
     """
 
-    def __init__(self, pairs: list[Pair], in_channels: int, out_channels: int):
+    def __init__(self, pairs: list[Pair], in_channels: int, out_channels: int, sizing: str = "resize"):
+        self.sizing = sizing
         self.pairs, self.names = pairs, [pair.name for pair in pairs]
         self.in_channels, self.out_channels = in_channels, out_channels
         self.sizes = np.zeros((len(pairs), 2), dtype=int)
@@ -53,7 +57,7 @@ class ImagePyramid:
 
     def first(self, count: int) -> "ImagePyramid":
         """Return the first images alone, decoded anew and kept in memory."""
-        own = ImagePyramid(self.pairs[:count], self.in_channels, self.out_channels)
+        own = ImagePyramid(self.pairs[:count], self.in_channels, self.out_channels, self.sizing)
         own.read_all(cache=True)
         return own
 
@@ -65,8 +69,7 @@ class ImagePyramid:
         sums = np.zeros((2, self.in_channels))
         problems = []
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-            for i, found in enumerate(pool.map(_try_pair, self.pairs, [self.in_channels] * len(self),
-                                               [self.out_channels] * len(self))):
+            for i, found in enumerate(pool.map(self._try_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
@@ -89,11 +92,41 @@ class ImagePyramid:
             while (coarsest := min(self._levels)) > resolution:  # made when first needed
                 self._levels[coarsest // 2] = tuple(halve(level) for level in self._levels[coarsest])
             return tuple(level[torch.as_tensor(indices)] for level in self._levels[resolution])
-        found = [_decode_pair(self.pairs[i], self.in_channels, self.out_channels)[:2] for i in indices]
+        found = [self._decode_pair(self.pairs[i])[:2] for i in indices]
         levels = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
         while levels[0].shape[-1] > resolution:
             levels = tuple(halve(level) for level in levels)
         return levels
+
+    def _decode_pair(self, pair: Pair):
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
+        found = self._try_pair(pair)
+        if isinstance(found, list):
+            raise ImageFileError("; ".join(found))
+        return found
+
+    def _try_pair(self, pair: Pair):
+        """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
+        problems, arrays = [], []
+        for read, path, channels in ((load_image, pair.image, self.in_channels),
+                                     (load_mask, pair.mask, self.out_channels)):
+            try:
+                arrays.append(read(path, channels))
+            except ImageFileError as error:
+                problems.append(str(error))
+        if problems:
+            return problems
+        image, mask = arrays
+        if image.shape[:2] != mask.shape[:2]:
+            return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
+                    f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's "
+                    f"size"]
+        if self.sizing == "tile" and image.shape[:2] != (FINEST, FINEST):
+            return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
+                    f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
+                    f"every image resized"]
+        image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
+        return image256, mask256, mask.shape[:2], mask.mean(axis=(0, 1))
 
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,
@@ -109,7 +142,8 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
         DatasetError: one error that lists every problem of all these splits.
     """
     splits, problems = find_splits(data_root, use_augmented, wanted)
-    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels) for split, pairs in splits.items()}
+    sizing = sizing_of(data_root)
+    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing) for split, pairs in splits.items()}
     if cache_images is None:
         cache_images = sum(p.cache_bytes for p in pyramids.values()) < CACHE_SHARE * free_memory()
     for pyramid in pyramids.values():
@@ -140,30 +174,3 @@ def free_memory() -> int:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         except (AttributeError, ValueError, OSError):  # Windows
             return 4 * 2 ** 30
-
-
-def _decode_pair(pair: Pair, in_channels: int, out_channels: int):
-    """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
-    found = _try_pair(pair, in_channels, out_channels)
-    if isinstance(found, list):
-        raise ImageFileError("; ".join(found))
-    return found
-
-
-def _try_pair(pair: Pair, in_channels: int, out_channels: int):
-    """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
-    problems = []
-    arrays = []
-    for read, path, channels in ((load_image, pair.image, in_channels), (load_mask, pair.mask, out_channels)):
-        try:
-            arrays.append(read(path, channels))
-        except ImageFileError as error:
-            problems.append(str(error))
-    if problems:
-        return problems
-    image, mask = arrays
-    if image.shape[:2] != mask.shape[:2]:
-        return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
-                f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's size"]
-    image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-    return image256, mask256, mask.shape[:2], mask.mean(axis=(0, 1))

@@ -23,10 +23,9 @@ from checkpoints import load_checkpoint, load_model
 from devices import autocast, choose_device, choose_precision
 from image_pyramid import FINEST, halve
 from images import load_image, resize, to_image
+from splits import SIZINGS
 from unet import LAST_STAGE
 from unet_parts import upsample2x
-
-SIZINGS = ("resize", "tile")
 
 # Pixels of the network's input, along an axis, over which a pixel acts on the logits: network -> stage -> pixels.
 # Measured by switching on one pixel at every position relative to the poolings; a test measures them again.

@@ -83,6 +83,7 @@ class ProgressiveTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir else None
+        self.sizing = "resize"         # of the data that train it
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
         self._steps_taken = 0          # by this trainer, resumed ones included
@@ -188,9 +189,10 @@ class ProgressiveTrainer:
         for target in (loader, dataset):  # a plain DataLoader has no epochs, our data set in it has
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
-        if not self.model.has_image_statistics and hasattr(dataset, "pyramid"):
-            for network in {self.model, self.evaluated_model}:
-                network.set_image_statistics(dataset.pyramid.image_mean, dataset.pyramid.image_std)
+        if pyramid := getattr(dataset, "pyramid", None):
+            self.sizing = pyramid.sizing
+            for network in {self.model, self.evaluated_model} if not self.model.has_image_statistics else ():
+                network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
         self.model.train()
 
     def fit(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
@@ -254,7 +256,7 @@ class ProgressiveTrainer:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
-        self.best_scores = dict(saved["best_scores"])
+        self.sizing, self.best_scores = saved["sizing"], dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1
         torch.set_rng_state(saved["random_states"]["cpu"])
         if self.device.type == "cuda" and "cuda" in saved["random_states"]:
@@ -335,7 +337,7 @@ class ProgressiveTrainer:
             random_states["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
                 "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
-                "sizing": "resize", "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
+                "sizing": self.sizing, "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,
                 "random_states": random_states, "config": self.config}

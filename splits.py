@@ -6,6 +6,7 @@ relative to the root, and `split`) overrides the folders; images that it does no
 """
 
 import csv
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from images import IMAGE_SUFFIXES
 
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
+SIZINGS = ("resize", "tile")
 SHARES = (0.70, 0.15, 0.15)
 COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_-?\d+(?:\.\d+)?_)+")
 TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
@@ -86,6 +88,25 @@ def find_splits(data_root: Path, use_augmented: bool = True,
         elif not pairs and not problems:
             problems.append(f"{split}: no image. " + (f"Check {table}" if table.is_file() else f"Expected: {TREE}"))
     return splits, problems
+
+
+def sizing_of(data_root: Path) -> str:
+    """Return how images of this data set become 256x256: 'tile', they are, or 'resize', unless dataset.json says.
+
+    Raises DatasetError for a dataset.json that says something else.
+    """
+    path = Path(data_root) / "dataset.json"
+    if not path.is_file():
+        return "resize"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        found = description["sizing"] if isinstance(description, dict) else description
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(data_root, [f"{path}: cannot be read ({error!r}). Prepare the data set again, or remove the "
+                                       f"file to have every image resized to 256x256"]) from None
+    if found not in SIZINGS:
+        raise DatasetError(data_root, [f"{path}: sizing is {found!r}; it must be one of {', '.join(SIZINGS)}"])
+    return found
 
 
 def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair]]:

@@ -22,8 +22,9 @@ from skimage.segmentation import find_boundaries
 import evaluate_papsmear
 import inference
 import predict_papsmear
+import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
-from conftest import PROJECT, draw_pair, run_script, write_checkpoint, write_data_set
+from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from image_pyramid import FINEST
 from images import ImageFileError, load_image, load_instances, load_mask, resize, save_png, to_image
 from inference import REACH, STEP, Predictor, plan_axis, separate_nuclei, tile_margin
@@ -503,6 +504,26 @@ def tile_data_set(root):
     save_png(root / "whole/test/masks/large.png", nuclei > 0)
     save_png(root / "whole/test/instances/large.png", (nuclei * 1000).astype(np.uint16))
     return root
+
+
+def test_tiles_train_and_whole_images_are_predicted_at_native_scale(tmp_path, capsys):
+    """From a data set of tiles to a test score of a larger whole image; the checkpoint tells how it was trained."""
+    root = write_data_set(tmp_path / "data", counts=(2, 1, 1), side=256)
+    (root / "dataset.json").write_text('{"format": 1, "sizing": "tile", "source": "drawn", "microns_per_pixel": null}')
+    for kind in ("images", "masks"):
+        (root / "whole/test" / kind).mkdir(parents=True)
+    image, mask = draw_pair(np.random.default_rng(5), 300)
+    save_png(root / "whole/test/images/large.png", image)
+    save_png(root / "whole/test/masks/large.png", mask)
+    assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "tiles",
+                                *TINY]) == 0
+    assert load_checkpoint(tmp_path / "tiles/best_stage_4.pth")["sizing"] == "tile"
+    assert Predictor(tmp_path / "tiles/best_stage_4.pth").predict(image).shape == (300, 300, 1)
+    assert "large" in (tmp_path / "tiles/test_scores.csv").read_text()
+    save_png(root / "train/images/train_0.png", image)
+    save_png(root / "train/masks/train_0.png", mask)
+    assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), *TINY]) == 2
+    assert "300x300 pixels; dataset.json says" in capsys.readouterr().err
 
 
 def test_whole_images_and_instance_maps_are_scored(tmp_path, capsys):
