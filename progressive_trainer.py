@@ -131,7 +131,8 @@ class ProgressiveTrainer:
         young = young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
         means = MeanOverImages()
-        with self._bar(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
+        # disable=None: quiet when the output is no terminal
+        with tqdm(loader, f"stage {self.model.stage} epoch {epoch + 1}", leave=False, disable=None) as bar:
             for i, batch in enumerate(bar):
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
@@ -162,7 +163,7 @@ class ProgressiveTrainer:
         """
         network = self.evaluated_model.eval()
         means, empty_masks = MeanOverImages(), 0
-        for i, batch in enumerate(self._bar(loader, "validate")):
+        for i, batch in enumerate(tqdm(loader, "validate", leave=False, disable=None)):
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
             values = self._measure(logits, mask, loss)
@@ -304,9 +305,6 @@ class ProgressiveTrainer:
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
         refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
                           batch.get("name", ["(not named by the loader)"]))
-
-    def _bar(self, loader: Iterable[dict], title: str) -> tqdm:
-        return tqdm(loader, desc=title, leave=False, disable=None)  # None: quiet when the output is no terminal
 
     def _record(self, train: dict, valid: dict, epoch: int) -> None:
         """Keep the best score and, with an output folder, write the row and the checkpoints of an epoch."""

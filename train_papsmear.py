@@ -191,11 +191,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images)
     if args.overfit:
         pyramids = dict.fromkeys(pyramids, pyramids["train"].first(args.overfit))
-    fingerprint = " ".join(pyramids[split].fingerprint for split in pyramids)
-    if args.resume and fingerprint != args.data_fingerprint:
-        raise ValueError(f"{args.data_root}: the data set is not the one that {folder} was started with (fingerprint "
-                         f"{fingerprint[:8]}..., then {args.data_fingerprint[:8]}...). Point --data_root at the same "
-                         f"files, or start another run")
+    fingerprint = data_fingerprint(args, pyramids)
     cached = pyramids["train"].cached
     workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
     workers = 0 if cached else workers
@@ -225,6 +221,16 @@ def prepare(args: argparse.Namespace, folder: Path):
         old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average,
         overwrite=args.overwrite, config=config)
     return model, trainer, loaders
+
+
+def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
+    """Return the fingerprint of the data; a run that is resumed refuses other data than its own."""
+    fingerprint = " ".join(pyramid.fingerprint for pyramid in pyramids.values())
+    if args.resume and fingerprint != args.data_fingerprint:
+        raise ValueError(f"{args.data_root}: the data set is not the one that {args.resume} was started with "
+                         f"(fingerprint {fingerprint[:8]}..., then {args.data_fingerprint[:8]}...). Point --data_root "
+                         f"at the same files, or start another run")
+    return fingerprint
 
 
 def resolved_batch_sizes(args: argparse.Namespace) -> dict[int, int]:
