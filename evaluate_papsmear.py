@@ -10,13 +10,11 @@ a folder beside the checkpoint.
 """
 
 import argparse
-import csv
-import json
 import sys
 import time
 from pathlib import Path
 
-from options import Parser, flag, whole
+from options import Parser, checkpoint_list, flag, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -48,9 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save."""
+    from run_folder import RunFolder
     from scoring import compare, instance_file, score_pairs, scored_pairs, summarise
 
-    first = Path(args.checkpoint.split(",")[0])
+    first = Path(checkpoint_list(args.checkpoint)[0])
     folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
     there = [folder / name for name in OWN_FILES if (folder / name).exists()]
     if there and not args.overwrite:
@@ -81,12 +80,12 @@ def evaluate(args: argparse.Namespace) -> None:
         summary["scales"] = score_scales(predictor, pairs)
     for stale in there:
         stale.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "scores.csv", rows)
+    results = RunFolder(folder)
+    results.write_csv("scores.csv", rows, tuple(rows[0]))
     if others:
-        write_rows(folder / "scores_compared.csv", others)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw_cases(predictor, pairs, rows, folder / "cases.png")
+        results.write_csv("scores_compared.csv", others, tuple(others[0]))
+    results.write_json("summary.json", summary)
+    draw_cases(predictor, pairs, rows, results.file("cases.png"))
     print(f"look at {folder}/: {', '.join(name for name in OWN_FILES if (folder / name).exists())}")
 
 
@@ -94,8 +93,7 @@ def open_predictor(args: argparse.Namespace, checkpoint: str):
     """Return the Predictor of a checkpoint, or of several joined by commas, and print what it is."""
     from inference import Predictor
 
-    checkpoints = [checkpoint] if Path(checkpoint).is_file() else checkpoint.split(",")
-    predictor = Predictor(checkpoints, args.device, args.precision, args.tile, augment=args.augment)
+    predictor = Predictor(checkpoint_list(checkpoint), args.device, args.precision, args.tile, augment=args.augment)
     print(f"{checkpoint}: {predictor}")
     return predictor
 
@@ -145,14 +143,6 @@ def score_scales(predictor, pairs: list) -> dict:
         print(f"{scale:>5}{dice:>11.4f}{result[scale]['milliseconds']:>14.1f}")
     predictor.scale = None
     return result
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write one row an image."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing here imports torch, so --help and wrong options answer at once.
 import argparse
 import math
 import re
+from pathlib import Path
 
 RESOLUTIONS = (32, 64, 128, 256)
 
@@ -75,6 +76,11 @@ def regex(text: str) -> str:
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from None
     return text
+
+
+def checkpoint_list(text: str) -> list[str]:
+    """Return the paths of one checkpoint, or of several joined by commas; a file whose name has a comma is one."""
+    return [text] if Path(text).is_file() else text.split(",")
 
 
 class Parser(argparse.ArgumentParser):

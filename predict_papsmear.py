@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from options import Parser, number, whole
+from options import Parser, checkpoint_list, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -62,8 +62,7 @@ def predict(args: argparse.Namespace) -> int:
     shard, device = shard_and_device(args)
     everything = list_images(args.images)
     paths = everything[shard[0] - 1::shard[1]]
-    checkpoints = [args.checkpoint] if Path(args.checkpoint).is_file() else args.checkpoint.split(",")
-    predictor = Predictor(checkpoints, device, args.precision, args.tile, augment=args.augment,
+    predictor = Predictor(checkpoint_list(args.checkpoint), device, args.precision, args.tile, augment=args.augment,
                           scale=args.scale)
     predictor.threshold = args.threshold or predictor.threshold
     folder = Path(args.out)

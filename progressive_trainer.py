@@ -145,7 +145,9 @@ class ProgressiveTrainer:
                 if (i + 1) % self.accumulate == 0 or i + 1 == batches:
                     self._take_step()
                 means.add(self._measure(logits.detach(), mask, loss.detach()))
-                bar.set_postfix(loss=f"{means.means()['loss']:.3f}", dice=f"{means.means()['dice']:.3f}", refresh=False)
+                if not bar.disable:
+                    so_far = means.means()
+                    bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
         seconds = time.perf_counter() - start
         self._train_metrics = means.means() | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "alpha": self.model.alpha,

@@ -235,8 +235,9 @@ def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
 
 def resolved_batch_sizes(args: argparse.Namespace) -> dict[int, int]:
     """Return resolution -> batch for all four resolutions."""
-    entries = f"32:64,64:32,128:16,256:8,{args.batch_sizes}".split(",")
-    return dict(tuple(map(int, entry.split(":"))) for entry in entries)
+    from pap_smear_dataset import DEFAULT_BATCH_SIZES
+
+    return DEFAULT_BATCH_SIZES | dict(tuple(map(int, entry.split(":"))) for entry in args.batch_sizes.split(","))
 
 
 def initialise(model, args: argparse.Namespace) -> None:
