@@ -1,8 +1,8 @@
-"""Segment images of any size with a trained checkpoint, and separate the nuclei of the result.
+"""Segment images of any size with a trained checkpoint.
 
     predictor = Predictor("outputs/my_run/best_stage_4.pth")      # a list of checkpoints is averaged
     probability = predictor.predict("smear.png")                  # (H, W, K) float32 in [0, 1]
-    nuclei = separate_nuclei(probability[..., 0])                 # (H, W) int32, 0 for background
+    nuclei = predictor.nuclei(probability)                        # (H, W) int32, 0 for background
 
 The checkpoint alone decides channels, stage, normalisation and sizing. With 'resize' the whole image becomes 256x256
 and the logits go back to its size. With 'tile' the network sees the image at its own scale, large images in overlapping
@@ -14,15 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
-from skimage.morphology import reconstruction
-from skimage.segmentation import relabel_sequential, watershed
 from torch.nn import functional as F
 
 from checkpoints import load_checkpoint, load_model
 from devices import autocast, choose_device, choose_precision
 from image_pyramid import FINEST, halve
 from images import load_image, resize, to_image
+from separation import separate_nuclei
 from splits import SIZINGS
 from unet import LAST_STAGE
 from unet_parts import upsample2x
@@ -102,6 +100,14 @@ class Predictor:
         from_file = isinstance(image, (str, Path))
         pixels = load_image(Path(image), self.in_channels) if from_file else to_image(image, self.in_channels)
         return self._predict_tiled(pixels) if self.sizing == "tile" else self._predict_resized(pixels)
+
+    def nuclei(self, probability: np.ndarray, min_area: int = 30) -> np.ndarray:
+        """Separate the nuclei of the first class in what `predict` returned (see `separation.separate_nuclei`).
+
+        Returns:
+            (H, W) int32, numbered from 1 without gaps, 0 for background.
+        """
+        return separate_nuclei(probability[..., 0], self.threshold, min_area=min_area)
 
     def unlike_training(self, pixels: np.ndarray) -> str | None:
         """Say in what way an image (H, W, in_channels) uint8 lies far from the training images, or return None."""
@@ -217,52 +223,3 @@ def _recipe(path: Path) -> dict:
     args = checkpoint["model_args"]
     return {"stage": checkpoint["stage"], "in_channels": args["in_channels"], "out_channels": args["out_channels"],
             "sizing": checkpoint["sizing"], "threshold": checkpoint["threshold"]}
-
-
-def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: np.ndarray | None = None,
-                    smoothing: float = 1.0, depth: float = 0.5, min_area: int = 30) -> np.ndarray:
-    """Separate touching nuclei by a watershed on the smoothed distance to the background.
-
-    Foreground is cut at the threshold and its small holes are filled. Each maximum of the smoothed distance transform
-    that rises by more than `depth` above the saddle to a higher one becomes a marker, and the watershed of the distance
-    (scikit-image) divides the foreground between the markers. The defaults were chosen among 15 pairs of `smoothing`
-    (1, 1.5, 2) and `depth` (0.3 to 1.5) by AJI on the drawn masks of six MoNuSeg training images, as they are and
-    blurred with noise; no network's predictions were used.
-
-    Args:
-        probability: (H, W) or (H, W, 1) floating point in [0, 1].
-        threshold: probability from which a pixel is foreground.
-        boundary: (H, W) probability in [0, 1] of a line between nuclei, if there is a channel for it; the distance is
-            then that to the background or to a pixel where it reaches one half.
-        smoothing: standard deviation in pixels of the Gaussian on the distance.
-        depth: pixels; larger values separate less.
-        min_area: pixels; smaller nuclei are removed, smaller holes filled.
-    Returns:
-        (H, W) int32, nuclei numbered from 1 without gaps, 0 for background.
-    Raises:
-        ValueError: for other shapes and settings out of range.
-    """
-    if probability.ndim == 3 and probability.shape[2] == 1:
-        probability = probability[..., 0]
-    if probability.ndim != 2 or boundary is not None and boundary.shape != probability.shape:
-        other = "" if boundary is None else f" and boundary {boundary.shape}"
-        raise ValueError(f"probability is {probability.shape}{other}; both must be (H, W). Take one channel, e.g. "
-                         f"probability[..., 0]")
-    if not 0 < threshold < 1 or smoothing < 0 or depth <= 0 or min_area < 0:
-        raise ValueError(f"threshold {threshold!r}, smoothing {smoothing!r}, depth {depth!r}, min_area {min_area!r}; "
-                         f"threshold must lie in (0, 1), depth above 0, the others be at least 0")
-    foreground = probability >= threshold
-    holes, _ = ndimage.label(~foreground)  # a ring of nuclei encloses background too, so only small ones are filled
-    foreground |= (np.bincount(holes.ravel()) < min_area)[holes]
-    inside = foreground if boundary is None else foreground & (boundary < 0.5)
-    distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(inside), smoothing, output=np.float32)
-    distance[~inside] = 0
-    # A nucleus thinner than `depth` has no maximum of that height; the watershed leaves it out and it gets its own.
-    seeds = reconstruction(np.maximum(distance - depth, 0), distance, footprint=np.ones((3, 3)))
-    markers, _ = ndimage.label(distance - seeds >= depth - 1e-4, structure=np.ones((3, 3)))
-    nuclei = watershed(-distance, markers, mask=foreground)
-    left, _ = ndimage.label(foreground & (nuclei == 0))
-    nuclei = np.where(left > 0, left + nuclei.max(), nuclei)
-    large = np.bincount(nuclei.ravel()) >= max(min_area, 1)
-    large[0] = False
-    return relabel_sequential(np.where(large[nuclei], nuclei, 0))[0].astype(np.int32)

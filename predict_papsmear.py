@@ -110,13 +110,12 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
     import numpy as np
 
     from images import load_image, save_instances, save_png, to_image
-    from inference import separate_nuclei
 
     start = time.perf_counter()
     image = load_image(path, 3, int(args.max_pixels))
     pixels = to_image(image, predictor.in_channels)
     probability = predictor.predict(pixels)
-    nuclei = separate_nuclei(probability[..., 0], predictor.threshold, min_area=args.min_area)
+    nuclei = predictor.nuclei(probability, args.min_area)
     mask = probability >= predictor.threshold
     for k in range(predictor.out_channels):
         class_ending = f"_{k + 1}" if predictor.out_channels > 1 else ""

@@ -15,7 +15,7 @@ from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
 from images import ImageFileError, load_image, load_instances, load_mask
-from inference import Predictor, separate_nuclei
+from inference import Predictor
 from metrics import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
 from splits import SPLITS_FILE, Pair, list_splits
 
@@ -46,13 +46,13 @@ def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False
 def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
     """Return the row of one image, its probabilities (H, W, K) float32 and its mask (H, W, K) bool.
 
-    Nuclei are those of the first class, separated by `separate_nuclei` with the checkpoint's threshold.
+    Nuclei are those of the first class, separated by `Predictor.nuclei`.
     """
     probability = predictor.predict(pair.image)
     mask = load_mask(pair.mask, predictor.out_channels)
     row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
     if instances:
-        found = separate_nuclei(probability[..., 0], predictor.threshold)
+        found = predictor.nuclei(probability)
         drawn = drawn_nuclei(pair, mask[..., 0])
         row |= instance_metrics(found, drawn)
         row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}

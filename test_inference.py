@@ -27,9 +27,10 @@ from checkpoints import load_checkpoint, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from image_pyramid import FINEST
 from images import ImageFileError, load_image, load_instances, load_mask, resize, save_png, to_image
-from inference import REACH, STEP, Predictor, plan_axis, separate_nuclei, tile_margin
+from inference import REACH, STEP, Predictor, plan_axis, tile_margin
 from metrics import INSTANCE_METRICS, boundary, boundary_f1, instance_metrics, overlaps
 from scoring import compare, drawn_nuclei, scored_pairs, summarise
+from separation import separate_nuclei
 from unet import MODELS, ProgressiveUNet, UNet
 from unet_parts import ToLogits
 

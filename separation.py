@@ -1,0 +1,55 @@
+"""Turn probabilities into an instance map: touching nuclei are separated."""
+
+import numpy as np
+from scipy import ndimage
+from skimage.morphology import reconstruction
+from skimage.segmentation import relabel_sequential, watershed
+
+
+def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: np.ndarray | None = None,
+                    smoothing: float = 1.0, depth: float = 0.5, min_area: int = 30) -> np.ndarray:
+    """Separate touching nuclei by a watershed on the smoothed distance to the background.
+
+    Foreground is cut at the threshold and its small holes are filled. Each maximum of the smoothed distance transform
+    that rises by more than `depth` above the saddle to a higher one becomes a marker, and the watershed of the distance
+    (scikit-image) divides the foreground between the markers. The defaults were chosen among 15 pairs of `smoothing`
+    (1, 1.5, 2) and `depth` (0.3 to 1.5) by AJI on the drawn masks of six MoNuSeg training images, as they are and
+    blurred with noise; no network's predictions were used.
+
+    Args:
+        probability: (H, W) or (H, W, 1) floating point in [0, 1].
+        threshold: probability from which a pixel is foreground.
+        boundary: (H, W) probability in [0, 1] of a line between nuclei, if there is a channel for it; the distance is
+            then that to the background or to a pixel where it reaches one half.
+        smoothing: standard deviation in pixels of the Gaussian on the distance.
+        depth: pixels; larger values separate less.
+        min_area: pixels; smaller nuclei are removed, smaller holes filled.
+    Returns:
+        (H, W) int32, nuclei numbered from 1 without gaps, 0 for background.
+    Raises:
+        ValueError: for other shapes and settings out of range.
+    """
+    if probability.ndim == 3 and probability.shape[2] == 1:
+        probability = probability[..., 0]
+    if probability.ndim != 2 or boundary is not None and boundary.shape != probability.shape:
+        other = "" if boundary is None else f" and boundary {boundary.shape}"
+        raise ValueError(f"probability is {probability.shape}{other}; both must be (H, W). Take one channel, e.g. "
+                         f"probability[..., 0]")
+    if not 0 < threshold < 1 or smoothing < 0 or depth <= 0 or min_area < 0:
+        raise ValueError(f"threshold {threshold!r}, smoothing {smoothing!r}, depth {depth!r}, min_area {min_area!r}; "
+                         f"threshold must lie in (0, 1), depth above 0, the others be at least 0")
+    foreground = probability >= threshold
+    holes, _ = ndimage.label(~foreground)  # a ring of nuclei encloses background too, so only small ones are filled
+    foreground |= (np.bincount(holes.ravel()) < min_area)[holes]
+    inside = foreground if boundary is None else foreground & (boundary < 0.5)
+    distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(inside), smoothing, output=np.float32)
+    distance[~inside] = 0
+    # A nucleus thinner than `depth` has no maximum of that height; the watershed leaves it out and it gets its own.
+    seeds = reconstruction(np.maximum(distance - depth, 0), distance, footprint=np.ones((3, 3)))
+    markers, _ = ndimage.label(distance - seeds >= depth - 1e-4, structure=np.ones((3, 3)))
+    nuclei = watershed(-distance, markers, mask=foreground)
+    left, _ = ndimage.label(foreground & (nuclei == 0))
+    nuclei = np.where(left > 0, left + nuclei.max(), nuclei)
+    large = np.bincount(nuclei.ravel()) >= max(min_area, 1)
+    large[0] = False
+    return relabel_sequential(np.where(large[nuclei], nuclei, 0))[0].astype(np.int32)
