@@ -49,7 +49,9 @@ class Predictor:
         augment: average over the eight flips and quarter turns.
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
     Attributes:
-        models, stage, in_channels, out_channels, sizing, threshold, device, precision: what was found and chosen.
+        models, stage, in_channels, out_channels, targets, sizing, threshold, device, precision: what was found and
+            chosen.
+        classes: output channels that are masks; one more is the boundary of nuclei, if it is a target.
     Raises:
         ValueError: for files that are no checkpoints or do not belong together, and for settings out of range.
     """
@@ -66,7 +68,8 @@ class Predictor:
             if recipe != recipes[0]:
                 raise ValueError(f"{path}: its recipe is {recipe}, that of {paths[0]} is {recipes[0]}; checkpoints "
                                  f"that are averaged must agree in all of it. Predict with each on its own")
-        self.stage, self.in_channels, self.out_channels, self.sizing, self.threshold = recipes[0].values()
+        self.stage, self.in_channels, self.out_channels, self.targets, self.sizing, self.threshold = recipes[0].values()
+        self.classes = self.out_channels - ("boundary" in self.targets)
         self.models = [load_model(path).to(self.device, memory_format=torch.channels_last) for path in paths]
         if scale is not None:
             self.models[0].checked_scale(scale)
@@ -93,7 +96,8 @@ class Predictor:
             image: a path, a Pillow image, or an array, grey or RGB, of bool, uint8, uint16 or floating point in [0, 1]
                 (see images.to_image); it is brought to the channels of the checkpoint.
         Returns:
-            (H, W, K) float32 probabilities in [0, 1] at the image's size.
+            (H, W, K) float32 probabilities in [0, 1] at the image's size: the classes, then the boundary of nuclei if
+            the network was taught it.
         Raises:
             ImageFileError: a ValueError that says what is wrong with the image.
         """
@@ -107,7 +111,8 @@ class Predictor:
         Returns:
             (H, W) int32, numbered from 1 without gaps, 0 for background.
         """
-        return separate_nuclei(probability[..., 0], self.threshold, min_area=min_area)
+        boundary = probability[..., -1] if "boundary" in self.targets else None
+        return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area)
 
     def unlike_training(self, pixels: np.ndarray) -> str | None:
         """Say in what way an image (H, W, in_channels) uint8 lies far from the training images, or return None."""
@@ -222,4 +227,5 @@ def _recipe(path: Path) -> dict:
                          f"the version of the project that wrote it")
     args = checkpoint["model_args"]
     return {"stage": checkpoint["stage"], "in_channels": args["in_channels"], "out_channels": args["out_channels"],
-            "sizing": checkpoint["sizing"], "threshold": checkpoint["threshold"]}
+            "targets": tuple(checkpoint["targets"]), "sizing": checkpoint["sizing"],
+            "threshold": checkpoint["threshold"]}

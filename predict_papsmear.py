@@ -70,7 +70,7 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                          f"the next time. Choose another --out")
     table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
-    there = [p for path in paths for p in outputs(folder, path, predictor.out_channels) if p.exists()]
+    there = [p for path in paths for p in outputs(folder, path, predictor.classes) if p.exists()]
     if not args.overwrite and (there or table.exists()):
         raise ValueError(f"{there[0] if there else table}: exists already, and nothing is overwritten unasked. Choose "
                          f"another --out, or pass --overwrite")
@@ -116,9 +116,9 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
     pixels = to_image(image, predictor.in_channels)
     probability = predictor.predict(pixels)
     nuclei = predictor.nuclei(probability, args.min_area)
-    mask = probability >= predictor.threshold
-    for k in range(predictor.out_channels):
-        class_ending = f"_{k + 1}" if predictor.out_channels > 1 else ""
+    mask = probability[..., :predictor.classes] >= predictor.threshold
+    for k in range(predictor.classes):
+        class_ending = f"_{k + 1}" if predictor.classes > 1 else ""
         save_png(folder / f"{path.stem}_mask{class_ending}.png", mask[..., k])
         if args.probability:
             save_png(folder / f"{path.stem}_probability{class_ending}.png",
@@ -126,7 +126,7 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
     save_instances(folder / f"{path.stem}_instances.png", nuclei)
     save_png(folder / f"{path.stem}_overlay.png", overlay(image, nuclei))
 
-    highest = float(probability.max())
+    highest = float(probability[..., :predictor.classes].max())
     strange = predictor.unlike_training(pixels)
     print(f"{path.name}: {image.shape[0]}x{image.shape[1]}, {nuclei.max()} nuclei, "
           f"{mask[..., 0].mean():.1%} foreground, {time.perf_counter() - start:.1f} s"
