@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from familiarity import describe, usual_ranges
 from images import ImageFileError, load_image, resize
 from splits import DatasetError, Pair, find_splits, sizing_of
 from targets import MASK, load_target, target_channels
@@ -33,6 +34,7 @@ class ImagePyramid:
         pairs, names: the files, in the order of the indices.
         sizes: (N, 2) original height and width in pixels.
         image_mean, image_std: (C,) on the scale [0, 1], over all pixels at 256.
+        usual: name -> [low, high] of what describes the images (see familiarity.py), at 256.
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
         target_channels: channels of the masks, one a class and one more for the boundary.
         foreground: (N, classes) share of each mask's original pixels that belong to the class.
@@ -73,13 +75,14 @@ class ImagePyramid:
         kept = [torch.empty(len(self), c, FINEST, FINEST, dtype=torch.uint8)
                 for c in (self.in_channels, self.target_channels)] if cache else None
         sums = np.zeros((2, self.in_channels))
-        problems = []
+        problems, descriptions = [], []
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
             for i, found in enumerate(pool.map(self._try_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.sizes[i], self.foreground[i] = found
+                image, mask, self.sizes[i], self.foreground[i], description = found
+                descriptions.append(description)
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(self.in_channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
@@ -87,7 +90,7 @@ class ImagePyramid:
                     kept[0][i], kept[1][i] = torch.from_numpy(image), torch.from_numpy(mask)
         mean, square = sums / max(len(self) - len(problems), 1)
         self.image_mean, self.image_std = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint, self.usual = digest.hexdigest(), usual_ranges(descriptions)
         if cache and not problems:
             self._levels[FINEST] = tuple(kept)
         return problems
@@ -105,7 +108,7 @@ class ImagePyramid:
         return levels
 
     def _decode_pair(self, pair: Pair):
-        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share, description."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             raise ImageFileError("; ".join(found))
@@ -131,8 +134,10 @@ class ImagePyramid:
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
-        image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1))
+        image256, mask256 = (resize(a, FINEST) for a in (image, mask.astype(np.uint8) * 255))
+        description = describe(image256, mask256[..., 0] >= 128)
+        image256, mask256 = (array.transpose(2, 0, 1).copy() for array in (image256, mask256))
+        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1)), description
 
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,

@@ -127,7 +127,7 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
     save_png(folder / f"{path.stem}_overlay.png", overlay(image, nuclei))
 
     highest = float(probability[..., :predictor.classes].max())
-    strange = predictor.unlike_training(pixels)
+    strange = predictor.unlike_training(pixels, probability)
     print(f"{path.name}: {image.shape[0]}x{image.shape[1]}, {nuclei.max()} nuclei, "
           f"{mask[..., 0].mean():.1%} foreground, {time.perf_counter() - start:.1f} s"
           + (f"; ALL BLACK, highest probability {highest:.3f}" if highest < predictor.threshold else "")

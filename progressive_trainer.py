@@ -84,7 +84,7 @@ class ProgressiveTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir else None
-        self.sizing, self.targets = "resize", MASK  # of the data that train it
+        self.sizing, self.targets, self.usual = "resize", MASK, {}  # of the data that train it
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
         self._steps_taken = 0          # by this trainer, resumed ones included
@@ -194,7 +194,7 @@ class ProgressiveTrainer:
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
         if pyramid := getattr(dataset, "pyramid", None):
-            self.sizing, self.targets = pyramid.sizing, pyramid.targets
+            self.sizing, self.targets, self.usual = pyramid.sizing, pyramid.targets, pyramid.usual
             for network in {self.model, self.evaluated_model} if not self.model.has_image_statistics else ():
                 network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
         self.model.train()
@@ -260,7 +260,7 @@ class ProgressiveTrainer:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
-        self.sizing, self.targets = saved["sizing"], tuple(saved["targets"])
+        self.sizing, self.targets, self.usual = saved["sizing"], tuple(saved["targets"]), saved["usual"]
         self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1
         torch.set_rng_state(saved["random_states"]["cpu"])
@@ -343,7 +343,7 @@ class ProgressiveTrainer:
             random_states["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
                 "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
-                "targets": list(self.targets), "sizing": self.sizing, "threshold": self.threshold,
+                "targets": list(self.targets), "sizing": self.sizing, "usual": self.usual, "threshold": self.threshold,
                 "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,

@@ -31,12 +31,12 @@ def load_target(pair: Pair, classes: int, targets: tuple[str, ...] = MASK) -> np
     mask = load_mask(pair.mask, classes)
     if "boundary" not in targets:
         return mask
-    rim = rims(drawn_nuclei(pair, mask[..., 0]), max(mask.shape[:2]) * RIM)
+    rim = rims(drawn_nuclei(pair, mask[..., 0]), max(1.0, max(mask.shape[:2]) * RIM))
     return np.concatenate([mask, rim[..., None]], axis=2)
 
 
 def rims(nuclei: np.ndarray, width: float) -> np.ndarray:
-    """Return the pixels (H, W) bool of nuclei that lie within `width` pixels of what is outside their nucleus.
+    """Return the pixels (H, W) bool of nuclei that lie within `width` pixels (at least 1) of what is outside their nucleus.
 
     Args:
         nuclei: (H, W) label map, 0 for background. The image's edge is no outside: there a nucleus is cut, not ended.
