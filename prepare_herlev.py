@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from images import ImageFileError, image_size, load_image
-from prepared_data import PreparedData, Source, deal_groups, format_table, new_folder
-from splits import SHARES, SPLITS, DatasetError
+from prepared_data import PreparedData, Source, format_table, new_folder
+from splits import SHARES, SPLITS, DatasetError, deal_groups
 
 CLASSES = ("normal_superficiel", "normal_intermediate", "normal_columnar", "light_dysplastic", "moderate_dysplastic",
            "severe_dysplastic", "carcinoma_in_situ")

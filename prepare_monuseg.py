@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_imagescope
 from images import ImageFileError, load_image
-from prepared_data import PreparedData, Source, deal_groups, images_by_stem, new_folder, tile_offsets
-from splits import DatasetError
+from prepared_data import PreparedData, Source, images_by_stem, new_folder, tile_offsets
+from splits import DatasetError, deal_groups
 
 LAYOUTS = "'Tissue Images' with 'Annotations', or images and their XML files side by side"
 
@@ -87,8 +87,7 @@ def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> 
     if both:
         raise ValueError(f"{len(both)} image(s) are in --train_dir and in --test_dir, e.g. {both[0]}; a test image "
                          f"must not be trained on. Remove them from one of the folders")
-    patients = Counter(map(patient_of, train))
-    dealt = deal_groups({patient: [n] for patient, n in patients.items()}, (1 - valid_share, valid_share), seed)
+    dealt = deal_groups(Counter(map(patient_of, train)), (1 - valid_share, valid_share), seed)
     return {name: ("train", "valid")[dealt[patient_of(name)]] for name in train} | dict.fromkeys(test, "test")
 
 

@@ -514,9 +514,24 @@ def test_split_of_few_groups_and_of_names_that_occur_twice(tmp_path):
     write_splits(root)
     assert [len(pairs) for pairs in list_splits(root).values()] == [1, 1, 1]
     (root / "splits.csv").unlink()
+    with pytest.raises(ValueError, match=r"2 group\(s\)"):
+        write_splits(root, "^.")
     move_pair(root, "train", "train_0", "test", "valid_0")
     with pytest.raises(DatasetError, match="another picture than"):
         write_splits(root)
+
+
+def test_groups_of_unequal_size_meet_their_shares_in_images(tmp_path):
+    """40 images, of which train_1 and train_10..19 are one group, and of train_0 nothing but a copy is left."""
+    root = write_data_set(tmp_path / "data", counts=(20, 10, 10))
+    copy_pair(root, "train", "train_0", "flipped_train_0")
+    for kind in ("images", "masks"):
+        (root / "train" / kind / "train_0.png").unlink()
+    write_splits(root, r"^\w+?_\d")
+    splits = list_splits(root)
+    assert [sum(not pair.is_copy for pair in splits[split]) for split in splits] == [27, 6, 6]
+    assert [pair.name for pair in splits["train"] if pair.is_copy] == ["flipped_train_0"]
+    assert leaked(splits, "valid", r"^\w+?_\d") == (0, 6)
 
 
 def test_remedy_against_leakage_can_be_pasted(data_root, tmp_path):

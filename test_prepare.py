@@ -28,8 +28,8 @@ from prepare_herlev import main as herlev_main
 from prepare_herlev import prepare as prepare_herlev
 from prepare_monuseg import main as monuseg_main
 from prepare_monuseg import prepare as prepare_monuseg
-from prepared_data import COLUMNS, cut_tile, deal_groups, tile_offsets
-from splits import leaked, list_splits
+from prepared_data import COLUMNS, cut_tile, tile_offsets
+from splits import deal_groups, leaked, list_splits
 
 SHARED = PROJECT.parent / "shared" / "data"
 
@@ -301,9 +301,9 @@ def test_groups_are_dealt_by_class_and_no_part_is_empty():
     counts = np.array([np.sum([contents[g] for g in contents if dealt[g] == part], axis=0) for part in range(3)])
     assert counts.tolist() == [[28, 28], [6, 6], [6, 6]]
     assert dealt != deal_groups(contents, (0.7, 0.15, 0.15), 1)
-    assert sorted(deal_groups({"a": [90], "b": [1], "c": [1]}, (0.7, 0.15, 0.15), 0).values()) == [0, 1, 2]
+    assert sorted(deal_groups({"a": 90, "b": 1, "c": 1}, (0.7, 0.15, 0.15), 0).values()) == [0, 1, 2]
     with pytest.raises(ValueError, match="2 group"):
-        deal_groups({"a": [1], "b": [1]}, (0.7, 0.15, 0.15), 0)
+        deal_groups({"a": 1, "b": 1}, (0.7, 0.15, 0.15), 0)
 
 
 # ---- MoNuSeg
