@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_coco, read_geojson
 from images import IMAGE_SUFFIXES, ImageFileError, image_size, load_image, load_instances
+from options import command
 from prepared_data import PreparedData, Source, images_by_stem, new_folder, tile_offsets
 from splits import SHARES, SPLITS, DatasetError, deal_groups, group_names
 
@@ -165,7 +166,8 @@ def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> d
             if not any(stem.endswith(end) and stem.removesuffix(end) in images for end in LABEL_ENDS)}
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
@@ -178,17 +180,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overlap", type=int, default=0, help="pixels that neighbouring tiles share (0)")
     parser.add_argument("--microns_per_pixel", type=float, help="size of a pixel, if known")
     parser.add_argument("--seed", type=int, default=0, help="decides which groups go where (0)")
-    args = parser.parse_args(arguments)
-    try:
-        report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
-                              args.overlap, args.microns_per_pixel, args.seed)
-    except (ValueError, OSError) as error:  # a full disk too
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
+                          args.overlap, args.microns_per_pixel, args.seed)
     regex = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
           f"python pap_smear_dataset.py {args.out}{regex}")
-    return 0
 
 
 if __name__ == "__main__":

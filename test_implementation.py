@@ -30,6 +30,7 @@ from inference import Predictor
 from losses import NonFiniteLossError, bce_dice_loss, multi_scale_loss
 from make_sample_data import make_field
 from metrics import MeanOverImages, pixel_metrics
+from options import command
 from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from schedule import TrainingPlan, epochs_by_stage
@@ -1040,6 +1041,21 @@ def test_defaults_are_those_documented_and_presets_yield_to_options():
     assert quick.lr == 0.5
     assert quick.base_channels == train_papsmear.PRESETS["quick"]["base_channels"] != 64
     assert train_papsmear.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == "16"
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (ValueError("seed is x"), 2, "error: seed is x\n"), (OSError(28, "full"), 2, "error: [Errno 28] full\n"),
+    (NonFiniteLossError("nan found"), 1, "error: nan found\n"),
+    (KeyboardInterrupt(), 130, "\ninterrupted; nothing was written\n")])
+def test_what_goes_wrong_becomes_an_exit_code(error, code, said, capsys):
+    @command(interrupted="nothing was written")
+    def main(argv):
+        raise error
+    assert main([]) == code
+    assert capsys.readouterr().err == said
+    assert [command()(lambda argv, value=value: value)() for value in (None, 1)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        command()(lambda argv: 1 / 0)()
 
 
 def test_help_needs_no_torch():
