@@ -80,6 +80,15 @@ def epoch_list(text: str) -> str:
     return text
 
 
+def count_list(text: str) -> str:
+    """Check rising numbers joined by commas: '5,10,20'."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) or sorted(set(map(int, text.split(",")))) != [
+            int(n) for n in text.split(",")]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not rising whole numbers of at least 1 joined by commas, e.g. "
+                                         f"5,10,20")
+    return text
+
+
 def batch_table(text: str) -> str:
     """Check 'RESOLUTION:BATCH' joined by commas."""
     sizes = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) and [entry.split(":") for entry in text.split(",")]

@@ -209,7 +209,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
                              targets=targets)
     if args.overfit:
-        pyramids = dict.fromkeys(pyramids, pyramids["train"].first(args.overfit))
+        pyramids = dict.fromkeys(pyramids, pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit]))
     fingerprint = data_fingerprint(args, pyramids)
     cached = pyramids["train"].cached
     workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
