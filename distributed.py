@@ -231,6 +231,5 @@ class ParallelSteps:
         self.model.requires_grad_(False)
         for part in live:
             self.model.get_submodule(part).requires_grad_(True)
-        # Running statistics are the same everywhere, as they come from global batches.
-        self._wrapper = DistributedDataParallel(self.model, broadcast_buffers=False, find_unused_parameters=False)
+        self._wrapper = DistributedDataParallel(self.model, find_unused_parameters=False)
         self._live = live
