@@ -19,6 +19,7 @@ from torch import multiprocessing
 import options
 from checkpoints import load_checkpoint
 from conftest import TINY, run_script, write_data_set
+from devices import choose_device
 from distributed import GlobalBatchNorm2d, gathered, leads, merged, share, synchronised, total, weight_of
 from losses import NonFiniteLossError
 from optimization import age_batchnorms, young_batchnorms
@@ -132,7 +133,14 @@ def everything(root: Path, own: Path, other: Path) -> dict:
     """Do all that is tested inside a group, so that the processes are started once."""
     return scenarios(root, own) | {"continued": continued(root, other), "refusal": refusal(root),
                                    "shares": (list(share(range(5))), merged(share(range(5))), gathered(leads())),
-                                   "statistics": normalised(share(numbers())), "weights": [weight_of(len(share([1])))]}
+                                   "statistics": normalised(share(numbers())), "weights": [weight_of(len(share([1])))],
+                                   "devices": [refused_device(name) for name in ("mps", "cuda:0")]}
+
+
+def refused_device(name: str) -> str:
+    with pytest.raises(ValueError, match="processes") as caught:
+        synchronised(torch.nn.Sequential(), torch.device(name))
+    return str(caught.value)
 
 
 def numbers() -> torch.Tensor:
@@ -239,6 +247,26 @@ def test_one_bad_image_stops_all_processes_with_one_message(results):
     assert together[0]["refusal"] == together[1]["refusal"]
     for name in ("stage 1, epoch 1, batch 1", *(f"train_{i}" for i in range(8))):
         assert (name in alone["refusal"]) == (name in together[0]["refusal"]), "the images of the whole batch"
+
+
+def test_processes_that_cannot_work_together_refuse_in_all_of_them(results):
+    _, together, _ = results
+    for own in together:
+        mps, shared_cuda = own["devices"]
+        assert "device is 'mps'" in mps
+        assert "2 processes share cuda:0; each needs a CUDA device of its own" in shared_cuda
+
+
+@pytest.mark.parametrize(("rank", "device"), [("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")])
+def test_each_process_takes_a_device_of_its_own(rank, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(choose_device("auto")) == "cuda"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(choose_device("auto")) == str(choose_device("cuda")) == device
+    assert str(choose_device("cuda:1")) == "cuda:1"
+    assert str(choose_device("cpu")) == "cpu"
 
 
 def test_one_process_writes_and_the_files_do_not_depend_on_their_number(results):

@@ -260,7 +260,12 @@ def prepare(args: argparse.Namespace, folder: Path):
 
 def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
     """Return the fingerprint of the data; a run that is resumed refuses other data than its own."""
+    from distributed import gathered
+
     fingerprint = " ".join(pyramid.fingerprint for pyramid in pyramids.values())
+    if len(set(gathered(fingerprint))) > 1:
+        raise ValueError(f"{args.data_root}: the processes see different data. --data_root must hold the same files on "
+                         f"every machine")
     if args.resume and fingerprint != args.data_fingerprint:
         raise ValueError(f"{args.data_root}: the data set is not the one that {args.resume} was started with "
                          f"(fingerprint {fingerprint[:8]}..., then {args.data_fingerprint[:8]}...). Point --data_root "
