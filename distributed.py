@@ -54,19 +54,19 @@ def local_world_size() -> int:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[bool]:
-    """Join the processes that torchrun started for the time of a block, and yield whether this is the first.
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started for the time of a block.
 
     What the others print to stdout in the block is dropped. The group is gloo on CPUs, and nccl beside it for tensors
     on CUDA. After an error it is left as it is: the process ends, and torchrun ends the others.
     """
-    if active() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield leads()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
         return
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if leads() else nowhere):
-        yield leads()
+        yield
     dist.destroy_process_group()
 
 
