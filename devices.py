@@ -15,7 +15,7 @@ PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device of that name; 'auto' takes cuda, else mps, else cpu.
 
-    Of several processes that torchrun started on a machine, each takes a CUDA device of its own for 'auto' and 'cuda'.
+    Of several processes on a machine each takes a CUDA device of its own for 'auto' and 'cuda'.
 
     Raises ValueError for a device that is unknown or not present.
     """

@@ -44,13 +44,13 @@ def leads() -> bool:
 
 
 def local_rank() -> int:
-    """Return the number of this process among those that torchrun started on this machine, else 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Return the number of this process on its machine, if torchrun says it, else among all."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def local_world_size() -> int:
-    """Return how many processes share this machine as far as torchrun says, else 1."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Return how many processes share this machine, if torchrun says it, else how many there are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
             raise ValueError(f"{len(places)} processes share {', '.join(sorted({place for _, place in places}))}; each "
                              f"needs a CUDA device of its own. Start fewer with --nproc_per_node, leave --device at "
                              f"auto, or pass --device cpu")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device if device.index is not None else torch.cuda.current_device())
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
 from devices import autocast, choose_device, choose_precision, keep_freed_memory, random_states, set_random_states
-from distributed import ParallelSteps, leads, merged, progress, synchronised, total, weight_of, world_size
+from distributed import ParallelSteps, gathered, leads, progress, synchronised, total, weight_of, world_size
 from losses import multi_scale_loss, refuse_non_finite
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
 from optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
@@ -306,8 +306,9 @@ class ProgressiveTrainer:
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
         everywhere, = total(value.item())
         if not math.isfinite(everywhere):
+            names = gathered(list(batch.get("name", ["(not named by the loader)"])))
             refuse_non_finite(everywhere, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
-                              merged(batch.get("name", ["(not named by the loader)"])))
+                              [name for own in names for name in own])
 
     def _record(self, train: dict, valid: dict, epoch: int) -> None:
         """Keep the best score and, with an output folder, write the row and the checkpoints of an epoch."""
