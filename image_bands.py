@@ -198,7 +198,7 @@ class BandStore:
     """Keep bands compressed in a file without a name, which vanishes with the process whatever happens to it."""
 
     def __init__(self, folder: Path):
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
         self._entries: list[tuple[int, tuple[int, ...], np.dtype]] = []
 
     def append(self, band: np.ndarray) -> None:

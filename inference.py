@@ -37,6 +37,7 @@ BLEND = 2 * STEP        # pixels over which one tile gives way to the next
 # the spread of its pixels differs from theirs by such a factor. Of Pap smear and MoNuSeg images at most 3 % are so
 # against their own kind; it finds gross faults such as 12 bit saved as 16, not another tissue.
 STRANGE_MEAN, STRANGE_SPREAD = 2.0, 5.0
+SAMPLE_PIXELS = 1e6  # tell enough of an image's mean and spread
 
 
 class Predictor:
@@ -136,7 +137,7 @@ class Predictor:
     def unlike_training(self, pixels: np.ndarray) -> str | None:
         """Say in what way an image (H, W, in_channels) uint8 lies far from the training images, or return None."""
         model = self.models[0]
-        step = int(np.ceil(np.sqrt(pixels.shape[0] * pixels.shape[1] / 1e6)))  # a million pixels tell enough
+        step = int(np.ceil(np.sqrt(pixels.shape[0] * pixels.shape[1] / SAMPLE_PIXELS)))
         values = pixels[::step, ::step].reshape(-1, self.in_channels) / np.float32(255)
         for c, (mean, spread) in enumerate(zip(values.mean(axis=0), values.std(axis=0), strict=True)):
             usual, std = float(model.image_mean[c]), float(model.image_std[c])
