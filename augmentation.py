@@ -15,27 +15,32 @@ MAX_SCALE = 0.1        # relative
 MAX_SHIFT = 0.06       # of the side
 MAX_BRIGHTNESS = 0.1   # on the scale [0, 1]
 MAX_CONTRAST = 0.2     # relative
+MAX_STAIN = 0.25       # relative, of the optical density of a colour channel
 _NUMBERS = 12          # uniform numbers a sample: five decisions, seven amounts
+_COLOUR_NUMBERS = 4    # one decision, three amounts
 
 
 def sample_numbers(seed: int, resolution: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """Draw the (len(indices), 12) uniform numbers in [0, 1) that decide the transforms of these samples."""
-    generator = np.random.default_rng([seed, resolution, epoch])
-    return generator.random((int(np.max(indices)) + 1, _NUMBERS))[indices]
+    """Draw the (len(indices), 16) uniform numbers in [0, 1) that decide the transforms of these samples."""
+    rows = int(np.max(indices)) + 1  # each row depends on its place alone
+    key = [seed, resolution, epoch]
+    return np.concatenate([np.random.default_rng(own).random((rows, columns))[indices]
+                           for own, columns in ((key, _NUMBERS), ([*key, 2], _COLOUR_NUMBERS))], axis=1)
 
 
 def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray,
             probability: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform a batch of images and masks alike.
 
-    Five transforms, each applied to a sample with `probability` on its own: horizontal flip, vertical flip, one to
-    three quarter turns, a small affine (15 degrees, 10 % scale, 6 % shift, mirrored at the border), brightness and
-    contrast (the image alone).
+    Six transforms, each applied to a sample with `probability` on its own: horizontal flip, vertical flip, one to
+    three quarter turns, a small affine (15 degrees, 10 % scale, 6 % shift, mirrored at the border), and, of the image
+    alone, brightness and contrast, and in colour the strength of the stain: the optical density of each channel is
+    multiplied by up to 25 % more or less, so that white stays white.
 
     Args:
         image: (N, C, S, S) float in [0, 1]; square, as all batches are.
         mask: (N, K, S, S) float in [0, 1].
-        numbers: (N, 12) from `sample_numbers`.
+        numbers: (N, 16) from `sample_numbers`.
         probability: 0..1.
     Returns:
         image and mask of the same shapes and ranges, on the same device.
@@ -45,7 +50,8 @@ def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray,
     turns = torch.where(turn, 1 + (u[:, 5] * 3).long(), 0)
     image, mask = _flip_and_turn(image, mask, (turns + 4 * flip_x + 8 * flip_y).tolist())
     image, mask = _affine(image, mask, move, u[:, 6:10])
-    return _brightness_contrast(image, light, u[:, 10:12]), mask
+    image = _brightness_contrast(image, light, u[:, 10:12])
+    return (_stain(image, u[:, 12] < probability, u[:, 13:16]) if image.shape[1] == 3 else image), mask
 
 
 def _flip_and_turn(image, mask, kind):
@@ -87,3 +93,9 @@ def _brightness_contrast(image, applied, u):
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     changed = (image - mean) * (1 + MAX_CONTRAST * u[:, 1]) + mean + MAX_BRIGHTNESS * u[:, 0]
     return torch.where(applied.to(image.device)[:, None, None, None], changed.clamp(0, 1), image)
+
+
+def _stain(image, applied, u):
+    """Raise each colour channel to a power near 1: by Lambert and Beer's law that scales its optical density."""
+    power = 1 + torch.where(applied[:, None], MAX_STAIN * (2 * u - 1), 0.0).to(image)[:, :, None, None]
+    return image.pow(power)

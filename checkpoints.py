@@ -8,7 +8,9 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     model           state dict of the parts that live at that stage, image mean and standard deviation included
     resting         state dict of all other parts in last.pth, so that a resumed run grows into the same weights; else
                     empty
+    targets         what the output channels are: ['mask'], one a class, or ['mask', 'boundary'], the last the boundary
     sizing          'resize': the whole image becomes 256x256, logits go back to the original size; 'tile': native scale
+    usual           name -> [low, high] over the training images (see familiarity.py)
     threshold       probability from which a pixel is foreground
     epoch           epochs finished within the stage
     score           validation Dice of these weights (None for a network that was not validated)
@@ -37,8 +39,8 @@ FORMAT = 1
 # What torch.load was seen to raise for files that are something else or cut off.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
               AttributeError, struct.error)
-FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "sizing", "threshold", "epoch", "score",
-          "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
+FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "targets", "sizing", "usual", "threshold",
+          "epoch", "score", "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -72,6 +74,9 @@ def load_checkpoint(path: Path) -> dict:
     except UNREADABLE as error:
         raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}). Is it cut off, or of "
                          f"another program?") from None
+    if isinstance(checkpoint, dict):
+        for field, value in (("targets", ["mask"]), ("usual", {})):  # younger than the first files of this format
+            checkpoint.setdefault(field, value)
     missing = [f for f in FIELDS if f not in checkpoint] if isinstance(checkpoint, dict) else ["everything"]
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "
@@ -84,7 +89,11 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_model(path: Path):
     """Make the network of a checkpoint, with its weights and at its stage, on the CPU and in eval mode."""
-    checkpoint = load_checkpoint(path)
+    return model_of(load_checkpoint(path), path)
+
+
+def model_of(checkpoint: dict, path: Path):
+    """Do what `load_model` does with a checkpoint that was read from `path`."""
     model = build_model(checkpoint["model_args"])
     model.set_stage(checkpoint["stage"], checkpoint["alpha"])
     load_weights(model, checkpoint["model"], path)

@@ -35,11 +35,13 @@ def write_data_set(root: Path, counts=(6, 3, 3), side: int = 64) -> Path:
     return root
 
 
-def write_checkpoint(path: Path, model, sizing: str = "resize") -> Path:
+def write_checkpoint(path: Path, model, sizing: str = "resize", targets=("mask",),
+                     usual: dict | None = None) -> Path:
     """Save a network as a checkpoint that no training made."""
     save_checkpoint(path, dict.fromkeys(FIELDS) | {
         "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "alpha": model.alpha,
-        "model": model.live_state(), "sizing": sizing, "threshold": 0.5})
+        "model": model.live_state(), "targets": list(targets), "usual": usual or {}, "sizing": sizing,
+        "threshold": 0.5})
     return path
 
 

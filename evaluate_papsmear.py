@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save."""
     from run_folder import RunFolder
-    from scoring import compare, instance_file, score_pairs, scored_pairs, summarise
+    from scoring import compare, score_pairs, scored_pairs, summarise
+    from targets import instance_file
 
     first = Path(checkpoint_list(args.checkpoint)[0])
     folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
@@ -57,9 +58,9 @@ def evaluate(args: argparse.Namespace) -> None:
                          f"pass --overwrite")
     predictor = open_predictor(args, args.checkpoint)
     other = open_predictor(args, args.compare) if args.compare else None
-    if other and other.out_channels != predictor.out_channels:
-        raise ValueError(f"{args.compare}: {other.out_channels} classes, but {args.checkpoint} has "
-                         f"{predictor.out_channels}; only checkpoints for the same masks can be compared")
+    if other and other.classes != predictor.classes:
+        raise ValueError(f"{args.compare}: {other.classes} classes, but {args.checkpoint} has "
+                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
     print(f"{len(pairs)} images of {pairs[0].image.parent} at original size")
     if args.instances:

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from images import ImageFileError, load_image, load_mask, resize
+from familiarity import describe, usual_ranges
+from images import ImageFileError, load_image, resize
 from splits import DatasetError, Pair, find_splits, sizing_of
+from targets import MASK, load_target, target_channels
 from unet import STAGE_RESOLUTIONS
 
 FINEST = max(STAGE_RESOLUTIONS.values())
@@ -24,22 +26,28 @@ class ImagePyramid:
     """All images and masks of one split, as uint8, with what was counted while they were read.
 
     Args:
+        classes: of the masks.
         sizing: 'resize' brings every image to 256x256; 'tile' takes tiles at native scale, which have that size.
+        targets: ('mask',) or ('mask', 'boundary') (see targets.py).
 
     Attributes:
         pairs, names: the files, in the order of the indices.
         sizes: (N, 2) original height and width in pixels.
         image_mean, image_std: (C,) on the scale [0, 1], over all pixels at 256.
+        usual: name -> [low, high] of what describes the images (see familiarity.py), at 256.
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
-        foreground: (N, K) share of each mask's original pixels that belong to the class.
+        target_channels: channels of the masks, one a class and one more for the boundary.
+        foreground: (N, classes) share of each mask's original pixels that belong to the class.
     """
 
-    def __init__(self, pairs: list[Pair], in_channels: int, out_channels: int, sizing: str = "resize"):
-        self.sizing = sizing
+    def __init__(self, pairs: list[Pair], in_channels: int, classes: int, sizing: str = "resize",
+                 targets: tuple[str, ...] = MASK):
+        self.sizing, self.targets = sizing, targets
         self.pairs, self.names = pairs, [pair.name for pair in pairs]
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.classes = in_channels, classes
+        self.target_channels = target_channels(classes, targets)
         self.sizes = np.zeros((len(pairs), 2), dtype=int)
-        self.foreground = np.zeros((len(pairs), out_channels))
+        self.foreground = np.zeros((len(pairs), classes))
         self._levels: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -53,11 +61,11 @@ class ImagePyramid:
     @property
     def cache_bytes(self) -> int:
         """Return the memory that all four levels take."""
-        return sum(len(self) * (self.in_channels + self.out_channels) * r * r for r in STAGE_RESOLUTIONS.values())
+        return sum(len(self) * (self.in_channels + self.target_channels) * r * r for r in STAGE_RESOLUTIONS.values())
 
     def first(self, count: int) -> "ImagePyramid":
         """Return the first images alone, decoded anew and kept in memory."""
-        own = ImagePyramid(self.pairs[:count], self.in_channels, self.out_channels, self.sizing)
+        own = ImagePyramid(self.pairs[:count], self.in_channels, self.classes, self.sizing, self.targets)
         own.read_all(cache=True)
         return own
 
@@ -65,15 +73,16 @@ class ImagePyramid:
         """Decode every file once, check it, count, and keep it if asked to; return the problems found."""
         digest = hashlib.blake2b(digest_size=16)
         kept = [torch.empty(len(self), c, FINEST, FINEST, dtype=torch.uint8)
-                for c in (self.in_channels, self.out_channels)] if cache else None
+                for c in (self.in_channels, self.target_channels)] if cache else None
         sums = np.zeros((2, self.in_channels))
-        problems = []
+        problems, descriptions = [], []
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
             for i, found in enumerate(pool.map(self._try_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.sizes[i], self.foreground[i] = found
+                image, mask, self.sizes[i], self.foreground[i], description = found
+                descriptions.append(description)
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(self.in_channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
@@ -81,7 +90,7 @@ class ImagePyramid:
                     kept[0][i], kept[1][i] = torch.from_numpy(image), torch.from_numpy(mask)
         mean, square = sums / max(len(self) - len(problems), 1)
         self.image_mean, self.image_std = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint, self.usual = digest.hexdigest(), usual_ranges(descriptions)
         if cache and not problems:
             self._levels[FINEST] = tuple(kept)
         return problems
@@ -99,7 +108,7 @@ class ImagePyramid:
         return levels
 
     def _decode_pair(self, pair: Pair):
-        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share, description."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             raise ImageFileError("; ".join(found))
@@ -108,10 +117,10 @@ class ImagePyramid:
     def _try_pair(self, pair: Pair):
         """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
         problems, arrays = [], []
-        for read, path, channels in ((load_image, pair.image, self.in_channels),
-                                     (load_mask, pair.mask, self.out_channels)):
+        for read in (lambda: load_image(pair.image, self.in_channels),
+                     lambda: load_target(pair, self.classes, self.targets)):
             try:
-                arrays.append(read(path, channels))
+                arrays.append(read())
             except ImageFileError as error:
                 problems.append(str(error))
         if problems:
@@ -125,25 +134,29 @@ class ImagePyramid:
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
-        image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-        return image256, mask256, mask.shape[:2], mask.mean(axis=(0, 1))
+        image256, mask256 = (resize(a, FINEST) for a in (image, mask.astype(np.uint8) * 255))
+        description = describe(image256, mask256[..., 0] >= 128)
+        image256, mask256 = (array.transpose(2, 0, 1).copy() for array in (image256, mask256))
+        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1)), description
 
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,
                   cache_images: bool | None = None, wanted: tuple[str, ...] = ("train", "valid", "test"),
-                  ) -> dict[str, ImagePyramid]:
+                  targets: tuple[str, ...] = MASK) -> dict[str, ImagePyramid]:
     """Read and check the wanted splits.
 
     Args:
         in_channels: 1 for luminance, 3 for RGB.
         out_channels: 1 for binary masks, K for label images 0..K.
+        targets: ('mask',) or ('mask', 'boundary') (see targets.py).
         cache_images: keep what was decoded; None does so when it fits into a quarter of the free memory.
     Raises:
         DatasetError: one error that lists every problem of all these splits.
     """
     splits, problems = find_splits(data_root, use_augmented, wanted)
     sizing = sizing_of(data_root)
-    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing) for split, pairs in splits.items()}
+    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing, targets)
+                for split, pairs in splits.items()}
     if cache_images is None:
         cache_images = sum(p.cache_bytes for p in pyramids.values()) < CACHE_SHARE * free_memory()
     for pyramid in pyramids.values():

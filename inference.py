@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from checkpoints import load_checkpoint, load_model
+from checkpoints import load_checkpoint, model_of
 from devices import autocast, choose_device, choose_precision
+from familiarity import describe, strangest
 from image_bands import windows
 from image_pyramid import FINEST, halve
 from images import load_image, resize, to_image
@@ -33,12 +34,6 @@ REACH = {"pgunet": {1: 10, 2: 26, 3: 58, 4: 122}, "unet": {4: 107}}
 STEP = 2 ** LAST_STAGE  # tiles begin at multiples of it, where the poolings of the whole image begin
 BLEND = 2 * STEP        # pixels over which one tile gives way to the next
 
-# An image is unlike the training images if a channel's mean is so many standard deviations of their pixels away, or if
-# the spread of its pixels differs from theirs by such a factor. Of Pap smear and MoNuSeg images at most 3 % are so
-# against their own kind; it finds gross faults such as 12 bit saved as 16, not another tissue.
-STRANGE_MEAN, STRANGE_SPREAD = 2.0, 5.0
-SAMPLE_PIXELS = 1e6  # tell enough of an image's mean and spread
-
 
 class Predictor:
     """Turn images into probabilities.
@@ -51,7 +46,9 @@ class Predictor:
         augment: average over the eight flips and quarter turns.
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
     Attributes:
-        models, stage, in_channels, out_channels, sizing, threshold, device, precision: what was found and chosen.
+        models, stage, in_channels, out_channels, targets, sizing, threshold, device, precision: what was found and
+            chosen.
+        classes: output channels that are masks; one more is the boundary of nuclei, if it is a target.
     Raises:
         ValueError: for files that are no checkpoints or do not belong together, and for settings out of range.
     """
@@ -63,13 +60,17 @@ class Predictor:
             raise ValueError("checkpoints is empty; give one path or a list of at least one")
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
-        recipes = [_recipe(path) for path in paths]
+        found = [load_checkpoint(path) for path in paths]
+        recipes = [_recipe(checkpoint, path) for checkpoint, path in zip(found, paths, strict=True)]
         for path, recipe in zip(paths, recipes, strict=True):
             if recipe != recipes[0]:
                 raise ValueError(f"{path}: its recipe is {recipe}, that of {paths[0]} is {recipes[0]}; checkpoints "
                                  f"that are averaged must agree in all of it. Predict with each on its own")
-        self.stage, self.in_channels, self.out_channels, self.sizing, self.threshold = recipes[0].values()
-        self.models = [load_model(path).to(self.device, memory_format=torch.channels_last) for path in paths]
+        self.stage, self.in_channels, self.out_channels, self.targets, self.sizing, self.threshold = recipes[0].values()
+        self.classes = self.out_channels - ("boundary" in self.targets)
+        self.usual = found[0]["usual"]
+        self.models = [model_of(checkpoint, path).to(self.device, memory_format=torch.channels_last)
+                       for checkpoint, path in zip(found, paths, strict=True)]
         if scale is not None:
             self.models[0].checked_scale(scale)
         self.scale, self.augment = scale, augment
@@ -95,7 +96,8 @@ class Predictor:
             image: a path, a Pillow image, or an array, grey or RGB, of bool, uint8, uint16 or floating point in [0, 1]
                 (see images.to_image); it is brought to the channels of the checkpoint.
         Returns:
-            (H, W, K) float32 probabilities in [0, 1] at the image's size.
+            (H, W, K) float32 probabilities in [0, 1] at the image's size: the classes, then the boundary of nuclei if
+            the network was taught it.
         Raises:
             ImageFileError: a ValueError that says what is wrong with the image.
         """
@@ -132,21 +134,21 @@ class Predictor:
         Returns:
             (H, W) int32, numbered from 1 without gaps, 0 for background.
         """
-        return separate_nuclei(probability[..., 0], self.threshold, min_area=min_area)
+        boundary = probability[..., -1] if "boundary" in self.targets else None
+        return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area)
 
-    def unlike_training(self, pixels: np.ndarray) -> str | None:
-        """Say in what way an image (H, W, in_channels) uint8 lies far from the training images, or return None."""
-        model = self.models[0]
-        step = int(np.ceil(np.sqrt(pixels.shape[0] * pixels.shape[1] / SAMPLE_PIXELS)))
-        values = pixels[::step, ::step].reshape(-1, self.in_channels) / np.float32(255)
-        for c, (mean, spread) in enumerate(zip(values.mean(axis=0), values.std(axis=0), strict=True)):
-            usual, std = float(model.image_mean[c]), float(model.image_std[c])
-            channel = f" of {('red', 'green', 'blue')[c]}" if self.in_channels == 3 else ""
-            if abs(mean - usual) > STRANGE_MEAN * std:
-                return f"mean{channel} {mean:.2f}, in training {usual:.2f} (standard deviation {std:.2f})"
-            if not std / STRANGE_SPREAD <= spread <= std * STRANGE_SPREAD:
-                return f"standard deviation{channel} {spread:.3f}, in training {std:.3f}"
-        return None
+    def unlike_training(self, pixels: np.ndarray, probability: np.ndarray) -> str | None:
+        """Say in what way an image lies far from those that the network was trained on, or return None.
+
+        Args:
+            pixels: (H, W, in_channels) uint8.
+            probability: (H, W, K) float32, what `predict` made of it.
+        """
+        mask = probability[..., 0] >= self.threshold
+        if self.sizing == "resize":
+            pixels = resize(pixels, FINEST)
+            mask = resize(mask[..., None].astype(np.uint8) * 255, FINEST)[..., 0] >= 128
+        return strangest(describe(pixels, mask), self.usual)
 
     def _predict_resized(self, pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
@@ -243,12 +245,12 @@ def plan_axis(length: int, tile: int, margin: int) -> tuple[list[int], list[np.n
                      for offset, own in zip(offsets, weights, strict=True)]
 
 
-def _recipe(path: Path) -> dict:
+def _recipe(checkpoint: dict, path: Path) -> dict:
     """Return what checkpoints that are averaged must have in common."""
-    checkpoint = load_checkpoint(path)
     if checkpoint["sizing"] not in SIZINGS:
         raise ValueError(f"{path}: sizing is {checkpoint['sizing']!r}; this version knows {' and '.join(SIZINGS)}. Use "
                          f"the version of the project that wrote it")
     args = checkpoint["model_args"]
     return {"stage": checkpoint["stage"], "in_channels": args["in_channels"], "out_channels": args["out_channels"],
-            "sizing": checkpoint["sizing"], "threshold": checkpoint["threshold"]}
+            "targets": tuple(checkpoint["targets"]), "sizing": checkpoint["sizing"],
+            "threshold": checkpoint["threshold"]}

@@ -62,6 +62,13 @@ def batch_table(text: str) -> str:
     return text
 
 
+def target_list(text: str) -> str:
+    """Check 'mask' or 'mask,boundary'."""
+    if text not in ("mask", "mask,boundary"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither mask nor mask,boundary")
+    return text
+
+
 def folder_name(text: str) -> str:
     """Check the name of a folder."""
     if not re.fullmatch(r"[\w.\-+=]+", text) or text.startswith("."):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from augmentation import augment, sample_numbers
 from image_pyramid import ImagePyramid, open_pyramids
 from splits import SPLITS, groups_of, leaked, other_files, write_splits
+from targets import MASK
 from unet import STAGE_RESOLUTIONS
 
 RESOLUTIONS = tuple(STAGE_RESOLUTIONS.values())
@@ -38,14 +39,16 @@ class PapSmearDataset(Dataset):
         in_channels: 1 (luminance) or 3 (RGB).
         out_channels: mask channels.
         cache_images: keep decoded images in memory; None does so when they fit.
-        pyramid: the split as already decoded; data_root, use_augmented and cache_images are then not used.
+        pyramid: the split as already decoded; data_root, use_augmented, cache_images and targets are then not used.
+        targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
     Raises:
         DatasetError (a ValueError) that lists every problem found in the files.
     """
 
     def __init__(self, data_root="data", split: str = "train", target_size: int = 256, use_augmented: bool = True,
                  augment_probability: float = 0.5, in_channels: int = 1, out_channels: int = 1,
-                 cache_images: bool | None = None, seed: int = 0, pyramid: ImagePyramid | None = None):
+                 cache_images: bool | None = None, seed: int = 0, pyramid: ImagePyramid | None = None,
+                 targets: tuple[str, ...] = MASK):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if not 0 <= augment_probability <= 1:
@@ -56,7 +59,7 @@ class PapSmearDataset(Dataset):
         self._size_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.update_target_size(target_size)
         self.pyramid = pyramid or open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images,
-                                                wanted=(split,))[split]
+                                                (split,), targets)[split]
 
     @property
     def target_size(self) -> int:
@@ -191,6 +194,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
                                    num_workers: int = 0, cache_images: bool | None = None, seed: int = 0,
                                    device: torch.device | str = "cpu",
                                    pyramids: dict[str, ImagePyramid] | None = None,
+                                   targets: tuple[str, ...] = MASK,
                                    ) -> dict[int, tuple[ProgressiveLoader, ProgressiveLoader, ProgressiveLoader]]:
     """Make the train, valid and test loader of every resolution; all twelve share one decoded copy of the data.
 
@@ -211,7 +215,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
             raise ValueError(f"batch_sizes has {resolution!r}: {size!r}; keys are {RESOLUTIONS}, values whole numbers "
                              f"of at least 1")
     if pyramids is None:
-        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images)
+        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images, targets=targets)
     siblings: list[ProgressiveLoader] = []
 
     def loader(split: str, resolution: int) -> ProgressiveLoader:

@@ -75,7 +75,7 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                          f"the next time. Choose another --out")
     table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
-    there = [p for path in paths for p in outputs(folder, path, predictor.out_channels) if p.exists()]
+    there = [p for path in paths for p in outputs(folder, path, predictor.classes) if p.exists()]
     if not args.overwrite and (there or table.exists()):
         raise ValueError(f"{there[0] if there else table}: exists already, and nothing is overwritten unasked. Choose "
                          f"another --out, or pass --overwrite")
@@ -137,8 +137,8 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
     pixels = to_image(image, predictor.in_channels)
     probability = predictor.predict(pixels)
     nuclei = predictor.nuclei(probability, args.min_area)
-    mask = probability >= predictor.threshold
-    for k, ending in enumerate(class_endings(predictor.out_channels)):
+    mask = probability[..., :predictor.classes] >= predictor.threshold
+    for k, ending in enumerate(class_endings(predictor.classes)):
         save_png(folder / f"{path.stem}_mask{ending}.png", mask[..., k])
         if args.probability:
             save_png(folder / f"{path.stem}_probability{ending}.png",
@@ -147,8 +147,8 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
     save_png(folder / f"{path.stem}_overlay.png", overlay(image, nuclei))
     sums = NucleusSums()
     sums.add(nuclei, probability[..., 0])
-    return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability.max()),
-                      predictor.unlike_training(pixels), sums)
+    return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
+                      predictor.unlike_training(pixels, probability), sums)
 
 
 def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespace):
@@ -163,7 +163,7 @@ def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespa
     with finished_files() as unfinished:
         def place(kind: str) -> list[Path]:
             return [unfinished(folder / f"{path.stem}_{kind}{ending}.tif")
-                    for ending in class_endings(predictor.out_channels)]
+                    for ending in class_endings(predictor.classes)]
 
         one, image, labels = stream_prediction(
             predictor, rows, args.min_area, unfinished(folder / f"{path.stem}_instances.tif"), place("mask"),

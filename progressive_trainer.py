@@ -25,6 +25,7 @@ from optimization import age_batchnorms, moving_average, parameter_groups, young
 from report import predictions
 from run_folder import RunFolder
 from schedule import TrainingPlan, epochs_by_stage
+from targets import MASK
 from unet import LAST_STAGE, STAGE_RESOLUTIONS
 
 SHOWN_IMAGES = 6
@@ -83,7 +84,7 @@ class ProgressiveTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir else None
-        self.sizing = "resize"         # of the data that train it
+        self.sizing, self.targets, self.usual = "resize", MASK, {}  # of the data that train it
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
         self._steps_taken = 0          # by this trainer, resumed ones included
@@ -173,11 +174,11 @@ class ProgressiveTrainer:
             if hasattr(getattr(loader, "dataset", None), "finest_masks") and logits.shape[-1] < 256:
                 finest = loader.dataset.finest_masks(batch["name"]).to(self.device)
                 enlarged = F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False)
-                values["dice_256"] = pixel_metrics(self._foreground(enlarged), finest >= 0.5)["dice"]
+                values["dice_256"] = pixel_metrics(self._foreground(enlarged), self._classes(finest) >= 0.5)["dice"]
             else:
                 values["dice_256"] = values["dice"]
             means.add(values)
-            empty_masks += int((~(mask >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
+            empty_masks += int((~(self._classes(mask) >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
         metrics = means.means() | {"empty_masks": empty_masks}
         if self._train_metrics is not None:
             train_metrics, self._train_metrics = self._train_metrics, None
@@ -193,7 +194,7 @@ class ProgressiveTrainer:
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
         if pyramid := getattr(dataset, "pyramid", None):
-            self.sizing = pyramid.sizing
+            self.sizing, self.targets, self.usual = pyramid.sizing, pyramid.targets, pyramid.usual
             for network in {self.model, self.evaluated_model} if not self.model.has_image_statistics else ():
                 network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
         self.model.train()
@@ -259,7 +260,8 @@ class ProgressiveTrainer:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
-        self.sizing, self.best_scores = saved["sizing"], dict(saved["best_scores"])
+        self.sizing, self.targets, self.usual = saved["sizing"], tuple(saved["targets"]), saved["usual"]
+        self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1
         torch.set_rng_state(saved["random_states"]["cpu"])
         if self.device.type == "cuda" and "cuda" in saved["random_states"]:
@@ -297,11 +299,15 @@ class ProgressiveTrainer:
             scales = (network or self.model)(image, return_all_scales=True)
         return scales[-1], mask, multi_scale_loss(scales, mask)
 
+    def _classes(self, channels: torch.Tensor) -> torch.Tensor:
+        """Leave out the boundary of nuclei, which serves to separate them and is no class to be scored."""
+        return channels[:, :-1] if "boundary" in self.targets else channels
+
     def _foreground(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits >= math.log(self.threshold / (1 - self.threshold))
+        return self._classes(logits) >= math.log(self.threshold / (1 - self.threshold))
 
     def _measure(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = pixel_metrics(self._foreground(logits), mask >= 0.5)
+        values = pixel_metrics(self._foreground(logits), self._classes(mask) >= 0.5)
         return values | {"loss": loss.expand(len(mask))}
 
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
@@ -337,7 +343,8 @@ class ProgressiveTrainer:
             random_states["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
                 "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
-                "sizing": self.sizing, "threshold": self.threshold, "epoch": self.finished_epochs, "score": score,
+                "targets": list(self.targets), "sizing": self.sizing, "usual": self.usual, "threshold": self.threshold,
+                "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,
                 "random_states": random_states, "config": self.config}
@@ -353,7 +360,7 @@ class ProgressiveTrainer:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
-        dice = pixel_metrics(self._foreground(logits), mask >= 0.5)["dice"].mean(dim=1).tolist()
+        dice = self._measure(logits, mask, logits.new_zeros(()))["dice"].mean(dim=1).tolist()
         shown, stage = slice(SHOWN_IMAGES), self.model.stage
         name = f"predictions_stage_{stage}.png"
         arrays = [tensor[shown].cpu().numpy() for tensor in (batch["image"], mask, logits.sigmoid())]

@@ -73,7 +73,7 @@ def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], proba
         outline(row[3], found, FOUND, (0, (3, 2)))
         row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7,
                           parse_math=False)
-        for axis, title in zip(row, ("image", "mask" + (f", class {k + 1}" if len(masks[i]) > 1 else ""),
+        for axis, title in zip(row, ("image", "mask" + (f", channel {k + 1}" if len(masks[i]) > 1 else ""),
                                      "predicted probability", f"blue: mask, orange: prediction, Dice {dice[i]:.3f}"),
                                strict=True):
             axis.set_title(title, fontsize=9)

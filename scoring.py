@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage, stats
+from scipy import stats
 from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
-from images import ImageFileError, load_image, load_instances, load_mask
+from images import ImageFileError, load_image, load_mask
 from inference import Predictor
 from metrics import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
 from splits import SPLITS_FILE, Pair, list_splits
+from targets import drawn_nuclei
 
 MEASURES = (*PIXEL_METRICS, "boundary_f1", *INSTANCE_METRICS)
 RESAMPLES = 10_000
@@ -44,49 +45,29 @@ def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False
 
 
 def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return the row of one image, its probabilities (H, W, K) float32 and its mask (H, W, K) bool.
+    """Return the row of one image, its probabilities (H, W, K) float32 and its mask (H, W, K) bool, K the classes.
 
     Nuclei are those of the first class, separated by `Predictor.nuclei`.
     """
-    probability = predictor.predict(pair.image)
-    mask = load_mask(pair.mask, predictor.out_channels)
+    everything = predictor.predict(pair.image)
+    probability = everything[..., :predictor.classes]
+    mask = load_mask(pair.mask, predictor.classes)
     row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
     if instances:
-        found = predictor.nuclei(probability)
+        found = predictor.nuclei(everything)
         drawn = drawn_nuclei(pair, mask[..., 0])
         row |= instance_metrics(found, drawn)
         row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}
     return row, probability, mask
 
 
-def instance_file(pair: Pair) -> Path | None:
-    """Return the instance map that lies in `instances` beside `images`, if there is one."""
-    folder = pair.image.parent.parent / "instances"
-    return next((path for suffix in (".png", ".tif") if (path := folder / f"{pair.name}{suffix}").is_file()), None)
-
-
-def drawn_nuclei(pair: Pair, mask: np.ndarray) -> np.ndarray:
-    """Return the drawn nuclei (H, W) as a label map: from the file, else the connected parts of the mask (H, W) bool.
-
-    Pixels hang together over edges and corners.
-    """
-    path = instance_file(pair)
-    if path is None:
-        return ndimage.label(mask, structure=np.ones((3, 3)))[0]
-    labels = load_instances(path)
-    if labels.shape != mask.shape:
-        raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but the mask {pair.mask} has "
-                             f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Prepare the data set again")
-    return labels
-
-
-def score_otsu(pairs: list[Pair], out_channels: int) -> list[dict]:
+def score_otsu(pairs: list[Pair], classes: int) -> list[dict]:
     """Score Otsu's threshold (Otsu 1979) on the luminance: what is darker is foreground, in every class."""
     rows = []
     for pair in pairs:
         grey = load_image(pair.image, 1)[..., 0]
         dark = grey <= threshold_otsu(grey) if grey.min() < grey.max() else np.zeros(grey.shape, bool)
-        rows.append(_row(pair, np.repeat(dark[..., None], out_channels, axis=2), load_mask(pair.mask, out_channels)))
+        rows.append(_row(pair, np.repeat(dark[..., None], classes, axis=2), load_mask(pair.mask, classes)))
     return rows
 
 

@@ -13,12 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from block_separation import BlockSeparation
+from familiarity import describe_parts, part_areas, strangest
 from image_bands import BandStore, ImageRows, even_spans, windows, write_tiff
 from images import to_image
-from inference import SAMPLE_PIXELS, Predictor
+from inference import Predictor
 from measurement import NucleusSums
 
-OVERVIEW_SIDE = 4000  # pixels of the longer side at most
+OVERVIEW_SIDE = 4000       # pixels of the longer side at most
+SAMPLE_PIXELS = 1_000_000  # tell enough of an image's brightness and colours
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
     view = _View(rows, predictor.in_channels)
     blocks = BlockSeparation(lambda probability: predictor.nuclei(probability, min_area), rows.height, rows.width,
                              min_area)
-    provisional, top, count, highest = NucleusSums(), 0, 0, 0.0
+    provisional, top, count, highest, areas = NucleusSums(), 0, 0, 0.0, []
     with ExitStack() as stack:
         label_bands, *others = (stack.enter_context(BandStore(instances.parent))
                                 for _ in (instances, *masks, *probabilities))
@@ -73,13 +75,14 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
         for labels, probability in blocks.bands(predicted()):
             provisional.add(labels, probability[..., 0], top)
             label_bands.append(labels)
+            foreground = probability[..., :predictor.classes] >= predictor.threshold
             for k, store in enumerate(mask_bands):
-                mask = probability[..., k] >= predictor.threshold
-                store.append(mask.astype(np.uint8) * 255)
-                count += int(mask.sum()) if k == 0 else 0
+                store.append(foreground[..., k].astype(np.uint8) * 255)
+            count += int(foreground[..., 0].sum())
+            areas.append(part_areas(foreground[..., 0]))  # a seam between bands cuts few of them
             for k, store in enumerate(deep_bands):
                 store.append(np.round(probability[..., k] * 65535).astype(np.uint16))
-            highest = max(highest, float(probability.max()))
+            highest = max(highest, float(probability[..., :predictor.classes].max()))
             top += len(labels)
         final = blocks.final_labels()
         size = rows.height, rows.width
@@ -89,8 +92,9 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
         for path, store in zip(probabilities, deep_bands, strict=True):
             write_tiff(path, store, *size, np.uint16)
         overview_labels = np.concatenate([final[part] for part in view.every_label(label_bands)])
-    prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest,
-                            predictor.unlike_training(view.sample()), provisional.joined(final))
+    strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.usual)
+    prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,
+                            provisional.joined(final))
     return prediction, view.overview(), overview_labels
 
 
@@ -109,13 +113,15 @@ class _View:
         for (top, _), band in zip(spans, windows(self.rows, spans), strict=True):
             self._picture.append(np.asarray(Image.fromarray(band).reduce(self.reduction)))
             pixels = to_image(band, self.channels)
-            self._sample.append(pixels[-top % self.step::self.step, ::self.step].copy())
+            self._sample.append(pixels[-top % self.step::self.step, ::self.step].reshape(-1, self.channels))
             yield pixels
 
     def overview(self) -> np.ndarray:
+        """Return the reduced picture (h, w, 3) uint8."""
         return np.concatenate(self._picture)
 
     def sample(self) -> np.ndarray:
+        """Return pixels (N, channels) uint8 of a regular grid."""
         return np.concatenate(self._sample)
 
     def every_label(self, bands):

@@ -25,12 +25,14 @@ import predict_papsmear
 import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
+from familiarity import describe, usual_ranges
 from image_pyramid import FINEST
 from images import ImageFileError, load_image, load_instances, load_mask, resize, save_png, to_image
 from inference import REACH, STEP, Predictor, plan_axis, tile_margin
 from metrics import INSTANCE_METRICS, boundary, boundary_f1, instance_metrics, overlaps
-from scoring import compare, drawn_nuclei, scored_pairs, summarise
+from scoring import compare, scored_pairs, summarise
 from separation import separate_nuclei
+from targets import drawn_nuclei
 from unet import MODELS, ProgressiveUNet, UNet
 from unet_parts import ToLogits
 
@@ -386,12 +388,42 @@ def test_predictor_refuses(tmp_path):
     assert "stage 4, luminance, native scale in tiles of 1024" in str(Predictor(tile, "cpu"))
 
 
+def stained(purple: float, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw nine dark discs on a ground that is green-poor by `purple`: image (128, 128, 3) uint8 and mask bool."""
+    rows, columns = np.mgrid[:128, :128]
+    mask = np.hypot(rows % 42 - 21, columns % 42 - 21) <= radius
+    image = np.where(mask[..., None], 0.3, np.array([0.8, 0.8 - purple, 0.8]))
+    return np.round(255 * image).astype(np.uint8), mask
+
+
 def test_what_is_unlike_the_training_images_is_said(tmp_path):
-    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", lively_model()), "cpu")
-    usual = noisy_image(64, 64)
-    assert predictor.unlike_training(usual) is None
-    assert "mean 0.01, in training 0.50" in predictor.unlike_training(usual // 30)
-    assert "standard deviation" in predictor.unlike_training(usual // 30 + 120)
+    usual = usual_ranges([describe(*stained(purple, radius)) for purple in (0.2, 0.3) for radius in (7, 9)])
+    assert usual["area of nuclei"][0] == pytest.approx(149, abs=3), "149 pixels in a disc of radius 7"
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), usual=usual)
+    predictor = Predictor(path, "cpu")
+
+    def verdict(image, mask):
+        predictor.sizing = "tile"  # at the scale of these numbers
+        return predictor.unlike_training(image, mask[..., None].astype(np.float32))
+
+    assert verdict(*stained(0.25, 8)) is None
+    assert "blue minus green" in verdict(*stained(0.0, 8)), "another stain of the same brightness of red and blue"
+    image, mask = stained(0.25, 8)
+    assert "area of nuclei 12" in verdict(image, stained(0.25, 20)[1]), "discs of radius 20 have 1257 pixels"
+    assert "brightness" in verdict(image // 8, mask)
+    assert verdict(image, np.zeros_like(mask)) is None, "no nucleus has no size"
+    predictor.usual = {}
+    assert verdict(image // 8, mask) is None, "a checkpoint from before says nothing"
+
+
+def test_nuclei_are_compared_at_the_scale_of_the_network(tmp_path):
+    image, mask = stained(0.25, 8)
+    large = resize(mask[..., None].astype(np.uint8) * 255, 256)[..., 0] > 127
+    usual = usual_ranges([describe(resize(image, 256), large)])
+    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), usual=usual), "cpu")
+    twice = np.kron(image, np.ones((2, 2, 1), np.uint8)), np.kron(mask, np.ones((2, 2), bool))
+    for pixels, nuclei in ((image, mask), twice):
+        assert predictor.unlike_training(pixels, nuclei[..., None].astype(np.float32)) is None
 
 
 # ---- separation

@@ -12,7 +12,18 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from options import RESOLUTIONS, Parser, batch_table, epoch_list, flag, folder_name, number, regex, whole
+from options import (
+    RESOLUTIONS,
+    Parser,
+    batch_table,
+    epoch_list,
+    flag,
+    folder_name,
+    number,
+    regex,
+    target_list,
+    whole,
+)
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -39,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
     data.add_argument("--out_channels", type=whole(1), default=1, help="independent classes; above 1 masks are label "
                                                                         "images 0..K (1)")
+    data.add_argument("--targets", type=target_list, default="mask", metavar="mask[,boundary]",
+                      help="mask,boundary: learn the rims of nuclei too, which separates those that touch (mask)")
     data.add_argument("--cache_images", default=None, help="keep decoded images in memory (when they fit)", **boolean)
     data.add_argument("--num_workers", type=whole(0), help="decoding processes (0 with a cache, else up to 4)")
     data.add_argument("--overfit", type=whole(0), default=0, metavar="N",
@@ -161,7 +174,8 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace
                          f"it was and call trainer.resume('{folder / 'last.pth'}')")
     config["precision"] = config["resolved"]["precision"]  # 'auto' could mean another one on this machine
     fixed = {"resume": args.resume, "dry_run": args.dry_run, "overwrite": False}
-    return folder, argparse.Namespace(**(config | args.by_hand | fixed))
+    defaults = vars(build_parser().parse_args([]))  # of options that are younger than the run
+    return folder, argparse.Namespace(**(defaults | config | args.by_hand | fixed))
 
 
 def prepare(args: argparse.Namespace, folder: Path):
@@ -174,6 +188,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     from image_pyramid import open_pyramids
     from pap_smear_dataset import check_dataset, create_progressive_dataloaders
     from progressive_trainer import ProgressiveTrainer
+    from targets import target_channels
     from unet import build_model, count_parameters
 
     if args.deterministic:
@@ -184,11 +199,14 @@ def prepare(args: argparse.Namespace, folder: Path):
     precision = choose_precision(args.precision, device)
 
     torch.manual_seed(args.seed)
-    model = build_model({key: getattr(args, key) for key in ("model", "in_channels", "out_channels", "base_channels")})
+    targets = tuple(args.targets.split(","))
+    model = build_model({"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
+                         "out_channels": target_channels(args.out_channels, targets)})
     model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
     initialise(model, args)
 
-    pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images)
+    pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
+                             targets=targets)
     if args.overfit:
         pyramids = dict.fromkeys(pyramids, pyramids["train"].first(args.overfit))
     fingerprint = data_fingerprint(args, pyramids)
