@@ -174,7 +174,7 @@ def windows(bands: Iterable[np.ndarray], spans: Iterable[tuple[int, int]]) -> It
     Yields:
         the rows of each window, perhaps a view; no more than a window and a band is held.
 
-    >>> [list(window) for window in windows([np.arange(3), np.arange(3, 8)], [(0, 2), (1, 5), (4, 8)])]
+    >>> [window.tolist() for window in windows([np.arange(3), np.arange(3, 8)], [(0, 2), (1, 5), (4, 8)])]
     [[0, 1], [1, 2, 3, 4], [4, 5, 6, 7]]
     """
     source, held, first, end = iter(bands), [], 0, 0  # rows first..end are held

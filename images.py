@@ -29,7 +29,9 @@ def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
     with _open(path) as image:
         _check_pixels(path, image, max_pixels)
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size if turned else image.size[::-1]
+        # Pillow turns the size of a TIFF by itself, in newer versions.
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+        return (width, height) if turned else (height, width)
 
 
 def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
