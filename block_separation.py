@@ -66,24 +66,21 @@ class BlockSeparation:
         """
         spans = even_spans(self.height, self.block)
         reaching = [(max(start - self.halo, 0), min(stop + self.halo, self.height)) for start, stop in spans]
+        source = windows(probability, reaching)
         above: list[_Zone] = []
-        for (top, bottom), (start, _), rows in zip(spans, reaching, windows(probability, reaching), strict=True):
+        for (top, bottom), (start, _) in zip(spans, reaching, strict=True):
+            rows = next(source)
             labels = np.zeros((bottom - top, self.width), np.uint32)
-            before, zones = self._count, []
+            zones: list[_Zone] = []
             for left, right in even_spans(self.width, self.block):
                 zones.append(self._separate_block(labels, rows, start, top, left, right))
                 for other in (*zones[-2:-1], *above):
                     self._compare(other, zones[-1])
-            inside = labels > 0
-            own = labels[inside].astype(np.int64) - before - 1
-            places = np.flatnonzero(inside)
-            first = np.zeros(self._count - before, np.int64)
-            first[own[::-1]] = places[::-1]  # of several values the last one stays: the first place
-            self._firsts.append(first + top * self.width)
-            self._areas.append(np.bincount(own, minlength=self._count - before))
             seam = max(bottom - self.halo // 2, 0)
             above = [_Zone(seam, zone.left, zone.labels[max(seam - zone.top, 0):].copy()) for zone in zones]
-            yield labels, rows[top - start:bottom - start]
+            rows = rows[top - start:bottom - start]
+            yield labels, rows
+            del labels, rows, zones  # before the next rows are predicted
 
     def final_labels(self) -> np.ndarray:
         """Join the nuclei of all blocks once every band has been read.
@@ -127,6 +124,13 @@ class BlockSeparation:
         core = found[top - start:bottom - start, left - near_left:right - near_left]
         inside = np.unique(core)
         inside = inside[inside > 0]
+        first = np.zeros(len(inside), np.int64)
+        places = np.flatnonzero(core)
+        own = np.searchsorted(inside, core.ravel()[places])
+        first[own[::-1]] = places[::-1]  # of several values the last one stays: the first place
+        y, x = np.divmod(first, right - left)
+        self._firsts.append((top + y) * self.width + left + x)
+        self._areas.append(np.bincount(own, minlength=len(inside)))
         provisional = np.zeros(int(found.max()) + 1, np.uint32)
         provisional[inside] = np.arange(self._count + 1, self._count + len(inside) + 1)
         self._count += len(inside)

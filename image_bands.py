@@ -172,21 +172,27 @@ def windows(bands: Iterable[np.ndarray], spans: Iterable[tuple[int, int]]) -> It
         bands: arrays that follow each other along their first axis.
         spans: (start, stop) rows of each window; neither falls from one window to the next. Windows may overlap.
     Yields:
-        the rows of each window, perhaps a view; no more than a window and a band is held.
+        the rows of each window, perhaps a view. Only bands of which the window or a later one needs rows are held.
 
     >>> [window.tolist() for window in windows([np.arange(3), np.arange(3, 8)], [(0, 2), (1, 5), (4, 8)])]
     [[0, 1], [1, 2, 3, 4], [4, 5, 6, 7]]
     """
     source, held, first, end = iter(bands), [], 0, 0  # rows first..end are held
     for start, stop in spans:
+        while held and first + len(held[0]) <= start:
+            first += len(held.pop(0))
         while end < stop:
             held.append(next(source))
             end += len(held[-1])
-        while first + len(held[0]) <= start:
-            first += len(held.pop(0))
-        held = [np.concatenate(held)[start - first:]] if len(held) > 1 else [held[0][start - first:]]
-        first = start
-        yield held[0][:stop - start]
+            if end <= start:
+                first += len(held.pop())
+        parts, place = [], first
+        for band in held:
+            parts.append(band[max(start - place, 0):max(stop - place, 0)])
+            place += len(band)
+        parts = [part for part in parts if len(part)]
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+        del parts, band  # views keep bands that are done with
 
 
 def even_spans(length: int, rows: int) -> list[tuple[int, int]]:

@@ -122,11 +122,12 @@ class Predictor:
         offsets, weights = plan_axis(down, self.tile, self.margin)
         spans = [(y, min(y + len(own), height)) for y, own in zip(offsets, weights, strict=True)]
         total = np.zeros((len(weights[0]), width, self.out_channels), np.float32)
-        for pixels, y, own, next_y in zip(windows(bands, spans), offsets, weights, [*offsets[1:], down], strict=True):
-            self._add_row_of_tiles(total, pixels, own)
+        source = windows(bands, spans)
+        for y, own, next_y in zip(offsets, weights, [*offsets[1:], down], strict=True):
+            self._add_row_of_tiles(total, next(source), own)
             finished = next_y - y  # the next row of tiles gives no weight to what lies above it
             yield total[:min(finished, height - y)].clip(0, 1)
-            total[:-finished], total[-finished:] = total[finished:].copy(), 0
+            total[:-finished], total[-finished:] = total[finished:], 0
 
     def nuclei(self, probability: np.ndarray, min_area: int = 30) -> np.ndarray:
         """Separate the nuclei of the first class in what `predict` returned (see `separation.separate_nuclei`).

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+ROWS = 128  # that are added at once: the coordinates of all foreground pixels take memory
+
 
 class NucleusSums:
     """Add up what the measures of nuclei need; the result does not depend on how the image was divided.
@@ -21,6 +23,10 @@ class NucleusSums:
             probability: (rows, W) floating point.
             top: the image's row in which the band begins.
         """
+        for start in range(0, len(labels), ROWS):
+            self._add(labels[start:start + ROWS], probability[start:start + ROWS], top + start)
+
+    def _add(self, labels: np.ndarray, probability: np.ndarray, top: int) -> None:
         rows, columns = np.nonzero(labels)
         if not len(rows):
             return

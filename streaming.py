@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from block_separation import BlockSeparation
+from block_separation import BLOCK, BlockSeparation
 from familiarity import describe_parts, part_areas, strangest
 from image_bands import BandStore, ImageRows, even_spans, windows, write_tiff
 from images import to_image
@@ -69,8 +69,10 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
 
         def predicted():
             for band in predictor.predict_bands(view.pixels(), rows.height, rows.width):
+                done = len(band)
                 yield band
-                bar.update(len(band))
+                del band
+                bar.update(done)
 
         for labels, probability in blocks.bands(predicted()):
             provisional.add(labels, probability[..., 0], top)
@@ -79,11 +81,12 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
             for k, store in enumerate(mask_bands):
                 store.append(foreground[..., k].astype(np.uint8) * 255)
             count += int(foreground[..., 0].sum())
-            areas.append(part_areas(foreground[..., 0]))  # a seam between bands cuts few of them
+            areas += [part_areas(foreground[:, left:right, 0]) for left, right in even_spans(rows.width, BLOCK)]
             for k, store in enumerate(deep_bands):
                 store.append(np.round(probability[..., k] * 65535).astype(np.uint16))
             highest = max(highest, float(probability[..., :predictor.classes].max()))
             top += len(labels)
+            del labels, probability, foreground  # before the next rows are predicted
         final = blocks.final_labels()
         size = rows.height, rows.width
         write_tiff(instances, (final[band] for band in label_bands), *size, np.uint32)
