@@ -1,7 +1,9 @@
 """Read what people draw around nuclei, and turn it into instance maps: the one rasteriser of every format.
 
-Readers return regions in the order of the file. Coordinates are (row, column) in pixels of the image, as the programs
-write them (x and y swapped); the centre of the first pixel is (0, 0).
+Readers return regions in the order of the file. Coordinates are (row, column) in pixels of the image, and the centre of
+the first pixel is (0, 0), as `skimage.draw` has it. ImageScope's vertices are taken as they are. QuPath and COCO put
+(0, 0) at the corner of the first pixel, so half a pixel is subtracted from theirs: a square drawn from (10, 10) to
+(20, 20) is then rows and columns 10..19.
 """
 
 import json
@@ -47,8 +49,8 @@ class Annotation:
 def rasterise(regions: list[Region], shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
     """Draw regions into an instance map (H, W) int32 with labels 1..n in their order, 0 for background.
 
-    A pixel belongs to a region if `skimage.draw.polygon` says so (edges included); where regions overlap, the earlier
-    one wins. What lies beyond the image is cut off. Regions that leave no pixel get no label.
+    A pixel belongs to a region if its centre does, by `skimage.draw.polygon` (edges included); where regions overlap,
+    the earlier one wins. What lies beyond the image is cut off. Regions that leave no pixel get no label.
 
     Returns:
         The map, and a sentence for each region left out.
@@ -256,8 +258,8 @@ def _coco_region(name: str, segmentation, annotation: Annotation) -> Region:
 
 
 def _ring(points) -> np.ndarray:
-    """Turn (x, y) pairs into (N, 2) float64 of (row, column)."""
-    ring = np.array([[float(point[1]), float(point[0])] for point in points]).reshape(-1, 2)
+    """Turn (x, y) pairs, with (0, 0) at the corner of the first pixel, into (N, 2) float64 of (row, column)."""
+    ring = np.array([[float(point[1]), float(point[0])] for point in points]).reshape(-1, 2) - 0.5
     if not np.isfinite(ring).all():
         raise ValueError("coordinates that are not finite")
     return ring

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from options import Parser, checkpoint_list, flag, whole
+from options import Parser, checkpoint_list, command, flag, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -161,16 +161,9 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
                 predictor.threshold)
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        evaluate(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
+    evaluate(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

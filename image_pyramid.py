@@ -6,6 +6,7 @@ mask alike. That is why growth preserves the function on real data too.
 
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,9 +64,9 @@ class ImagePyramid:
         """Return the memory that all four levels take."""
         return sum(len(self) * (self.in_channels + self.target_channels) * r * r for r in STAGE_RESOLUTIONS.values())
 
-    def first(self, count: int) -> "ImagePyramid":
-        """Return the first images alone, decoded anew and kept in memory."""
-        own = ImagePyramid(self.pairs[:count], self.in_channels, self.classes, self.sizing, self.targets)
+    def subset(self, indices: Iterable[int]) -> "ImagePyramid":
+        """Return these images alone, decoded anew and kept in memory."""
+        own = ImagePyramid([self.pairs[i] for i in indices], self.in_channels, self.classes, self.sizing, self.targets)
         own.read_all(cache=True)
         return own
 

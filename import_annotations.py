@@ -10,7 +10,6 @@ NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, s
 """
 
 import argparse
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_coco, read_geojson
 from images import IMAGE_SUFFIXES, ImageFileError, image_size, load_image, load_instances
-from prepared_data import PreparedData, Source, deal_groups, images_by_stem, new_folder, tile_offsets
-from splits import SHARES, SPLITS, DatasetError
+from options import command
+from prepared_data import PreparedData, Source, images_by_stem, new_folder, tile_offsets
+from splits import SHARES, SPLITS, DatasetError, deal_groups, group_names
 
 FORMATS = ("geojson", "label-tiff", "coco")
 LABEL_ENDS = ("_cp_masks", "_labels", "_label", "_masks", "_mask")  # what Cellpose and others add to the name
@@ -113,22 +113,6 @@ def read_label_image(path: Path, image: Path) -> Drawn:
     return np.searchsorted(values, labels, side="right").astype(np.int32), []
 
 
-def group_names(names: list[str], group_regex: str | None) -> dict[str, str]:
-    """Return the group of every image name: itself, or what the expression finds (its group 1 if it has one)."""
-    if not group_regex:
-        return {name: name for name in names}
-    try:
-        pattern = re.compile(group_regex)
-    except re.error as error:
-        raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
-    found = {name: pattern.search(name) for name in names}
-    missed = [name for name, match in found.items() if not match]
-    if missed:
-        raise ValueError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
-                         f"must match every one. Widen it, e.g. '^[^_]+' for all before the first underscore")
-    return {name: match.group(pattern.groups and 1) for name, match in found.items()}
-
-
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
                  sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
     """Write the data set and return the report; raises ValueError for what cannot be used."""
@@ -148,7 +132,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
             raise ValueError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
                              f"that of an image in {image_dir} ({', '.join(list(images)[:3])}). Stems must be the same")
         group_of = group_names(names, group_regex)
-        dealt = deal_groups({group: [n] for group, n in Counter(group_of.values()).items()}, SHARES, seed)
+        dealt = deal_groups(Counter(group_of.values()), SHARES, seed)
         problems = []
         for name in tqdm(names, desc="images", unit="image", disable=None):
             source = Source(name, images[name].name, group_of[name], SPLITS[dealt[group_of[name]]])
@@ -182,7 +166,8 @@ def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> d
             if not any(stem.endswith(end) and stem.removesuffix(end) in images for end in LABEL_ENDS)}
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
@@ -195,17 +180,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overlap", type=int, default=0, help="pixels that neighbouring tiles share (0)")
     parser.add_argument("--microns_per_pixel", type=float, help="size of a pixel, if known")
     parser.add_argument("--seed", type=int, default=0, help="decides which groups go where (0)")
-    args = parser.parse_args(arguments)
-    try:
-        report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
-                              args.overlap, args.microns_per_pixel, args.seed)
-    except (ValueError, OSError) as error:  # a full disk too
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
+                          args.overlap, args.microns_per_pixel, args.seed)
     regex = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
           f"python pap_smear_dataset.py {args.out}{regex}")
-    return 0
 
 
 if __name__ == "__main__":

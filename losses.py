@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from unet_parts import mean2x2
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(FloatingPointError):
     """The loss became infinite or not a number; the message says where."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from images import save_png
+from options import command
 
 SIDE = 256
 COUNTS = {"train": 64, "valid": 16, "test": 16}
@@ -133,23 +134,19 @@ def make_sample(out: Path, counts: dict[str, int], seed: int) -> int:
     return size
 
 
-def main() -> int:
+@command(interrupted="--out holds a part of the sample")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write train, valid and test into")
     for split, count in COUNTS.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images ({count})")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in COUNTS}
-    try:
-        if min(counts.values()) < 1:
-            raise ValueError(f"--train, --valid and --test are {list(counts.values())}; each must be at least 1")
-        size = make_sample(args.out, counts, args.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if min(counts.values()) < 1:
+        raise ValueError(f"--train, --valid and --test are {list(counts.values())}; each must be at least 1")
+    size = make_sample(args.out, counts, args.seed)
     print(f"wrote {sum(counts.values())} images with masks to {args.out} ({size / 2 ** 20:.1f} MiB)")
-    return 0
 
 
 if __name__ == "__main__":

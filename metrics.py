@@ -116,6 +116,9 @@ def instance_metrics(found: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     matched at IoU > 0.5 within this one image. `f1` at IoU 0.5 is by its definition, 2 TP / (2 TP + FP + FN), the same
     number as `dq`; both names are in use.
 
+    Where other programs differ: StarDist matches at an IoU of exactly 0.5 too, the AJI of cellseg-metrics takes the
+    predictions of largest intersection (all of several), and both score two empty maps 0.
+
     Args:
         found, drawn: (H, W) integers, 0 for background (see `overlaps`).
     Returns:

@@ -1,14 +1,43 @@
-"""What the command lines share: the parser, and the types of options that check themselves.
+"""What the command lines share: exit codes, the parser, and the types of options that check themselves.
 
 Nothing here imports torch, so --help and wrong options answer at once.
 """
 
 import argparse
+import functools
 import math
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 RESOLUTIONS = (32, 64, 128, 256)
+
+
+def command(interrupted: str = "") -> Callable:
+    """Return a decorator for `main(argv=None)` that turns what goes wrong into a line on stderr and an exit code.
+
+    The code is what `main` returns, 0 for None; 2 for what a user can mend (ValueError and OSError, a full disk too);
+    1 for a training whose numbers overflow (FloatingPointError); 130 for Ctrl-C. All else is a fault of ours and keeps
+    its traceback.
+
+    Args:
+        interrupted: what to say at Ctrl-C, if anything: what became of the results.
+    """
+    def decorate(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(argv: list[str] | None = None) -> int:
+            try:
+                return main(argv) or 0
+            except (ValueError, OSError, FloatingPointError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1 if isinstance(error, FloatingPointError) else 2
+            except KeyboardInterrupt:
+                if interrupted:
+                    print(f"\ninterrupted; {interrupted}", file=sys.stderr)
+                return 130
+        return run
+    return decorate
 
 
 def flag(text: str) -> bool:
@@ -48,6 +77,15 @@ def epoch_list(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor such numbers joined "
                                          f"by commas, one a stage, e.g. 10,10,20,60")
+    return text
+
+
+def count_list(text: str) -> str:
+    """Check rising numbers joined by commas: '5,10,20'."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) or sorted(set(map(int, text.split(",")))) != [
+            int(n) for n in text.split(",")]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not rising whole numbers of at least 1 joined by commas, e.g. "
+                                         f"5,10,20")
     return text
 
 

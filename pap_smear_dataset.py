@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augmentation import augment, sample_numbers
 from image_pyramid import ImagePyramid, open_pyramids
+from options import command
 from splits import SPLITS, groups_of, leaked, other_files, write_splits
 from targets import MASK
 from unet import STAGE_RESOLUTIONS
@@ -296,7 +297,8 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     return report
 
 
-def main() -> int:
+@command()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check a data set, or write a split without leakage.")
     parser.add_argument("data_root", type=Path)
     parser.add_argument("--group_regex", help="finds the field of view or patient in a name, e.g. '^\\d+'")
@@ -305,15 +307,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
     parser.add_argument("--in_channels", type=int, choices=(1, 3), default=1)
     parser.add_argument("--out_channels", type=int, default=1)
-    args = parser.parse_args()
-    try:
-        if args.write_splits:
-            print(f"wrote {write_splits(args.data_root, args.group_regex, args.seed)}")
-        print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    if args.write_splits:
+        print(f"wrote {write_splits(args.data_root, args.group_regex, args.seed)}")
+    print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels))
 
 
 if __name__ == "__main__":

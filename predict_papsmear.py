@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from options import Parser, checkpoint_list, number, whole
+from options import Parser, checkpoint_list, command, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -249,15 +249,9 @@ def shard_and_device(args: argparse.Namespace) -> tuple[tuple[int, int], str]:
     return shard, device
 
 
+@command(interrupted="finished images are written")
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return predict(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished images are written", file=sys.stderr)
-        return 130
+    return predict(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

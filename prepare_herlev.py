@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from images import ImageFileError, image_size, load_image
-from prepared_data import PreparedData, Source, deal_groups, format_table, new_folder
-from splits import SHARES, SPLITS, DatasetError
+from options import command
+from prepared_data import PreparedData, Source, format_table, new_folder
+from splits import SHARES, SPLITS, DatasetError, deal_groups
 
 CLASSES = ("normal_superficiel", "normal_intermediate", "normal_columnar", "light_dysplastic", "moderate_dysplastic",
            "severe_dysplastic", "carcinoma_in_situ")
@@ -175,24 +176,20 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
         return data.finish(extra=extra)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", type=Path, required=True, help="folder with the seven class folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
     parser.add_argument("--target", choices=list(VALUES), default="nucleus", help="what the masks mark (nucleus)")
     parser.add_argument("--folds", type=int, default=0, help="also write so many splits for cross-validation (0)")
     parser.add_argument("--seed", type=int, default=0, help="decides which fields of view go where (0)")
-    args = parser.parse_args(arguments)
-    try:
-        report = prepare(args.src, args.out, args.target, args.folds, args.seed)
-    except (ValueError, OSError) as error:  # a full disk too
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    report = prepare(args.src, args.out, args.target, args.folds, args.seed)
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
           f"python pap_smear_dataset.py {args.out} --group_regex '^\\d+'")
     if args.folds:
         print(f"cp {args.out / 'fold_1.csv'} {args.out / 'splits.csv'}  # cross-validation: train on each fold in turn")
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_imagescope
 from images import ImageFileError, load_image
-from prepared_data import PreparedData, Source, deal_groups, images_by_stem, new_folder, tile_offsets
-from splits import DatasetError
+from options import command
+from prepared_data import PreparedData, Source, images_by_stem, new_folder, tile_offsets
+from splits import DatasetError, deal_groups
 
 LAYOUTS = "'Tissue Images' with 'Annotations', or images and their XML files side by side"
 
@@ -87,8 +88,7 @@ def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> 
     if both:
         raise ValueError(f"{len(both)} image(s) are in --train_dir and in --test_dir, e.g. {both[0]}; a test image "
                          f"must not be trained on. Remove them from one of the folders")
-    patients = Counter(map(patient_of, train))
-    dealt = deal_groups({patient: [n] for patient, n in patients.items()}, (1 - valid_share, valid_share), seed)
+    dealt = deal_groups(Counter(map(patient_of, train)), (1 - valid_share, valid_share), seed)
     return {name: ("train", "valid")[dealt[patient_of(name)]] for name in train} | dict.fromkeys(test, "test")
 
 
@@ -138,7 +138,8 @@ def describe_sizes(sizes: list[float], images: int) -> str:
             f"{np.median(sizes):g}.")
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_dir", type=Path, required=True, help="unpacked training data")
     parser.add_argument("--test_dir", type=Path, required=True, help="unpacked test data")
@@ -146,15 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overlap", type=int, default=0, help="pixels that neighbouring tiles share (0)")
     parser.add_argument("--valid_share", type=float, default=0.2, help="of the training images (0.2)")
     parser.add_argument("--seed", type=int, default=0, help="decides which patients go to valid (0)")
-    args = parser.parse_args(arguments)
-    try:
-        report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed)
-    except (ValueError, OSError) as error:  # a full disk too
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed)
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
           f"python pap_smear_dataset.py {args.out} --group_regex '^TCGA-\\w+-\\w+'")
-    return 0
 
 
 if __name__ == "__main__":

@@ -232,40 +232,6 @@ def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return image, labels > 0, labels
 
 
-def deal_groups(contents: dict[str, Sequence[int]], shares: Sequence[float], seed: int) -> dict[str, int]:
-    """Deal groups into parts so that each class meets its share as well as whole groups permit.
-
-    Larger groups go first, equal ones in random order, each to the part where it lowers the squared distance from the
-    expected counts, relative to them, most. No part stays empty.
-
-    Args:
-        contents: how many images of each class a group holds.
-        shares: of the parts, with sum 1.
-    Returns:
-        The number of the part of every group.
-    """
-    if len(contents) < len(shares):
-        raise ValueError(f"{len(contents)} group(s) (patients, fields of view) found; {len(shares)} parts need at "
-                         f"least one each. Add images, or group otherwise")
-    keys = sorted(contents)
-    np.random.default_rng(seed).shuffle(keys)
-    keys.sort(key=lambda key: -sum(contents[key]))
-    counts = np.array([contents[key] for key in keys], float)
-    expected = np.outer(shares, counts.sum(axis=0))
-    held, used = np.zeros_like(expected), np.zeros(len(shares), bool)
-    dealt = {}
-    for i, key in enumerate(keys):
-        change = ((held + counts[i] - expected) ** 2 - (held - expected) ** 2) / np.maximum(expected, 1e-9)
-        cost = change.sum(axis=1)
-        if len(keys) - i <= (~used).sum():
-            cost[used] = np.inf
-        part = int(cost.argmin())
-        held[part] += counts[i]
-        used[part] = True
-        dealt[key] = part
-    return dealt
-
-
 def images_by_stem(folder: Path) -> dict[str, Path]:
     """Return the image files of a folder by stem; raises ValueError if a stem occurs twice or there is none."""
     if not folder.is_dir():

@@ -49,6 +49,30 @@ def training_curves(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def curves_over_counts(rows: list[dict], path: Path) -> None:
+    """Draw test Dice against the number of training images, one line for each way to start.
+
+    Args:
+        rows: one a training, with `images`, `start` and `dice`.
+    """
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.subplots()
+    counts = sorted({row["images"] for row in rows})
+    for k, start in enumerate(dict.fromkeys(row["start"] for row in rows)):
+        scores = [[row["dice"] for row in rows if (row["images"], row["start"]) == (count, start)] for count in counts]
+        axis.plot(counts, [np.mean(own) for own in scores], color=f"C{k}", label=f"{start} (mean)")
+        axis.scatter([count for count, own in zip(counts, scores, strict=True) for _ in own], sum(scores, []),
+                     color=f"C{k}", s=14, label="one training each")
+    axis.set_xscale("log")
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.minorticks_off()
+    axis.set_xlabel("training images")
+    axis.set_ylabel("test Dice, mean over images")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], probabilities: Sequence[np.ndarray],
                 names: list[str], dice: list[float], path: Path, threshold: float = 0.5) -> None:
     """Draw image, mask, prediction and outlines of some images, one a row (and class).

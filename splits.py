@@ -9,7 +9,7 @@ import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,25 +109,32 @@ def sizing_of(data_root: Path) -> str:
     return found
 
 
-def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair]]:
-    """Collect pairs by source image, or by what `group_regex` finds in its name (group 1 if it has one).
+def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:
+    """Return the group of every name: itself, or what `group_regex` finds in it (its group 1 if it has one).
 
     Raises ValueError when the expression is invalid or finds nothing in some name.
     """
-    groups = defaultdict(list)
+    if not group_regex:
+        return {name: name for name in names}
     try:
-        pattern = re.compile(group_regex) if group_regex else None
+        pattern = re.compile(group_regex)
     except re.error as error:
-        raise ValueError(f"--group_regex {group_regex} is no regular expression ({error})") from None
+        raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
+    found = {name: pattern.search(name) for name in names}
+    missed = [name for name, match in found.items() if not match]
+    if missed:
+        raise ValueError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
+                         f"must match every source name. Widen it, e.g. '^\\d+' for leading digits, '^[^_]+' for all "
+                         f"before the first underscore")
+    return {name: match.group(pattern.groups and 1) for name, match in found.items()}
+
+
+def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair]]:
+    """Collect pairs by the group of their source image (see `group_names`)."""
+    group_of = group_names((pair.source for pair in pairs), group_regex)
+    groups = defaultdict(list)
     for pair in pairs:
-        key = pair.source
-        if pattern:
-            match = pattern.search(pair.source)
-            if not match:
-                raise ValueError(f"--group_regex {group_regex} finds nothing in {pair.source} ({pair.image}); it must "
-                                 f"match every source name. Widen it, e.g. '^\\d+' for leading digits")
-            key = match.group(pattern.groups and 1)
-        groups[key].append(pair)
+        groups[group_of[pair.source]].append(pair)
     return dict(groups)
 
 
@@ -138,12 +145,47 @@ def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = 
     return sum(key in train for key in own), len(own)
 
 
-def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 0) -> dict[str, list[Pair]]:
-    """Deal all originals into 70 % train, 15 % valid and 15 % test so that no group is in two of them.
+def deal_groups(contents: Mapping[str, int | Sequence[int]], shares: Sequence[float], seed: int) -> dict[str, int]:
+    """Deal groups into parts so that shares are met in images, of each class, as well as whole groups permit.
 
-    Groups are dealt in random order, each to the split that lacks most of its share of sources, so that shares are
-    met in images although groups differ in size. Copies go to train only, and only those of train's own sources. An
-    image that lies in two folders is taken once.
+    Larger groups go first, equal ones in random order, each to the part where it lowers the squared distance from the
+    expected counts, relative to them, most. No part stays empty.
+
+    Args:
+        contents: how many images a group holds, or how many of each class; at least one in all.
+        shares: of the parts, with sum 1.
+    Returns:
+        The number of the part of every group.
+    Raises:
+        ValueError: for fewer groups than parts.
+    """
+    if len(contents) < len(shares):
+        raise ValueError(f"{len(contents)} group(s) (patients, fields of view) found; {len(shares)} parts need at "
+                         f"least one each. Add images, or group otherwise")
+    keys = sorted(contents)
+    np.random.default_rng(seed).shuffle(keys)
+    keys.sort(key=lambda key: -np.sum(contents[key]))
+    counts = np.array([contents[key] for key in keys], float).reshape(len(keys), -1)
+    expected = np.outer(shares, counts.sum(axis=0))
+    held, used = np.zeros_like(expected), np.zeros(len(shares), bool)
+    dealt = {}
+    for i, key in enumerate(keys):
+        change = ((held + counts[i] - expected) ** 2 - (held - expected) ** 2) / np.maximum(expected, 1e-9)
+        cost = change.sum(axis=1)
+        if len(keys) - i <= (~used).sum():
+            cost[used] = np.inf
+        part = int(cost.argmin())
+        held[part] += counts[i]
+        used[part] = True
+        dealt[key] = part
+    return dealt
+
+
+def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 0) -> dict[str, list[Pair]]:
+    """Deal all originals into 70 % train, 15 % valid and 15 % test with `deal_groups`: no group is in two of them.
+
+    Copies go to train only, and only those of train's own groups and of groups without an original. An image that lies
+    in two folders is taken once.
     """
     folders, problems = _read_folders(Path(data_root), SPLITS)
     by_name: dict[str, Pair] = {}
@@ -154,28 +196,13 @@ def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 
                             f"across train, valid and test. Rename one with its mask")
     if problems:
         raise DatasetError(data_root, problems)
-    everything = list(by_name.values())
-    groups = groups_of(everything, group_regex)
-    if len(groups) < len(SPLITS):
-        raise ValueError(f"{data_root}: {len(groups)} group(s) found; at least {len(SPLITS)} are needed, one a split. "
-                         f"Choose another --group_regex")
-    keys = sorted(groups)
-    np.random.default_rng(seed).shuffle(keys)
-    sources = len({pair.source for pair in everything})
+    groups = groups_of(list(by_name.values()), group_regex)
+    originals = {key: sum(not pair.is_copy for pair in pairs) for key, pairs in groups.items()}
+    part_of = deal_groups({key: count for key, count in originals.items() if count}, SHARES, seed)
     dealt: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    filled = dict.fromkeys(SPLITS, 0)
-    for i, key in enumerate(keys):
-        orphan = all(pair.is_copy for pair in groups[key])  # copies without their original serve in train alone
-        lacking = {split: share - filled[split] / sources for split, share in zip(SPLITS, SHARES, strict=True)}
-        empty = [split for split in SPLITS if not dealt[split]]
-        candidates = empty if len(keys) - i <= len(empty) else SPLITS  # few groups: none may stay empty
-        split = "train" if orphan else max(candidates, key=lambda s: lacking[s])
-        filled[split] += len({pair.source for pair in groups[key]})
-        dealt[split] += [pair for pair in groups[key] if split == "train" or not pair.is_copy]
-    empty = [split for split in SPLITS if not dealt[split]]
-    if empty:
-        raise ValueError(f"{data_root}: {', '.join(empty)} would get no image; the {len(groups)} groups are too few or "
-                         f"too unequal. Choose another --group_regex")
+    for key, pairs in groups.items():
+        split = SPLITS[part_of.get(key, 0)]  # copies without their original serve in train alone
+        dealt[split] += [pair for pair in pairs if split == "train" or not pair.is_copy]
     return dealt
 
 

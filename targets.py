@@ -36,10 +36,11 @@ def load_target(pair: Pair, classes: int, targets: tuple[str, ...] = MASK) -> np
 
 
 def rims(nuclei: np.ndarray, width: float) -> np.ndarray:
-    """Return the pixels (H, W) bool of nuclei that lie within `width` pixels (at least 1) of what is outside their nucleus.
+    """Return the pixels (H, W) bool of nuclei that lie within `width` pixels of what is outside their nucleus.
 
     Args:
         nuclei: (H, W) label map, 0 for background. The image's edge is no outside: there a nucleus is cut, not ended.
+        width: at least 1.
     """
     outlines = find_boundaries(nuclei, mode="inner")
     if not outlines.any():

@@ -30,6 +30,7 @@ from inference import Predictor
 from losses import NonFiniteLossError, bce_dice_loss, multi_scale_loss
 from make_sample_data import make_field
 from metrics import MeanOverImages, pixel_metrics
+from options import command
 from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from schedule import TrainingPlan, epochs_by_stage
@@ -514,9 +515,24 @@ def test_split_of_few_groups_and_of_names_that_occur_twice(tmp_path):
     write_splits(root)
     assert [len(pairs) for pairs in list_splits(root).values()] == [1, 1, 1]
     (root / "splits.csv").unlink()
+    with pytest.raises(ValueError, match=r"2 group\(s\)"):
+        write_splits(root, "^.")
     move_pair(root, "train", "train_0", "test", "valid_0")
     with pytest.raises(DatasetError, match="another picture than"):
         write_splits(root)
+
+
+def test_groups_of_unequal_size_meet_their_shares_in_images(tmp_path):
+    """40 images, of which train_1 and train_10..19 are one group, and of train_0 nothing but a copy is left."""
+    root = write_data_set(tmp_path / "data", counts=(20, 10, 10))
+    copy_pair(root, "train", "train_0", "flipped_train_0")
+    for kind in ("images", "masks"):
+        (root / "train" / kind / "train_0.png").unlink()
+    write_splits(root, r"^\w+?_\d")
+    splits = list_splits(root)
+    assert [sum(not pair.is_copy for pair in splits[split]) for split in splits] == [27, 6, 6]
+    assert [pair.name for pair in splits["train"] if pair.is_copy] == ["flipped_train_0"]
+    assert leaked(splits, "valid", r"^\w+?_\d") == (0, 6)
 
 
 def test_remedy_against_leakage_can_be_pasted(data_root, tmp_path):
@@ -1025,6 +1041,21 @@ def test_defaults_are_those_documented_and_presets_yield_to_options():
     assert quick.lr == 0.5
     assert quick.base_channels == train_papsmear.PRESETS["quick"]["base_channels"] != 64
     assert train_papsmear.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == "16"
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (ValueError("seed is x"), 2, "error: seed is x\n"), (OSError(28, "full"), 2, "error: [Errno 28] full\n"),
+    (NonFiniteLossError("nan found"), 1, "error: nan found\n"),
+    (KeyboardInterrupt(), 130, "\ninterrupted; nothing was written\n")])
+def test_what_goes_wrong_becomes_an_exit_code(error, code, said, capsys):
+    @command(interrupted="nothing was written")
+    def main(argv):
+        raise error
+    assert main([]) == code
+    assert capsys.readouterr().err == said
+    assert [command()(lambda argv, value=value: value)() for value in (None, 1)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        command()(lambda argv: 1 / 0)()
 
 
 def test_help_needs_no_torch():

@@ -103,6 +103,14 @@ def test_one_prediction_over_two_nuclei_is_taken_twice():
     assert instance_metrics(np.ones_like(drawn), drawn)["aji"] == pytest.approx((100 + 100) / (200 + 200))
 
 
+def test_a_nucleus_found_as_two_equal_halves():
+    """No half is a match, as its IoU is 0.5 and not more, and the AJI takes one of them; other programs differ here."""
+    drawn = labelled((10, 20), (0, 10, 0, 10))
+    halves = labelled((10, 20), (0, 10, 0, 5), (0, 10, 5, 10))
+    scores = instance_metrics(halves, drawn)
+    assert scores == {"aji": pytest.approx(50 / (100 + 50)), "pq": 0, "dq": 0, "sq": 0, "f1": 0}
+
+
 def test_disc_against_a_smaller_disc():
     rows, columns = np.mgrid[:200, :200]
     distance = np.hypot(rows - 100, columns - 100)

@@ -28,15 +28,15 @@ from prepare_herlev import main as herlev_main
 from prepare_herlev import prepare as prepare_herlev
 from prepare_monuseg import main as monuseg_main
 from prepare_monuseg import prepare as prepare_monuseg
-from prepared_data import COLUMNS, cut_tile, deal_groups, tile_offsets
-from splits import leaked, list_splits
+from prepared_data import COLUMNS, cut_tile, tile_offsets
+from splits import deal_groups, leaked, list_splits
 
 SHARED = PROJECT.parent / "shared" / "data"
 
 
-def square(top: float, left: float, side: int = 10) -> list[tuple[float, float]]:
-    """Return (x, y) corners of a square of side x side pixels."""
-    bottom, right = top + side - 1, left + side - 1
+def square(top: float, left: float, side: int = 10, corner: bool = False) -> list[tuple[float, float]]:
+    """Return (x, y) of a square of side x side pixels; (0, 0) is the centre of the first pixel, or its corner."""
+    bottom, right = top + side - 1 + corner, left + side - 1 + corner
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
@@ -123,6 +123,26 @@ def test_a_square_has_the_pixels_that_it_should():
     assert labels.dtype == np.int32
 
 
+@pytest.mark.parametrize("kind", ["geojson", "coco", "imagescope"])
+def test_where_each_program_puts_the_origin(kind, tmp_path):
+    """From (10, 10) to (20, 20): rows and columns 10..19 where the origin is a pixel's corner, 10..20 in ImageScope."""
+    drawn, path = [(10, 10), (20, 10), (20, 20), (10, 20)], tmp_path / "a"
+    if kind == "geojson":
+        path.write_text(json.dumps({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [drawn]}}))
+        regions = read_geojson(path).regions
+    elif kind == "coco":
+        path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [
+            {"image_id": 1, "segmentation": [[c for point in drawn for c in point]]}]}))
+        regions = read_coco(path)["a"].regions
+    else:
+        path.write_text(imagescope([drawn]))
+        regions = read_imagescope(path).regions
+    last = 20 if kind == "imagescope" else 19
+    expected = np.zeros((30, 30), int)
+    expected[10:last + 1, 10:last + 1] = 1
+    assert np.array_equal(rasterise(regions, (30, 30))[0], expected)
+
+
 def test_where_regions_overlap_the_earlier_wins():
     first, second = (np.array(square(*corner))[:, ::-1] for corner in ((10, 10), (15, 15)))
     labels, _ = rasterise([Region("1", [[first]]), Region("2", [[second]])], (40, 40))
@@ -178,13 +198,13 @@ def test_other_xml_is_refused(text, message, tmp_path):
 
 
 def test_geojson_with_holes_multipolygons_and_cells(tmp_path):
-    ring, hole = ([list(p) for p in (*c, c[0])] for c in (square(0, 0), square(3, 3, 4)))
-    other = [list(p) for p in square(20, 20, 5)]
+    ring, hole = ([list(p) for p in (*c, c[0])] for c in (square(0, 0, corner=True), square(3, 3, 4, corner=True)))
+    other = [list(p) for p in square(20, 20, 5, corner=True)]
     features = [{"type": "Feature", "geometry": geometry} for geometry in (
         {"type": "Polygon", "coordinates": [ring, hole]}, {"type": "MultiPolygon", "coordinates": [[ring], [other]]},
         {"type": "Point", "coordinates": [1, 2]})]
     features.append({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
-                     "nucleusGeometry": {"type": "Polygon", "coordinates": [[list(p) for p in square(30, 30, 3)]]}})
+                     "nucleusGeometry": {"type": "Polygon", "coordinates": [square(30, 30, 3, corner=True)]}})
     path = tmp_path / "a.geojson"
     for content in (features, {"type": "FeatureCollection", "features": features}):
         path.write_text(json.dumps(content))
@@ -221,7 +241,7 @@ def test_coco_is_read(tmp_path):
     path = tmp_path / "instances.json"
     content = {"images": [{"id": 1, "file_name": "set/a.png", "height": 40, "width": 30}],
                "annotations": [
-                   {"id": 7, "image_id": 1, "segmentation": [[c for p in square(2, 3) for c in p]]},
+                   {"id": 7, "image_id": 1, "segmentation": [[c for p in square(2, 3, corner=True) for c in p]]},
                    {"id": 8, "image_id": 1, "segmentation": {"counts": [1199, 1], "size": [40, 30]}},
                    {"id": 9, "image_id": 1, "segmentation": []}]}
     path.write_text(json.dumps(content))
@@ -301,9 +321,9 @@ def test_groups_are_dealt_by_class_and_no_part_is_empty():
     counts = np.array([np.sum([contents[g] for g in contents if dealt[g] == part], axis=0) for part in range(3)])
     assert counts.tolist() == [[28, 28], [6, 6], [6, 6]]
     assert dealt != deal_groups(contents, (0.7, 0.15, 0.15), 1)
-    assert sorted(deal_groups({"a": [90], "b": [1], "c": [1]}, (0.7, 0.15, 0.15), 0).values()) == [0, 1, 2]
+    assert sorted(deal_groups({"a": 90, "b": 1, "c": 1}, (0.7, 0.15, 0.15), 0).values()) == [0, 1, 2]
     with pytest.raises(ValueError, match="2 group"):
-        deal_groups({"a": [1], "b": [1]}, (0.7, 0.15, 0.15), 0)
+        deal_groups({"a": 1, "b": 1}, (0.7, 0.15, 0.15), 0)
 
 
 # ---- MoNuSeg
@@ -488,7 +508,7 @@ def write_own(root: Path, kind: str) -> tuple[Path, Path]:
     drawn.mkdir()
     coco = {"images": [], "annotations": []}
     for i, name in enumerate("abcd"):
-        squares = [square(5, 6), square(40, 60)]
+        squares = [square(5, 6, corner=True), square(40, 60, corner=True)]
         coco["images"].append({"id": i, "file_name": f"{name}.png", "height": 64, "width": 80})
         coco["annotations"] += [{"id": 2 * i + k, "image_id": i, "segmentation": [[c for p in s for c in p]]}
                                 for k, s in enumerate(squares)]

@@ -16,6 +16,7 @@ from options import (
     RESOLUTIONS,
     Parser,
     batch_table,
+    command,
     epoch_list,
     flag,
     folder_name,
@@ -94,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return checked settings; raises ValueError for what is wrong in itself or contradicts another option."""
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -208,7 +209,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
                              targets=targets)
     if args.overfit:
-        pyramids = dict.fromkeys(pyramids, pyramids["train"].first(args.overfit))
+        pyramids = dict.fromkeys(pyramids, pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit]))
     fingerprint = data_fingerprint(args, pyramids)
     cached = pyramids["train"].cached
     workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
@@ -317,18 +318,9 @@ def test(trainer, args: argparse.Namespace) -> None:
               f"{max(row['highest'] for row in rows):.3f}. Train longer, or check the masks")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        train(parse(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ArithmeticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@command()  # `train` says itself how to go on after Ctrl-C
+def main(argv: list[str] | None = None) -> None:
+    train(parse(argv))
 
 
 if __name__ == "__main__":
