@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from options import Parser, checkpoint_list, command, number, whole
@@ -110,7 +111,7 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[list[dict], float]:
+def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
     """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
     from images import image_size
 
@@ -177,20 +178,18 @@ def class_endings(classes: int) -> list[str]:
     return [""] if classes == 1 else [f"_{k + 1}" for k in range(classes)]
 
 
-def nucleus_rows(name: str, measures: dict, pixel_size: float | None) -> list[dict]:
+def nucleus_rows(name: str, measures: dict, pixel_size: float | None) -> Iterator[dict]:
     """Turn the measures of nuclei (see `measurement.NucleusSums.measures`) into a dictionary with COLUMNS for each.
 
     With `pixel_size` (micrometres) MICROMETRE_COLUMNS follow.
     """
-    rows = []
     for label, y, x, area, eccentricity, mean in zip(*measures.values(), strict=True):
         row = dict(zip(COLUMNS, (name, int(label), round(float(y), 2), round(float(x), 2), int(area),
                                  round(float(eccentricity), 4), round(float(mean), 4)), strict=True))
         if pixel_size:
             lengths = (y * pixel_size, x * pixel_size, area * pixel_size ** 2)
             row |= dict(zip(MICROMETRE_COLUMNS, (round(float(n), 4) for n in lengths), strict=True))
-        rows.append(row)
-    return rows
+        yield row
 
 
 def overlay(image, nuclei):
