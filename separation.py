@@ -7,20 +7,24 @@ from skimage.segmentation import watershed
 
 
 def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: np.ndarray | None = None,
-                    smoothing: float = 1.0, depth: float = 0.5, min_area: int = 30) -> np.ndarray:
+                    interior: float = 0.3, smoothing: float = 1.5, depth: float = 0.75,
+                    min_area: int = 30) -> np.ndarray:
     """Separate touching nuclei by a watershed on the smoothed distance to the background.
 
     Foreground is cut at the threshold and its small holes are filled. Each maximum of the smoothed distance transform
     that rises by more than `depth` above the saddle to a higher one becomes a marker, and the watershed of the distance
-    (scikit-image) divides the foreground between the markers. The defaults were chosen among 15 pairs of `smoothing`
-    (1, 1.5, 2) and `depth` (0.3 to 1.5) by AJI on the drawn masks of six MoNuSeg training images, as they are and
-    blurred with noise; no network's predictions were used.
+    (scikit-image) divides the foreground between the markers. With a boundary the distance is taken inside of what is
+    probably nucleus and not rim, the product of both probabilities, and the foreground divided is the same.
+
+    The defaults were chosen on the five validation images of MoNuSeg, as a network of an hour's training with both
+    targets predicts them. Among 16 settings with the boundary AJI lay between 0.592 and 0.597 and PQ between 0.549 and
+    0.561; the defaults gave 0.596 and 0.559, and of the mask alone 0.579 and 0.553.
 
     Args:
         probability: (H, W) or (H, W, 1) floating point in [0, 1].
         threshold: probability from which a pixel is foreground.
-        boundary: (H, W) probability in [0, 1] of a line between nuclei, if there is a channel for it; the distance is
-            then that to the background or to a pixel where it reaches one half.
+        boundary: (H, W) probability in [0, 1] of a nucleus' rim, if the network was taught it.
+        interior: probability of being nucleus and not rim, from which the distance is taken.
         smoothing: standard deviation in pixels of the Gaussian on the distance.
         depth: pixels; larger values separate less.
         min_area: pixels; smaller nuclei are removed, smaller holes filled.
@@ -36,15 +40,16 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
         other = "" if boundary is None else f" and boundary {boundary.shape}"
         raise ValueError(f"probability is {probability.shape}{other}; both must be (H, W). Take one channel, e.g. "
                          f"probability[..., 0]")
-    if not 0 < threshold < 1 or smoothing < 0 or depth <= 0 or min_area < 0:
-        raise ValueError(f"threshold {threshold!r}, smoothing {smoothing!r}, depth {depth!r}, min_area {min_area!r}; "
-                         f"threshold must lie in (0, 1), depth above 0, the others be at least 0")
+    if not 0 < threshold < 1 or not 0 < interior < 1 or smoothing < 0 or depth <= 0 or min_area < 0:
+        raise ValueError(f"threshold {threshold!r}, interior {interior!r}, smoothing {smoothing!r}, depth {depth!r}, "
+                         f"min_area {min_area!r}; the first two must lie in (0, 1), depth above 0, the others be at "
+                         f"least 0")
     foreground = probability >= threshold
     if not foreground.any():
         return np.zeros(foreground.shape, np.int32)  # much of a slide is empty
     holes, _ = ndimage.label(~foreground)  # a ring of nuclei encloses background too, so only small ones are filled
     foreground |= (np.bincount(holes.ravel()) < min_area)[holes]
-    inside = foreground if boundary is None else foreground & (boundary < 0.5)
+    inside = foreground if boundary is None else foreground & (probability * (1 - boundary) >= interior)
     distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(inside), smoothing, output=np.float32)
     distance[~inside] = 0
     # A nucleus thinner than `depth` has no maximum of that height; the watershed leaves it out and it gets its own.

@@ -477,7 +477,7 @@ def test_small_and_thin_nuclei_and_holes():
     assert sorted(np.bincount(nuclei.ravel())[1:]) == [96, 400]
     assert separate_nuclei(probability, min_area=10).max() == 3
     assert separate_nuclei(probability, threshold=0.95).max() == 0
-    with pytest.raises(ValueError, match="threshold must lie"):
+    with pytest.raises(ValueError, match="the first two must lie"):
         separate_nuclei(probability, threshold=1.5)
     with pytest.raises(ValueError, match="one channel"):
         separate_nuclei(np.zeros((5, 5, 2)))

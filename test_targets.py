@@ -107,12 +107,12 @@ def test_the_boundary_of_a_checkpoint_parts_nuclei_that_touch(tmp_path):
     predictor = Predictor(path, "cpu")
     assert (predictor.classes, predictor.out_channels) == (1, 2)
     labels = np.zeros((40, 40), np.int32)
-    labels[10:16, 5:18], labels[10:16, 18:31] = 1, 2  # a bar without a waist: its shape tells nothing
+    labels[10:22, 5:18], labels[10:22, 18:31] = 1, 2  # a bar without a waist: its shape tells nothing
     probability = np.stack([labels > 0, rims(labels, 2)], axis=-1).astype(np.float32)
     nuclei = predictor.nuclei(probability)
     assert nuclei.max() == 2
     assert np.array_equal(nuclei > 0, labels > 0), "rims are part of their nuclei"
-    assert (nuclei == nuclei[12, 10])[10:16, 5:17].all()
+    assert (nuclei == nuclei[12, 10])[10:22, 5:17].all()
     predictor.targets = ("mask",)
     assert predictor.nuclei(probability).max() == 1
 

@@ -33,6 +33,11 @@ PRESETS = {
     # The bundled sample in all four stages: 2.5 minutes on 2 cores of a server CPU, test Dice 0.93.
     "quick": {"epochs_per_stage": "4,6,10,16", "base_channels": 16, "lr": 2e-3,
               "batch_sizes": "32:16,64:16,128:8,256:8"},
+    # Figures, times and machine of these two are in the README.
+    "herlev": {"in_channels": 3, "epochs_per_stage": "6,6,8,8", "base_channels": 32,
+               "batch_sizes": "32:16,64:16,128:8,256:8", "group_regex": r"^\d+"},
+    "monuseg": {"in_channels": 3, "targets": "mask,boundary", "epochs_per_stage": "8,10,20,36", "base_channels": 32,
+                "batch_sizes": "32:32,64:32,128:16,256:8", "group_regex": r"^TCGA-\w+-\w+"},
 }
 CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images")
 
@@ -66,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options")
+    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options for the sample, Herlev or MoNuSeg")
     training.add_argument("--epochs_per_stage", type=epoch_list, default="50", help="50, or one a stage: 10,10,20,60")
     training.add_argument("--batch_sizes", type=batch_table, default="32:64,64:32,128:16,256:8")
     training.add_argument("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
