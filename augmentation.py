@@ -22,7 +22,7 @@ _COLOUR_NUMBERS = 4    # one decision, three amounts
 
 def sample_numbers(seed: int, resolution: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """Draw the (len(indices), 16) uniform numbers in [0, 1) that decide the transforms of these samples."""
-    rows = int(np.max(indices)) + 1  # each row depends on its place alone
+    rows = int(np.max(indices, initial=-1)) + 1  # each row depends on its place alone
     key = [seed, resolution, epoch]
     return np.concatenate([np.random.default_rng(own).random((rows, columns))[indices]
                            for own, columns in ((key, _NUMBERS), ([*key, 2], _COLOUR_NUMBERS))], axis=1)

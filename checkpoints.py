@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from unet import build_model
+from unet import LAST_STAGE, build_model
 
 FORMAT = 1
 # What torch.load was seen to raise for files that are something else or cut off.
@@ -85,6 +85,18 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path}: checkpoint format {checkpoint['format']!r}, this version reads {FORMAT}. Use the "
                          f"version of the project that wrote it")
     return checkpoint
+
+
+def load_resumable(path: Path, model_args: dict) -> dict:
+    """Read a last.pth of a network that `model_args` describes; raises ValueError for any other file."""
+    saved = load_checkpoint(path)
+    if saved["stage"] < LAST_STAGE and not saved["resting"]:
+        raise ValueError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
+                         f"it as it was. Resume from last.pth, or start another run with --init_from")
+    if saved["model_args"] != model_args:
+        raise ValueError(f"{path}: it holds {saved['model_args']}, the trainer's network is {model_args}. Build it "
+                         f"with unet.build_model")
+    return saved
 
 
 def load_model(path: Path):

@@ -1,9 +1,10 @@
-"""Choose device and precision, and say what a stage will need of memory."""
+"""Choose device and precision, keep random states, and say what a stage will need of memory."""
 
 import ctypes
 
 import torch
 
+from distributed import local_rank, local_world_size
 from losses import multi_scale_loss
 from unet import STAGE_RESOLUTIONS
 
@@ -14,11 +15,15 @@ PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device of that name; 'auto' takes cuda, else mps, else cpu.
 
+    Of several processes on a machine each takes a CUDA device of its own for 'auto' and 'cuda'.
+
     Raises ValueError for a device that is unknown or not present.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, there in present.items() if there))
+        name = next(device for device, there in present.items() if there)
+    if name == "cuda" and present["cuda"] and local_world_size() > 1:
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     kind = name.split(":")[0]
     if kind not in present:
         raise ValueError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}")
@@ -85,6 +90,19 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of torch's generators, as a checkpoint holds them."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set torch's generators as they were when `random_states` was asked."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def training_memory(model, batch_size: int, precision: str) -> int:

@@ -4,6 +4,7 @@
     python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data_monuseg --split test --instances
     python evaluate_papsmear.py outputs/A/best_stage_4.pth --data_root data --compare outputs/B/best_stage_4.pth
     python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data --all_scales
+    torchrun --nproc_per_node=2 evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data
 
 Writes scores.csv (one row an image), summary.json and cases.png (the worst and the best images) into --out, by default
 a folder beside the checkpoint.
@@ -45,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score, print and save."""
+    """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
+    from distributed import leads
     from run_folder import RunFolder
     from scoring import compare, score_pairs, scored_pairs, summarise
     from targets import instance_file
@@ -79,6 +81,8 @@ def evaluate(args: argparse.Namespace) -> None:
         print_comparison(args, summary)
     if args.all_scales:
         summary["scales"] = score_scales(predictor, pairs)
+    if not leads():
+        return
     for stale in there:
         stale.unlink()
     results = RunFolder(folder)
@@ -125,22 +129,24 @@ def score_scales(predictor, pairs: list) -> dict:
     """
     import numpy as np
 
+    from distributed import gathered, leads
     from images import load_image
     from scoring import score_pairs
 
     result = {}
-    images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]]
+    images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]] if leads() else []
     print("\nscale       Dice   ms an image")
     for scale in predictor.models[0].scales:
         predictor.scale = scale
         dice = float(np.mean([row["dice"] for row in score_pairs(predictor, pairs)]))
-        predictor.predict(images[0])
         seconds = []
-        for image in images:
+        for image in [*images[:1], *images]:
             start = time.perf_counter()
             predictor.predict(image)
             seconds.append(time.perf_counter() - start)
-        result[scale] = {"dice": dice, "milliseconds": 1000 * float(np.median(seconds))}
+        # Processes other than the first measure nothing and wait here, so that they do not slow it down.
+        milliseconds, *_ = gathered(1000 * float(np.median(seconds[1:])) if leads() else None)
+        result[scale] = {"dice": dice, "milliseconds": milliseconds}
         print(f"{scale:>5}{dice:>11.4f}{result[scale]['milliseconds']:>14.1f}")
     predictor.scale = None
     return result
@@ -163,7 +169,11 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
 
 @command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
-    evaluate(build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    from distributed import joined
+
+    with joined():
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distributed import local_world_size
 from familiarity import describe, usual_ranges
 from images import ImageFileError, load_image, resize
 from splits import DatasetError, Pair, find_splits, sizing_of
@@ -20,7 +21,7 @@ from targets import MASK, load_target, target_channels
 from unet import STAGE_RESOLUTIONS
 
 FINEST = max(STAGE_RESOLUTIONS.values())
-CACHE_SHARE = 0.25  # of the memory that is free
+CACHE_SHARE = 0.25  # of the memory that is free, all processes of a machine together
 
 
 class ImagePyramid:
@@ -102,6 +103,9 @@ class ImagePyramid:
             while (coarsest := min(self._levels)) > resolution:  # made when first needed
                 self._levels[coarsest // 2] = tuple(halve(level) for level in self._levels[coarsest])
             return tuple(level[torch.as_tensor(indices)] for level in self._levels[resolution])
+        if not len(indices):  # the part of a process in a small batch
+            return tuple(torch.empty(0, c, resolution, resolution, dtype=torch.uint8)
+                         for c in (self.in_channels, self.target_channels))
         found = [self._decode_pair(self.pairs[i])[:2] for i in indices]
         levels = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
         while levels[0].shape[-1] > resolution:
@@ -159,7 +163,8 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
     pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing, targets)
                 for split, pairs in splits.items()}
     if cache_images is None:
-        cache_images = sum(p.cache_bytes for p in pyramids.values()) < CACHE_SHARE * free_memory()
+        needed = local_world_size() * sum(p.cache_bytes for p in pyramids.values())
+        cache_images = needed < CACHE_SHARE * free_memory()
     for pyramid in pyramids.values():
         problems += pyramid.read_all(cache_images)
     if problems:

@@ -13,16 +13,17 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def bce_dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Add binary cross entropy and soft Dice loss, in float32.
+    """Add binary cross entropy and soft Dice loss, in float32, or in float64 for logits of that type.
 
     Args:
         logits: (N, C, H, W), any floating type.
         target: (N, C, H, W) in [0, 1]; fractions are allowed (area fractions of coarse scales).
     Returns:
-        Scalar float32. Dice is taken per image and channel, then averaged (Milletari et al. 2016, arXiv 1606.04797,
+        Scalar. Dice is taken per image and channel, then averaged (Milletari et al. 2016, arXiv 1606.04797,
         with plain sums in the denominator); the 1 added above and below makes an empty mask harmless.
     """
-    logits, target = logits.float(), target.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    target = target.to(logits.dtype)
     bce = F.binary_cross_entropy_with_logits(logits, target)
     probability = logits.sigmoid()
     overlap = (probability * target).sum(dim=(2, 3))
@@ -45,14 +46,14 @@ def multi_scale_loss(scales: list[torch.Tensor], target: torch.Tensor) -> torch.
     return total
 
 
-def refuse_non_finite(value: torch.Tensor, what: str, names: list[str]) -> None:
-    """Raise NonFiniteLossError unless the scalar `value` is finite.
+def refuse_non_finite(value: float, what: str, names: list[str]) -> None:
+    """Raise NonFiniteLossError unless the value is finite.
 
     Args:
         what: what it is and where it was met.
         names: the images of the batch.
     """
-    if not math.isfinite(value.item()):
-        raise NonFiniteLossError(f"{value.item()} found as {what}; its images: {', '.join(names)}. No weight was "
+    if not math.isfinite(value):
+        raise NonFiniteLossError(f"{value} found as {what}; its images: {', '.join(names)}. No weight was "
                                  f"changed by it, and what finished epochs have saved is whole. Try a lower --lr or "
                                  f"--precision float32, and look at these images")

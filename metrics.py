@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from distributed import total
+
 PIXEL_METRICS = ("dice", "iou", "precision", "recall", "accuracy")
 INSTANCE_METRICS = ("aji", "pq", "dq", "sq", "f1")
 MATCH_IOU = 0.5  # two nuclei match above it; no nucleus can have two partners then
@@ -191,9 +193,14 @@ class MeanOverImages:
         """Add one batch: name -> (N, C) or (N,) tensor, one row an image."""
         self.images += len(next(iter(values.values())))
         for name, value in values.items():
-            total = value.cpu().double().sum(dim=0).mean()  # over classes last
-            self._sums[name] = self._sums.get(name, 0.0) + total
+            summed = value.cpu().double().sum(dim=0).mean()  # over classes last
+            self._sums[name] = self._sums.get(name, 0.0) + summed
+
+    def add_up(self) -> None:
+        """Take over, once and at the end, what all other processes collected; each of them added some batch."""
+        self.images, *sums = total(self.images, *self._sums.values())
+        self._sums = dict(zip(self._sums, sums, strict=True))
 
     def means(self) -> dict[str, float]:
         """Return name -> mean over all images (and classes)."""
-        return {name: float(total) / self.images for name, total in self._sums.items()}
+        return {name: float(value) / self.images for name, value in self._sums.items()}

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 BATCHNORM_MOMENTUM, BATCHNORM_CUMULATIVE = 0.1, 10
 
@@ -33,7 +34,7 @@ def moving_average(decay: float):
 def young_batchnorms(model: nn.Module) -> list[list]:
     """Return [layer, batches seen] of the live batch normalisations that are younger than 10 batches."""
     layers = [m for part in model.live_parts() for m in model.get_submodule(part).modules()
-              if isinstance(m, nn.BatchNorm2d)]
+              if isinstance(m, _BatchNorm)]
     return [[m, int(m.num_batches_tracked)] for m in layers if int(m.num_batches_tracked) < BATCHNORM_CUMULATIVE]
 
 

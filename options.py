@@ -6,12 +6,22 @@ Nothing here imports torch, so --help and wrong options answer at once.
 import argparse
 import functools
 import math
+import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 RESOLUTIONS = (32, 64, 128, 256)
+# Seconds that other processes leave to the first one for saying the same error. As soon as it has ended, torchrun ends
+# the others, so only what went wrong in them alone is said late.
+PATIENCE = 10
+
+
+def first_process() -> bool:
+    """Tell whether this process is on its own or the first of those that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def command(interrupted: str = "") -> Callable:
@@ -19,7 +29,7 @@ def command(interrupted: str = "") -> Callable:
 
     The code is what `main` returns, 0 for None; 2 for what a user can mend (ValueError and OSError, a full disk too);
     1 for a training whose numbers overflow (FloatingPointError); 130 for Ctrl-C. All else is a fault of ours and keeps
-    its traceback.
+    its traceback. What goes wrong in all processes of torchrun is said by the first.
 
     Args:
         interrupted: what to say at Ctrl-C, if anything: what became of the results.
@@ -30,10 +40,12 @@ def command(interrupted: str = "") -> Callable:
             try:
                 return main(argv) or 0
             except (ValueError, OSError, FloatingPointError) as error:
+                if not first_process():
+                    time.sleep(PATIENCE)
                 print(f"error: {error}", file=sys.stderr)
                 return 1 if isinstance(error, FloatingPointError) else 2
             except KeyboardInterrupt:
-                if interrupted:
+                if interrupted and first_process():
                     print(f"\ninterrupted; {interrupted}", file=sys.stderr)
                 return 130
         return run

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from augmentation import augment, sample_numbers
+from distributed import share
 from image_pyramid import ImagePyramid, open_pyramids
 from options import command
 from splits import SPLITS, groups_of, leaked, other_files, write_splits
@@ -115,7 +116,7 @@ class PapSmearDataset(Dataset):
         """Return the area fractions (N, K, 256, 256) float32 in [0, 1] of the masks with these names."""
         if not hasattr(self, "_index"):
             self._index = {name: i for i, name in enumerate(self.pyramid.names)}
-        indices = np.array([self._index[name] for name in names])
+        indices = np.array([self._index[name] for name in names], dtype=np.int64)
         return self.pyramid.batch(RESOLUTIONS[-1], indices)[1].float().div_(255)
 
 
@@ -144,7 +145,8 @@ class ProgressiveLoader:
 
     A train loader shuffles and augments; the order is a function of (seed, resolution, epoch). Each pass is the next
     epoch unless `set_epoch` says which. No image is dropped, except that batch normalisation cannot use a last
-    training batch of one. Workers are only used while files are decoded at every step; they stay for the next epoch
+    training batch of one. Of several processes (see distributed.py) each gets its part of every batch, which may be
+    empty. Workers are only used while files are decoded at every step; they stay for the next epoch
     of a train loader and leave when a loader of another resolution starts.
     """
 
@@ -172,10 +174,16 @@ class ProgressiveLoader:
         order = np.arange(len(self.dataset))
         if self.training:
             np.random.default_rng([self.dataset.seed, resolution, epoch, 1]).shuffle(order)
-        self._requests[:] = [(resolution, order[i * self.batch_size:(i + 1) * self.batch_size])
+        self._requests[:] = [(resolution, share(order[i * self.batch_size:(i + 1) * self.batch_size]))
                              for i in range(len(self))]
         for raw in self._raw_batches():
             yield self.dataset.finished(raw, epoch, self.device)
+
+    def first(self, count: int) -> dict:
+        """Return the first images of the split, not shuffled, as one batch, in whichever process."""
+        dataset = self.dataset
+        raw = dataset.raw_batch(dataset.target_size, np.arange(min(count, len(dataset))))
+        return dataset.finished(raw, self.epoch, self.device)
 
     def _raw_batches(self):
         for sibling in self._siblings:

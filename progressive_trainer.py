@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from checkpoints import FORMAT, check_plain, load_checkpoint, load_weights, save_checkpoint
-from devices import autocast, choose_device, choose_precision, keep_freed_memory
+from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
+from devices import autocast, choose_device, choose_precision, keep_freed_memory, random_states, set_random_states
+from distributed import ParallelSteps, gathered, leads, progress, synchronised, total, weight_of, world_size
 from losses import multi_scale_loss, refuse_non_finite
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
 from optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
-from report import predictions
+from report import epoch_lines, predictions
 from run_folder import RunFolder
 from schedule import TrainingPlan, epochs_by_stage
 from targets import MASK
@@ -76,14 +76,15 @@ class ProgressiveTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(seed)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = synchronised(model.to(self.device, memory_format=torch.channels_last), self.device)
+        self._parallel = ParallelSteps(self.model)
         self.accumulate, self.save_every = accumulate, save_every
         self.threshold, self.config = threshold, config or {}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
-        self.folder = RunFolder(output_dir, keep, overwrite) if output_dir else None
+        self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and leads() else None
         self.sizing, self.targets, self.usual = "resize", MASK, {}  # of the data that train it
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
@@ -132,23 +133,25 @@ class ProgressiveTrainer:
         young = young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
         means = MeanOverImages()
-        # disable=None: quiet when the output is no terminal
-        with tqdm(loader, f"stage {self.model.stage} epoch {epoch + 1}", leave=False, disable=None) as bar:
+        with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
             for i, batch in enumerate(bar):
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
                 age_batchnorms(young)
                 group = min(self.accumulate, batches - i // self.accumulate * self.accumulate)
+                last = (i + 1) % self.accumulate == 0 or i + 1 == batches
                 self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
-                logits, mask, loss = self._forward(batch)
-                self._refuse_non_finite(loss, "loss", epoch, i, batch)
-                self.scaler.scale(loss / group).backward()
-                if (i + 1) % self.accumulate == 0 or i + 1 == batches:
+                with self._parallel.batch(last) as network:
+                    logits, mask, loss = self._forward(batch, network)
+                    self._refuse_non_finite(loss, "loss", epoch, i, batch)
+                    self.scaler.scale(loss * weight_of(len(mask)) / group).backward()
+                if last:
                     self._take_step()
                 means.add(self._measure(logits.detach(), mask, loss.detach()))
                 if not bar.disable:
                     so_far = means.means()
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
+        means.add_up()
         seconds = time.perf_counter() - start
         self._train_metrics = means.means() | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "alpha": self.model.alpha,
@@ -166,7 +169,7 @@ class ProgressiveTrainer:
         """
         network = self.evaluated_model.eval()
         means, empty_masks = MeanOverImages(), 0
-        for i, batch in enumerate(tqdm(loader, "validate", leave=False, disable=None)):
+        for i, batch in enumerate(progress(loader, "validate")):
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
             values = self._measure(logits, mask, loss)
@@ -179,7 +182,8 @@ class ProgressiveTrainer:
                 values["dice_256"] = values["dice"]
             means.add(values)
             empty_masks += int((~(self._classes(mask) >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
-        metrics = means.means() | {"empty_masks": empty_masks}
+        means.add_up()
+        metrics = means.means() | {"empty_masks": int(*total(empty_masks))}
         if self._train_metrics is not None:
             train_metrics, self._train_metrics = self._train_metrics, None
             self._record(train_metrics, metrics, epoch)
@@ -215,13 +219,8 @@ class ProgressiveTrainer:
             for epoch in range(self.finished_epochs, epochs):
                 train = self.train_epoch(train_loader, epoch)
                 valid = self.validate_epoch(valid_loader, epoch)
-                say(f"stage {stage} ({STAGE_RESOLUTIONS[stage]}x{STAGE_RESOLUTIONS[stage]}) epoch {epoch + 1}/{epochs}"
-                    f"  loss {train['loss']:.4f}  dice {train['dice']:.4f}  | valid loss {valid['loss']:.4f}  "
-                    f"dice {valid['dice']:.4f}  dice_256 {valid['dice_256']:.4f}  | lr {train['lr']:.1e}  "
-                    f"{train['images_per_second']:.0f} images/s")
-                if valid["foreground"] == 0 and epoch + 1 == epochs:
-                    say(f"warning: stage {stage} ends predicting no foreground at all. Train longer, lower --lr, or "
-                        f"check that the masks are not empty")
+                for line in epoch_lines(stage, epoch, epochs, train, valid) if leads() else ():
+                    say(line)
             if self.folder:
                 self._draw_stage(valid_loader)
         if self.folder:
@@ -234,20 +233,14 @@ class ProgressiveTrainer:
         """Return what was chosen or derived, as plain types."""
         return {"model_args": self.model.model_args, "device": str(self.device), "precision": self.precision,
                 "epochs": {str(stage): n for stage, n in self.plan.epochs.items()}, "lr": self.plan.lr,
-                "accumulate": self.accumulate, "threshold": self.threshold}
+                "accumulate": self.accumulate, "threshold": self.threshold, "processes": world_size()}
 
     def resume(self, path) -> None:
         """Continue from a last.pth: weights, optimizer, plan, scores, random states and position.
 
         Raises ValueError for a file of another network and for one that is not a last.pth.
         """
-        saved = load_checkpoint(path)
-        if saved["stage"] < LAST_STAGE and not saved["resting"]:
-            raise ValueError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
-                             f"it as it was. Resume from last.pth, or start another run with --init_from")
-        if saved["model_args"] != self.model.model_args:
-            raise ValueError(f"{path}: it holds {saved['model_args']}, the trainer's network is "
-                             f"{self.model.model_args}. Build it with unet.build_model")
+        saved = load_resumable(path, self.model.model_args)
         self._set_network(saved["stage"], saved["alpha"])
         load_weights(self.model, saved["model"], path)
         self.model.transfer_weights(saved["resting"])
@@ -263,9 +256,7 @@ class ProgressiveTrainer:
         self.sizing, self.targets, self.usual = saved["sizing"], tuple(saved["targets"]), saved["usual"]
         self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1
-        torch.set_rng_state(saved["random_states"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in saved["random_states"]:
-            torch.cuda.set_rng_state(saved["random_states"]["cuda"], self.device)
+        set_random_states(saved["random_states"], self.device)
         if self.folder:
             self.folder.claimed = True
             self.folder.drop_after(saved["stage"], saved["epoch"],
@@ -291,13 +282,15 @@ class ProgressiveTrainer:
         if self.averaged:
             self.averaged.update_parameters(self.model)
 
-    def _forward(self, batch: dict, network: nn.Module | None = None):
-        """Return the finest logits, the mask on the device, and the loss over all scales."""
+    def _forward(self, batch: dict, network: nn.Module):
+        """Return the finest logits, the mask on the device, and the loss over all scales, which is 0 without images."""
         image = batch["image"].to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         mask = batch["mask"].to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
-            scales = (network or self.model)(image, return_all_scales=True)
-        return scales[-1], mask, multi_scale_loss(scales, mask)
+            scales = network(image, return_all_scales=True)
+        # The backward pass is common to all processes, also to one that has no image in a batch.
+        loss = multi_scale_loss(scales, mask) if len(mask) else sum(logits.sum() for logits in scales)
+        return scales[-1], mask, loss
 
     def _classes(self, channels: torch.Tensor) -> torch.Tensor:
         """Leave out the boundary of nuclei, which serves to separate them and is no class to be scored."""
@@ -311,8 +304,11 @@ class ProgressiveTrainer:
         return values | {"loss": loss.expand(len(mask))}
 
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
-        refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
-                          batch.get("name", ["(not named by the loader)"]))
+        everywhere, = total(value.item())
+        if not math.isfinite(everywhere):
+            names = gathered(list(batch.get("name", ["(not named by the loader)"])))
+            refuse_non_finite(everywhere, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
+                              [name for own in names for name in own])
 
     def _record(self, train: dict, valid: dict, epoch: int) -> None:
         """Keep the best score and, with an output folder, write the row and the checkpoints of an epoch."""
@@ -338,16 +334,13 @@ class ProgressiveTrainer:
 
     def _checkpoint(self, score: float | None) -> dict:
         """Assemble what checkpoints.py describes; the weights are those that are evaluated."""
-        random_states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
                 "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
                 "targets": list(self.targets), "sizing": self.sizing, "usual": self.usual, "threshold": self.threshold,
                 "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,
-                "random_states": random_states, "config": self.config}
+                "random_states": random_states(self.device), "config": self.config}
 
     def _resumable(self) -> dict:
         """Return what last.pth holds beyond and instead of `_checkpoint`: every part as it was trained."""
@@ -358,7 +351,7 @@ class ProgressiveTrainer:
     @torch.inference_mode()
     def _draw_stage(self, loader: Iterable[dict]) -> None:
         """Draw predictions_stage_X.png from the first validation images."""
-        batch = next(iter(loader))
+        batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
         dice = self._measure(logits, mask, logits.new_zeros(()))["dice"].mean(dim=1).tolist()
         shown, stage = slice(SHOWN_IMAGES), self.model.stage

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from scipy import stats
 from skimage.filters import threshold_otsu
-from tqdm import tqdm
 
+from distributed import merged, progress, share
 from images import ImageFileError, load_image, load_mask
 from inference import Predictor
 from metrics import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
@@ -39,9 +39,11 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> lis
 
 
 def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
-    """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too."""
-    bar = tqdm(pairs, desc="scoring", leave=False, disable=None)  # None: quiet when the output is no terminal
-    return [score_pair(predictor, pair, instances)[0] for pair in bar]
+    """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too.
+
+    Several processes share the images, and each returns all rows.
+    """
+    return merged([score_pair(predictor, pair, instances)[0] for pair in progress(share(pairs), "scoring")])
 
 
 def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:

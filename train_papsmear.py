@@ -4,10 +4,12 @@
     python train_papsmear.py --data_root data --progressive --epochs_per_stage 50 --experiment_name NAME
     python train_papsmear.py --data_root data --progressive false --epochs_per_stage 200
     python train_papsmear.py --resume outputs/NAME
+    torchrun --nproc_per_node=2 train_papsmear.py --data_root data
 """
 
 import argparse
 import json
+import math
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from options import (
     batch_table,
     command,
     epoch_list,
+    first_process,
     flag,
     folder_name,
     number,
@@ -71,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options for the sample, Herlev or MoNuSeg")
+    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options, for the data set named")
     training.add_argument("--epochs_per_stage", type=epoch_list, default="50", help="50, or one a stage: 10,10,20,60")
     training.add_argument("--batch_sizes", type=batch_table, default="32:64,64:32,128:16,256:8")
     training.add_argument("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
@@ -135,34 +138,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     """Check the data, build network and trainer, train, and score the test split."""
+    from distributed import joined, leads
     from run_folder import RunFolder
 
-    if args.resume:
-        folder, args = resumed_settings(args)
-    else:
-        folder = Path(args.output_dir) / args.experiment_name
-        RunFolder(folder, overwrite=args.overwrite).check()
-    model, trainer, loaders = prepare(args, folder)
-    if args.dry_run:
-        print_memory(args, model, trainer)
-        print("dry run: nothing was trained and nothing written")
+    with joined():
+        if args.resume:
+            folder, args = resumed_settings(args)
+        else:
+            folder = Path(args.output_dir) / args.experiment_name
+            if leads():  # others may come when it has begun to write
+                RunFolder(folder, overwrite=args.overwrite).check()
+        model, trainer, loaders = prepare(args, folder)
+        if args.dry_run:
+            print_memory(args, model, trainer)
+            print("dry run: nothing was trained and nothing written")
+            return
+        if args.resume:
+            trainer.resume(folder / "last.pth")
+            print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}")
+        fit(trainer, loaders, folder)
+    if not first_process():
         return
-    if args.resume:
-        trainer.resume(folder / "last.pth")
-        print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}")
-    try:
-        trainer.fit(loaders)
-    except KeyboardInterrupt:
-        begun = (folder / "last.pth").exists()
-        print("\ninterrupted; " + (f"continue with --resume {folder}" if begun else
-                                   "no epoch was finished, start again with --overwrite"), file=sys.stderr)
-        raise
     scores = ""
     if not args.overfit:
         test(trainer, args)
         scores = "test_scores.csv, "
     print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
+
+
+def fit(trainer, loaders: dict, folder: Path) -> None:
+    """Train; at Ctrl-C say how to go on."""
+    try:
+        trainer.fit(loaders)
+    except KeyboardInterrupt:
+        begun = (folder / "last.pth").exists()
+        if first_process():
+            print("\ninterrupted; " + (f"continue with --resume {folder}" if begun else
+                                       "no epoch was finished, start again with --overwrite"), file=sys.stderr)
+        raise
 
 
 def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
@@ -191,6 +205,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     import torch
 
     from devices import choose_device, choose_precision
+    from distributed import world_size
     from image_pyramid import open_pyramids
     from pap_smear_dataset import check_dataset, create_progressive_dataloaders
     from progressive_trainer import ProgressiveTrainer
@@ -229,8 +244,9 @@ def prepare(args: argparse.Namespace, folder: Path):
     report = check_dataset(args.data_root, args.group_regex, pyramids=pyramids) if not args.overfit else \
         f"smoke run on the first {len(pyramids['train'])} training images, for training and validation alike"
     print(report)
+    together = f" in each of {world_size()} processes" if world_size() > 1 else ""
     print(f"{args.model}, {count_parameters(model) / 1e6:.1f} M parameters; device {device}, precision {precision}, "
-          f"{torch.get_num_threads()} threads; images {'in memory' if cached else 'decoded at every step'}, "
+          f"{torch.get_num_threads()} threads{together}; images {'in memory' if cached else 'decoded at every step'}, "
           f"{workers} workers; seed {args.seed}")
     if args.dry_run:
         print(json.dumps(config, indent=2))
@@ -249,7 +265,12 @@ def prepare(args: argparse.Namespace, folder: Path):
 
 def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
     """Return the fingerprint of the data; a run that is resumed refuses other data than its own."""
+    from distributed import gathered
+
     fingerprint = " ".join(pyramid.fingerprint for pyramid in pyramids.values())
+    if len(set(gathered(fingerprint))) > 1:
+        raise ValueError(f"{args.data_root}: the processes see different data. --data_root must hold the same files on "
+                         f"every machine")
     if args.resume and fingerprint != args.data_fingerprint:
         raise ValueError(f"{args.data_root}: the data set is not the one that {args.resume} was started with "
                          f"(fingerprint {fingerprint[:8]}..., then {args.data_fingerprint[:8]}...). Point --data_root "
@@ -288,6 +309,7 @@ def initialise(model, args: argparse.Namespace) -> None:
 def print_memory(args: argparse.Namespace, model, trainer) -> None:
     """Print parameters and expected memory of every stage."""
     from devices import training_memory
+    from distributed import world_size
 
     sizes = resolved_batch_sizes(args)
     print("stage  resolution  batch  epochs  parameters  memory in training")
@@ -295,11 +317,11 @@ def print_memory(args: argparse.Namespace, model, trainer) -> None:
         model.set_stage(stage)
         resolution = RESOLUTIONS[stage - 1]
         live = sum(p.numel() for part in model.live_parts() for p in model.get_submodule(part).parameters())
-        needed = training_memory(model, sizes[resolution], trainer.precision)
+        needed = training_memory(model, math.ceil(sizes[resolution] / world_size()), trainer.precision)
         print(f"{stage:>5}  {resolution:>10}  {sizes[resolution]:>5}  {epochs:>6}  {live / 1e6:>8.2f} M  "
               f"{needed / 2 ** 20:>12.0f} MiB")
-    print("(tensors kept for the backward pass, weights, gradients and AdamW; the peak is higher: 1.3 times that, plus "
-          "1.2 GiB and the images, were measured on a CPU)")
+    print("(of one process: tensors kept for the backward pass, weights, gradients and AdamW; the peak is higher: 1.3 "
+          "times that, plus 1.2 GiB and the images, were measured on a CPU)")
 
 
 def test(trainer, args: argparse.Namespace) -> None:

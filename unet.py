@@ -12,6 +12,7 @@ normalisation and padded convolutions.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unet_parts import DecoderLevel, DoubleConv, EncoderLevel, ToLogits, mean2x2, upsample2x
 
@@ -65,7 +66,7 @@ class _Network(nn.Module):
     @property
     def trained(self) -> bool:
         """Tell whether any training batch has passed through the network."""
-        return any(int(m.num_batches_tracked) > 0 for m in self.modules() if isinstance(m, nn.BatchNorm2d))
+        return any(int(m.num_batches_tracked) > 0 for m in self.modules() if isinstance(m, _BatchNorm))
 
     @property
     def has_image_statistics(self) -> bool:
