@@ -3,8 +3,8 @@
     python experiments.py finetune outputs/NAME/best_stage_4.pth --data_root data_mine --out outputs/curve
 
 finetune: test Dice against the number of training images, started from the checkpoint and from scratch, with all else
-equal: the same images, number of steps and schedule at 256 pixels, the last weights scored. Writes finetune.csv (one
-row a training) and finetune.png.
+equal but the learning rate: the same images, number of steps and schedule at 256 pixels, the last weights scored. The
+checkpoint as it is stands beside them, with 0 images. Writes finetune.csv (one row a training) and finetune.png.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--seeds", type=whole(1), default=3, help="trainings at each count, with other images (3)")
     finetune.add_argument("--steps", type=whole(1), default=150, help="of the optimizer, at least, a training (150)")
     finetune.add_argument("--batch_size", type=whole(1), default=8)
-    finetune.add_argument("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
+    finetune.add_argument("--lr", type=number(0, above=True), default=1e-3, help="full rate from scratch (1e-3)")
+    finetune.add_argument("--finetune_lr", type=number(0, above=True), default=3e-4,
+                          help="full rate from the checkpoint (3e-4)")
     finetune.add_argument("--out", required=True, help="folder for the results")
     finetune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     return parser
@@ -43,9 +45,10 @@ def measure_finetuning(args: argparse.Namespace) -> None:
 
     from checkpoints import load_checkpoint
     from image_pyramid import open_pyramids
+    from inference import Predictor
     from report import curves_over_counts
     from run_folder import RunFolder
-    from scoring import scored_pairs
+    from scoring import score_pairs, scored_pairs, summarise
 
     checkpoint = load_checkpoint(Path(args.checkpoint))
     if checkpoint["stage"] != 4:
@@ -66,7 +69,10 @@ def measure_finetuning(args: argparse.Namespace) -> None:
                          f"copies. Ask for fewer")
     pairs = scored_pairs(Path(args.data_root), "test", use_augmented=False)
     print(f"{len(counts) * args.seeds * len(STARTS)} trainings of about {args.steps} steps; {len(pairs)} test images")
-    rows = []
+    untouched = summarise(score_pairs(Predictor(args.checkpoint, args.device), pairs))["dice"]
+    rows = [{"images": 0, "seed": 0, "start": STARTS[1], "dice": untouched["mean"], "std": untouched["std"],
+             "seconds": 0}]
+    print(f"   0 images, the checkpoint as it is      test Dice {untouched['mean']:.4f}")
     for count in counts:
         for seed in range(args.seeds):
             chosen = np.random.default_rng(seed).permutation(len(train))[:count]  # larger counts contain the smaller
@@ -102,8 +108,8 @@ def train_and_score(args: argparse.Namespace, checkpoint: dict, start: str, trai
     batch_size = min(args.batch_size, len(train))
     with tempfile.TemporaryDirectory() as folder:
         trainer = ProgressiveTrainer(
-            model, args.device, math.ceil(args.steps * batch_size / len(train)), args.lr, seed=seed,
-            output_dir=Path(folder) / "run", keep=0)
+            model, args.device, math.ceil(args.steps * batch_size / len(train)),
+            args.lr if start == STARTS[0] else args.finetune_lr, seed=seed, output_dir=Path(folder) / "run", keep=0)
         loaders = create_progressive_dataloaders(
             batch_sizes={256: batch_size}, seed=seed, device=trainer.device,
             pyramids={"train": train, "valid": train.subset([0]), "test": train.subset([0])})

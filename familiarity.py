@@ -29,15 +29,24 @@ def describe(image: np.ndarray, mask: np.ndarray) -> dict[str, float]:
         are three; red and blue against green; and the median area in pixels of the connected parts of the mask, which
         is missing where there are none.
     """
-    values = image.reshape(-1, image.shape[2]) / np.float32(255)
-    names = [f" of {colour}" for colour in COLOURS] if image.shape[2] == 3 else [""]
+    return describe_parts(image.reshape(-1, image.shape[2]), part_areas(mask))
+
+
+def part_areas(mask: np.ndarray) -> np.ndarray:
+    """Return the areas in pixels of the connected parts of a mask (H, W) bool, specks left out."""
+    areas = np.bincount(ndimage.label(mask)[0].ravel())[1:]
+    return areas[areas >= SMALLEST]
+
+
+def describe_parts(pixels: np.ndarray, areas: np.ndarray) -> dict[str, float]:
+    """Describe an image by its pixels (N, C) uint8, or a sample of them, and the areas of its parts; see `describe`."""
+    values = pixels / np.float32(255)
+    names = [f" of {colour}" for colour in COLOURS] if pixels.shape[1] == 3 else [""]
     means, spreads = values.mean(axis=0), values.std(axis=0)
     found = {f"brightness{name}": float(mean) for name, mean in zip(names, means, strict=True)}
     found |= {f"contrast{name}": float(spread) for name, spread in zip(names, spreads, strict=True)}
-    if image.shape[2] == 3:
+    if pixels.shape[1] == 3:
         found |= {"red minus green": float(means[0] - means[1]), "blue minus green": float(means[2] - means[1])}
-    areas = np.bincount(ndimage.label(mask)[0].ravel())[1:]
-    areas = areas[areas >= SMALLEST]
     return found | ({"area of nuclei": float(np.median(areas))} if len(areas) else {})
 
 

@@ -1,11 +1,13 @@
-"""Read and write images and masks: the only module that opens an image file.
+"""Read and write images and masks: the only module that decodes an image file.
 
 Images come as uint8, masks as bool, both (H, W, C); instance maps as int32 (H, W). Every refusal is an
 `ImageFileError` that names the file, what was found, the rule and the remedy.
 """
 
+import math
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,11 +24,14 @@ class ImageFileError(ValueError):
     """A file that cannot serve as image or mask."""
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) in pixels from the header alone."""
+def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
+    """Return (height, width) in pixels from the header alone; an image of more than `max_pixels` is refused."""
     with _open(path) as image:
+        _check_pixels(path, image, max_pixels)
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size if turned else image.size[::-1]
+        # Pillow turns the size of a TIFF by itself, in newer versions.
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+        return (width, height) if turned else (height, width)
 
 
 def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -38,6 +43,12 @@ def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.nd
         max_pixels: an image of more is refused before it is decoded.
     """
     return _in_channels(path, _decode(path, max_pixels), channels)
+
+
+def decode_image(path: Path, file: BinaryIO, channels: int) -> np.ndarray:
+    """Read the image in an open file, e.g. one in memory, just as `load_image` reads `path`, the name in errors."""
+    with _open(path, file) as image:
+        return _in_channels(path, _loaded(path, image), channels)
 
 
 def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image") -> np.ndarray:
@@ -162,10 +173,10 @@ def _in_channels(name: Path | str, raw: np.ndarray, channels: int) -> np.ndarray
     return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(*raw.shape[:2], channels)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = None  # Pillow refuses beyond 1.8e8 pixels; `max_pixels` takes the place of that
     try:
-        return Image.open(path)
+        return Image.open(file or path)
     except UnidentifiedImageError:
         raise ImageFileError(f"{path}: not a readable image ({path.stat().st_size} bytes); PNG, JPEG, TIFF and BMP are "
                              f"read. Export it again or remove it") from None
@@ -181,16 +192,24 @@ def _decode(path: Path, max_pixels: int = MAX_PIXELS, palette: bool = True) -> n
         palette: turn palette images into their colours; False keeps the indices.
     """
     with _open(path) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageFileError(f"{path}: {height}x{width} pixels, {width * height:.3g} in all; at most "
-                                 f"{max_pixels:.3g} are decoded. Cut or reduce the image, or raise --max_pixels if the "
-                                 f"memory is there")
-        try:
-            image.load()
-            return _pixels(image, palette)
-        except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:  # what Pillow's readers raise
-            raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
+        _check_pixels(path, image, max_pixels)
+        return _loaded(path, image, palette)
+
+
+def _check_pixels(path: Path, image: Image.Image, max_pixels: float) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageFileError(f"{path}: {height}x{width} pixels, {width * height:.3g} in all; at most "
+                             f"{max_pixels:.3g} are decoded. Cut or reduce the image, or raise --max_pixels if the "
+                             f"memory is there")
+
+
+def _loaded(path: Path, image: Image.Image, palette: bool = True) -> np.ndarray:
+    try:
+        image.load()
+        return _pixels(image, palette)
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:  # what Pillow's readers raise
+        raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
 def _pixels(image: Image.Image, palette: bool = True) -> np.ndarray:

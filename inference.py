@@ -9,7 +9,7 @@ and the logits go back to its size. With 'tile' the network sees the image at it
 tiles that give what the whole image would give.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from checkpoints import load_checkpoint, model_of
 from devices import autocast, choose_device, choose_precision
 from familiarity import describe, strangest
+from image_bands import windows
 from image_pyramid import FINEST, halve
 from images import load_image, resize, to_image
 from separation import separate_nuclei
@@ -102,7 +103,31 @@ class Predictor:
         """
         from_file = isinstance(image, (str, Path))
         pixels = load_image(Path(image), self.in_channels) if from_file else to_image(image, self.in_channels)
-        return self._predict_tiled(pixels) if self.sizing == "tile" else self._predict_resized(pixels)
+        if self.sizing == "tile":
+            return np.concatenate(list(self.predict_bands([pixels], *pixels.shape[:2])))
+        return self._predict_resized(pixels)
+
+    def predict_bands(self, bands: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+        """Segment an image that comes in bands of rows, at its own scale, one row of tiles after the other.
+
+        Held are a row of tiles of the image and of the probabilities, so that memory grows with the width alone.
+
+        Args:
+            bands: (rows, width, in_channels) uint8 of any number of rows, from top to bottom.
+            height, width: of the whole image, in pixels.
+        Yields:
+            (rows, width, K) float32 probabilities in [0, 1], finished ones, for each row of tiles.
+        """
+        down = height + -height % STEP
+        offsets, weights = plan_axis(down, self.tile, self.margin)
+        spans = [(y, min(y + len(own), height)) for y, own in zip(offsets, weights, strict=True)]
+        total = np.zeros((len(weights[0]), width, self.out_channels), np.float32)
+        source = windows(bands, spans)
+        for y, own, next_y in zip(offsets, weights, [*offsets[1:], down], strict=True):
+            self._add_row_of_tiles(total, next(source), own)
+            finished = next_y - y  # the next row of tiles gives no weight to what lies above it
+            yield total[:min(finished, height - y)].clip(0, 1)
+            total[:-finished], total[-finished:] = total[finished:], 0
 
     def nuclei(self, probability: np.ndarray, min_area: int = 30) -> np.ndarray:
         """Separate the nuclei of the first class in what `predict` returned (see `separation.separate_nuclei`).
@@ -133,19 +158,23 @@ class Predictor:
             logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True))
         return probability[0].permute(1, 2, 0).contiguous().numpy()
 
-    def _predict_tiled(self, pixels: np.ndarray) -> np.ndarray:
-        height, width = pixels.shape[:2]
-        padded = np.pad(pixels, ((0, -height % STEP), (0, -width % STEP), (0, 0)), mode="reflect")
-        rows, columns = (plan_axis(n, self.tile, self.margin) for n in padded.shape[:2])
-        result = np.zeros((*padded.shape[:2], self.out_channels), np.float32)
-        places = [(row, column) for row in zip(*rows, strict=True) for column in zip(*columns, strict=True)]
+    def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, down: np.ndarray) -> None:
+        """Add the weighted probabilities of a row of tiles to `total` (rows, W, K).
+
+        Args:
+            pixels: (up to rows, W, C) uint8, short of `rows` at the lower end of the image.
+            down: (rows,) float32 weights.
+        """
+        height, width = len(down), pixels.shape[1]
+        padded = np.pad(pixels, ((0, height - len(pixels)), (0, -width % STEP), (0, 0)), mode="reflect")
+        places = list(zip(*plan_axis(padded.shape[1], self.tile, self.margin), strict=True))
         for start in range(0, len(places), self.batch_size):
             chosen = places[start:start + self.batch_size]
-            tiles = np.stack([padded[y:y + len(down), x:x + len(along)] for (y, down), (x, along) in chosen])
+            tiles = np.stack([padded[:, x:x + len(along)] for x, along in chosen])
             probability = self._mean_probability(torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous())
-            for ((y, down), (x, along)), own in zip(chosen, probability.permute(0, 2, 3, 1).numpy(), strict=True):
-                result[y:y + len(down), x:x + len(along)] += own * (down[:, None] * along)[..., None]
-        return result[:height, :width].clip(0, 1)
+            for (x, along), own in zip(chosen, probability.permute(0, 2, 3, 1).numpy(), strict=True):
+                inside = min(len(along), width - x)
+                total[:, x:x + inside] += (own * (down[:, None] * along)[..., None])[:, :inside]
 
     @torch.inference_mode()
     def _mean_probability(self, image: torch.Tensor, finish: Callable = lambda logits: logits) -> torch.Tensor:

@@ -7,6 +7,9 @@
 For NAME.png the folder gets NAME_mask.png (0/255; with several classes NAME_mask_1.png, ...), NAME_instances.png (16
 bit, 0 for background), NAME_overlay.png (outlines of the nuclei) and rows in nuclei.csv; all nuclei are those of the
 first class. A file that cannot be predicted is listed at the end, and the exit code is then 1.
+
+With a checkpoint of native scale (sizing 'tile'), images of more than --stream_above pixels never lie in memory whole:
+the results are tiled TIFF files, NAME_mask.tif and NAME_instances.tif (32 bit), and NAME_overlay.png is reduced.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from options import Parser, checkpoint_list, command, number, whole
@@ -49,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=int, help="stop at this decoder level, e.g. 128 to skip the finest")
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
     parser.add_argument("--max_pixels", type=number(1), default=5e8, help="larger images are not decoded (5e8)")
+    parser.add_argument("--stream_above", type=number(0), default=1.6e7,
+                        help="pixels from which on images of native scale are predicted from file to file (1.6e7)")
     parser.add_argument("--shard", type=_shard, help="i/n: every n-th image from the i-th on (torchrun sets it)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
@@ -105,54 +111,85 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[list[dict], float]:
+def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
     """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
+    from images import image_size
+
+    start = time.perf_counter()
+    height, width = image_size(path, args.max_pixels)
+    streamed = predictor.sizing == "tile" and height * width > args.stream_above
+    one = (predict_streamed if streamed else predict_in_memory)(predictor, path, folder, args)
+    print(f"{path.name}: {height}x{width}, {one.nuclei} nuclei, {one.foreground:.1%} foreground, "
+          f"{time.perf_counter() - start:.1f} s"
+          + (f"; ALL BLACK, highest probability {one.highest:.3f}" if one.highest < predictor.threshold else "")
+          + (f"; UNLIKE THE TRAINING IMAGES: {one.strange}" if one.strange else ""), flush=True)
+    return nucleus_rows(path.name, one.sums.measures(), args.pixel_size), one.highest
+
+
+def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namespace):
+    """Predict one image as a whole and write its files; return a `streaming.Prediction`."""
     import numpy as np
 
     from images import load_image, save_instances, save_png, to_image
+    from measurement import NucleusSums
+    from streaming import Prediction
 
-    start = time.perf_counter()
     image = load_image(path, 3, int(args.max_pixels))
     pixels = to_image(image, predictor.in_channels)
     probability = predictor.predict(pixels)
     nuclei = predictor.nuclei(probability, args.min_area)
     mask = probability[..., :predictor.classes] >= predictor.threshold
-    for k in range(predictor.classes):
-        class_ending = f"_{k + 1}" if predictor.classes > 1 else ""
-        save_png(folder / f"{path.stem}_mask{class_ending}.png", mask[..., k])
+    for k, ending in enumerate(class_endings(predictor.classes)):
+        save_png(folder / f"{path.stem}_mask{ending}.png", mask[..., k])
         if args.probability:
-            save_png(folder / f"{path.stem}_probability{class_ending}.png",
+            save_png(folder / f"{path.stem}_probability{ending}.png",
                      np.round(probability[..., k] * 65535).astype(np.uint16))
     save_instances(folder / f"{path.stem}_instances.png", nuclei)
     save_png(folder / f"{path.stem}_overlay.png", overlay(image, nuclei))
-
-    highest = float(probability[..., :predictor.classes].max())
-    strange = predictor.unlike_training(pixels, probability)
-    print(f"{path.name}: {image.shape[0]}x{image.shape[1]}, {nuclei.max()} nuclei, "
-          f"{mask[..., 0].mean():.1%} foreground, {time.perf_counter() - start:.1f} s"
-          + (f"; ALL BLACK, highest probability {highest:.3f}" if highest < predictor.threshold else "")
-          + (f"; UNLIKE THE TRAINING IMAGES: {strange}" if strange else ""), flush=True)
-    return nucleus_rows(path.name, nuclei, probability[..., 0], args.pixel_size), highest
+    sums = NucleusSums()
+    sums.add(nuclei, probability[..., 0])
+    return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
+                      predictor.unlike_training(pixels, probability), sums)
 
 
-def nucleus_rows(name: str, nuclei, probability, pixel_size: float | None) -> list[dict]:
-    """Measure every nucleus of a label map (H, W): one dictionary with COLUMNS each.
+def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespace):
+    """Predict one image from file to files; return a `streaming.Prediction`."""
+    from image_bands import ImageRows, finished_files
+    from images import save_png
+    from streaming import stream_prediction
 
-    Centroids are in pixels from the centre of the top left one, areas in pixels; with `pixel_size` (micrometres)
-    MICROMETRE_COLUMNS follow. The eccentricity is that of the ellipse with the same second moments (scikit-image).
+    rows = ImageRows(path, 3, args.max_pixels)
+    if not rows.in_parts:
+        print(f"{path.name}: not a TIFF that can be read in parts; all its pixels are held in memory")
+    with finished_files() as unfinished:
+        def place(kind: str) -> list[Path]:
+            return [unfinished(folder / f"{path.stem}_{kind}{ending}.tif")
+                    for ending in class_endings(predictor.classes)]
+
+        one, image, labels = stream_prediction(
+            predictor, rows, args.min_area, unfinished(folder / f"{path.stem}_instances.tif"), place("mask"),
+            place("probability") if args.probability else [])
+        save_png(unfinished(folder / f"{path.stem}_overlay.png"), overlay(image, labels))
+    return one
+
+
+def class_endings(classes: int) -> list[str]:
+    """Return what file names say of the class: nothing for a single one."""
+    return [""] if classes == 1 else [f"_{k + 1}" for k in range(classes)]
+
+
+def nucleus_rows(name: str, measures: dict, pixel_size: float | None) -> Iterator[dict]:
+    """Turn the measures of nuclei (see `measurement.NucleusSums.measures`) into a dictionary with COLUMNS for each.
+
+    With `pixel_size` (micrometres) MICROMETRE_COLUMNS follow.
     """
-    from skimage.measure import regionprops_table
-
-    found = regionprops_table(nuclei, probability, ("label", "centroid", "area", "eccentricity", "intensity_mean"))
-    rows = []
-    for label, y, x, area, eccentricity, mean in zip(*found.values(), strict=True):
+    for label, y, x, area, eccentricity, mean in zip(*measures.values(), strict=True):
         row = dict(zip(COLUMNS, (name, int(label), round(float(y), 2), round(float(x), 2), int(area),
                                  round(float(eccentricity), 4), round(float(mean), 4)), strict=True))
         if pixel_size:
             lengths = (y * pixel_size, x * pixel_size, area * pixel_size ** 2)
             row |= dict(zip(MICROMETRE_COLUMNS, (round(float(n), 4) for n in lengths), strict=True))
-        rows.append(row)
-    return rows
+        yield row
 
 
 def overlay(image, nuclei):
@@ -192,9 +229,10 @@ def list_images(given: list[str]) -> list[Path]:
 
 
 def outputs(folder: Path, path: Path, classes: int) -> list[Path]:
-    """Return the files that every prediction of an image makes."""
-    masks = ["mask"] if classes == 1 else [f"mask_{k + 1}" for k in range(classes)]
-    return [folder / f"{path.stem}_{kind}.png" for kind in (*masks, "instances", "overlay")]
+    """Return the files that a prediction of an image may make."""
+    kinds = [f"{kind}{ending}" for kind in ("mask", "probability") for ending in class_endings(classes)]
+    return [folder / f"{path.stem}_{kind}{suffix}" for kind in (*kinds, "instances") for suffix in (".png", ".tif")] \
+        + [folder / f"{path.stem}_overlay.png"]
 
 
 def shard_and_device(args: argparse.Namespace) -> tuple[tuple[int, int], str]:

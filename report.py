@@ -55,11 +55,14 @@ def curves_over_counts(rows: list[dict], path: Path) -> None:
     """Draw test Dice against the number of training images, one line for each way to start.
 
     Args:
-        rows: one a training, with `images`, `start` and `dice`.
+        rows: one a training, with `images` (0 for a checkpoint as it is), `start` and `dice`.
     """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
-    counts = sorted({row["images"] for row in rows})
+    for row in rows:
+        if row["images"] == 0:
+            axis.axhline(row["dice"], color="grey", linestyle=":", label="the checkpoint as it is")
+    counts = sorted({row["images"] for row in rows} - {0})
     for k, start in enumerate(dict.fromkeys(row["start"] for row in rows)):
         scores = [[row["dice"] for row in rows if (row["images"], row["start"]) == (count, start)] for count in counts]
         axis.plot(counts, [np.mean(own) for own in scores], color=f"C{k}", label=f"{start} (mean)")

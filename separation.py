@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 from skimage.morphology import reconstruction
-from skimage.segmentation import relabel_sequential, watershed
+from skimage.segmentation import watershed
 
 
 def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: np.ndarray | None = None,
@@ -29,7 +29,8 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
         depth: pixels; larger values separate less.
         min_area: pixels; smaller nuclei are removed, smaller holes filled.
     Returns:
-        (H, W) int32, nuclei numbered from 1 without gaps, 0 for background.
+        (H, W) int32, 0 for background; nuclei are numbered from 1 without gaps, in the order in which their first
+        pixels come, row after row.
     Raises:
         ValueError: for other shapes and settings out of range.
     """
@@ -44,6 +45,8 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
                          f"min_area {min_area!r}; the first two must lie in (0, 1), depth above 0, the others be at "
                          f"least 0")
     foreground = probability >= threshold
+    if not foreground.any():
+        return np.zeros(foreground.shape, np.int32)  # much of a slide is empty
     holes, _ = ndimage.label(~foreground)  # a ring of nuclei encloses background too, so only small ones are filled
     foreground |= (np.bincount(holes.ravel()) < min_area)[holes]
     inside = foreground if boundary is None else foreground & (probability * (1 - boundary) >= interior)
@@ -57,4 +60,15 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
     nuclei = np.where(left > 0, left + nuclei.max(), nuclei)
     large = np.bincount(nuclei.ravel()) >= max(min_area, 1)
     large[0] = False
-    return relabel_sequential(np.where(large[nuclei], nuclei, 0))[0].astype(np.int32)
+    return _in_reading_order(np.where(large[nuclei], nuclei, 0))
+
+
+def _in_reading_order(labels: np.ndarray) -> np.ndarray:
+    """Renumber a label map (H, W): from 1 without gaps, in the order of the nuclei's first pixels; int32."""
+    places = np.flatnonzero(labels)
+    first = np.full(labels.max() + 1, labels.size)
+    first[labels.ravel()[places[::-1]]] = places[::-1]  # of several values the last one stays: the first place
+    order = np.argsort(first, kind="stable")[:np.count_nonzero(first < labels.size)]
+    number = np.zeros(len(first), np.int32)
+    number[order] = np.arange(1, len(order) + 1)
+    return number[labels]

@@ -23,7 +23,7 @@ def test_the_fine_tuning_curve_compares_both_starts_on_the_same_images(trained_r
     assert done.returncode == 0, done.stderr
     with open(out / "finetune.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["images"], row["start"]) for row in rows] == [
+    assert [(row["images"], row["start"]) for row in rows] == [("0", "from the checkpoint")] + [
         (count, start) for count in "24" for start in ("from scratch", "from the checkpoint")]
     assert all(0 <= float(row["dice"]) <= 1 for row in rows)
     assert Image.open(out / "finetune.png").size[0] > 600

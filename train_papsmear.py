@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options for the sample, Herlev or MoNuSeg")
+    training.add_argument("--preset", choices=sorted(PRESETS), help="a tried set of options, for the data set named")
     training.add_argument("--epochs_per_stage", type=epoch_list, default="50", help="50, or one a stage: 10,10,20,60")
     training.add_argument("--batch_sizes", type=batch_table, default="32:64,64:32,128:16,256:8")
     training.add_argument("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
