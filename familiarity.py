@@ -12,8 +12,8 @@ PERCENTILES = (1, 99)  # of the training images, between which a number is usual
 SMALLEST = 10          # pixels; smaller specks of a mask are no nuclei
 
 # How far beyond the usual range a number must lie to be named, as a share of the width of that range, and at least so
-# much: levels on the scale [0, 1], areas in powers of two. Of Pap smear cells and MoNuSeg images at most 3 % are named
-# against training images of their own kind, of MoNuSeg images all against Pap smears, of smears 94 % the other way.
+# much: levels on the scale [0, 1], areas in powers of two. With the nuclei as they are drawn, at most 3 % of Pap smear
+# cells and MoNuSeg images are named against training images of their own kind.
 MARGIN = 0.25
 LEAST_MARGIN = {"level": 0.05, "area": 1.0}
 
