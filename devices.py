@@ -1,6 +1,7 @@
 """Choose device and precision, keep random states, and say what a stage will need of memory."""
 
 import ctypes
+import os
 
 import torch
 
@@ -90,6 +91,13 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
+
+
+def compute_reproducibly() -> None:
+    """Make torch compute the same to the last bit in every run, on CUDA too, before anything is computed there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -49,6 +49,7 @@ def measure_finetuning(args: argparse.Namespace) -> None:
     from report import curves_over_counts
     from run_folder import RunFolder
     from scoring import score_pairs, scored_pairs, summarise
+    from targets import mask_classes
 
     checkpoint = load_checkpoint(Path(args.checkpoint))
     if checkpoint["stage"] != 4:
@@ -61,8 +62,8 @@ def measure_finetuning(args: argparse.Namespace) -> None:
     counts = [int(n) for n in args.counts.split(",")]
     targets = tuple(checkpoint["targets"])
     model_args = checkpoint["model_args"]
-    classes = model_args["out_channels"] - ("boundary" in targets)
-    train = open_pyramids(args.data_root, model_args["in_channels"], classes, use_augmented=False, cache_images=True,
+    classes = mask_classes(model_args["out_channels"], targets)
+    train = open_pyramids(args.data_root, model_args["in_channels"], classes, use_augmented=False, cache_images=False,
                           wanted=("train",), targets=targets)["train"]
     if max(counts) > len(train):
         raise ValueError(f"--counts {args.counts}: {args.data_root} has {len(train)} training images that are no "
@@ -76,9 +77,10 @@ def measure_finetuning(args: argparse.Namespace) -> None:
     for count in counts:
         for seed in range(args.seeds):
             chosen = np.random.default_rng(seed).permutation(len(train))[:count]  # larger counts contain the smaller
+            few = train.subset(chosen)
             for start in STARTS:
                 row = {"images": count, "seed": seed, "start": start}
-                rows.append(row | train_and_score(args, checkpoint, start, train.subset(chosen), pairs, seed))
+                rows.append(row | train_and_score(args, checkpoint, start, few, pairs, seed))
                 print("{images:>4} images, seed {seed}, {start:<19}  test Dice {dice:.4f}  {seconds:.0f} s"
                       .format(**rows[-1]), flush=True)
                 folder.write_csv(TABLE, rows, tuple(rows[0]))
@@ -105,14 +107,14 @@ def train_and_score(args: argparse.Namespace, checkpoint: dict, start: str, trai
     model.set_stage(4)
     if start == STARTS[1]:
         model.transfer_weights(checkpoint["model"])
-    batch_size = min(args.batch_size, len(train))
+    batch_size, first = min(args.batch_size, len(train)), train.subset([0])
     with tempfile.TemporaryDirectory() as folder:
         trainer = ProgressiveTrainer(
             model, args.device, math.ceil(args.steps * batch_size / len(train)),
             args.lr if start == STARTS[0] else args.finetune_lr, seed=seed, output_dir=Path(folder) / "run", keep=0)
         loaders = create_progressive_dataloaders(
             batch_sizes={256: batch_size}, seed=seed, device=trainer.device,
-            pyramids={"train": train, "valid": train.subset([0]), "test": train.subset([0])})
+            pyramids={"train": train, "valid": first, "test": first})
         trainer.fit(loaders, say=lambda line: None)
         scores = summarise(score_pairs(Predictor(trainer.folder.file("final_model.pth"), args.device), pairs))
     return {"dice": scores["dice"]["mean"], "std": scores["dice"]["std"], "seconds": time.perf_counter() - begin}

@@ -79,7 +79,7 @@ class ImagePyramid:
         sums = np.zeros((2, self.in_channels))
         problems, descriptions = [], []
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-            for i, found in enumerate(pool.map(self._try_pair, self.pairs)):
+            for i, found in enumerate(pool.map(self._describe_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
@@ -113,7 +113,7 @@ class ImagePyramid:
         return levels
 
     def _decode_pair(self, pair: Pair):
-        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share, description."""
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             raise ImageFileError("; ".join(found))
@@ -139,10 +139,16 @@ class ImagePyramid:
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
-        image256, mask256 = (resize(a, FINEST) for a in (image, mask.astype(np.uint8) * 255))
-        description = describe(image256, mask256[..., 0] >= 128)
-        image256, mask256 = (array.transpose(2, 0, 1).copy() for array in (image256, mask256))
-        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1)), description
+        image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
+        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1))
+
+    def _describe_pair(self, pair: Pair):
+        """Return what `_try_pair` does, with the description of the image at 256 at the end."""
+        found = self._try_pair(pair)
+        if isinstance(found, list):
+            return found
+        image, mask, *_ = found
+        return *found, describe(image.transpose(1, 2, 0), mask[0] >= 128)
 
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,

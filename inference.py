@@ -24,6 +24,7 @@ from image_pyramid import FINEST, halve
 from images import load_image, resize, to_image
 from separation import separate_nuclei
 from splits import SIZINGS
+from targets import mask_classes
 from unet import LAST_STAGE
 from unet_parts import upsample2x
 
@@ -67,7 +68,7 @@ class Predictor:
                 raise ValueError(f"{path}: its recipe is {recipe}, that of {paths[0]} is {recipes[0]}; checkpoints "
                                  f"that are averaged must agree in all of it. Predict with each on its own")
         self.stage, self.in_channels, self.out_channels, self.targets, self.sizing, self.threshold = recipes[0].values()
-        self.classes = self.out_channels - ("boundary" in self.targets)
+        self.classes = mask_classes(self.out_channels, self.targets)
         self.usual = found[0]["usual"]
         self.models = [model_of(checkpoint, path).to(self.device, memory_format=torch.channels_last)
                        for checkpoint, path in zip(found, paths, strict=True)]

@@ -22,6 +22,11 @@ def target_channels(classes: int, targets: tuple[str, ...]) -> int:
     return classes + ("boundary" in targets)
 
 
+def mask_classes(channels: int, targets: tuple[str, ...]) -> int:
+    """Return how many of so many channels are classes of the mask: the reverse of `target_channels`."""
+    return channels - ("boundary" in targets)
+
+
 def load_target(pair: Pair, classes: int, targets: tuple[str, ...] = MASK) -> np.ndarray:
     """Read what is to be learnt about one image: (H, W, K) bool, the classes first, the boundary last.
 

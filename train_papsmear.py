@@ -204,7 +204,7 @@ def prepare(args: argparse.Namespace, folder: Path):
 
     import torch
 
-    from devices import choose_device, choose_precision
+    from devices import choose_device, choose_precision, compute_reproducibly
     from distributed import world_size
     from image_pyramid import open_pyramids
     from pap_smear_dataset import check_dataset, create_progressive_dataloaders
@@ -213,9 +213,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     from unet import build_model, count_parameters
 
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+        compute_reproducibly()
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
 
