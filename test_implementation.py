@@ -5,6 +5,7 @@
 """
 
 import csv
+import functools
 import json
 import math
 import re
@@ -823,6 +824,27 @@ def test_non_finite_loss_stops_with_the_place(shared_root):
         trainer.train_epoch(loaders[32][0], 1)
     with pytest.raises(NonFiniteLossError, match="as validation loss at stage 1"):
         trainer.validate_epoch(loaders[32][1], 1)
+
+
+def test_compiled_steps_give_the_losses_of_plain_ones(shared_root, monkeypatch):
+    # Traced as ever, but not translated to C++, which takes a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def losses(**more) -> list[float]:
+        trainer, loaders = make_trainer(shared_root, fade_epochs=0.5, epochs_per_stage=2, **more)
+        found = []
+        for stage, resolution in ((1, 32), (2, 64)):
+            trainer.set_stage(stage)
+            found += [trainer.train_epoch(loaders[resolution][0], epoch)["loss"] for epoch in range(2)]
+        return found
+
+    assert losses(compile=True) == pytest.approx(losses(), abs=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"none of c\+\+, g\+\+, clang\+\+, cl is found"):
+        ProgressiveTrainer(ProgressiveUNet(base_channels=2), "cpu", compile=True)
 
 
 def test_averaged_weights_do_not_drag_the_untrained_start_of_new_parts(shared_root):

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     machine.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    machine.add_argument("--compile", action="store_true", help="training steps by torch.compile, once a stage")
     machine.add_argument("--seed", type=whole(0), default=0)
     machine.add_argument("--deterministic", action="store_true", help="the same weights to the last bit on CUDA too")
 
@@ -259,7 +260,7 @@ def prepare(args: argparse.Namespace, folder: Path):
         model, device=device, epochs_per_stage=epochs if len(epochs) > 1 else epochs[0], lr=args.lr,
         precision=args.precision, seed=args.seed, output_dir=folder, accumulate=args.accumulate,
         save_every=args.save_every, keep=args.keep, schedule=args.schedule, fade_epochs=args.fade_epochs,
-        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average,
+        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average, compile=args.compile,
         overwrite=args.overwrite, config=config)
     return model, trainer, loaders
 
