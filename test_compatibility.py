@@ -150,7 +150,8 @@ def test_modules_import_one_way_and_without_warnings():
              "devices", "separation", "block_separation", "measurement", "inference", "streaming", "schedule",
              "optimization", "scoring", "report", "run_folder", "progressive_trainer", "train_papsmear",
              "predict_papsmear", "evaluate_papsmear", "make_sample_data", "annotations", "prepared_data",
-             "prepare_monuseg", "prepare_herlev", "import_annotations", "experiments", "example_usage"]
+             "prepare_monuseg", "prepare_herlev", "import_annotations", "experiments", "timing", "workloads",
+             "benchmark", "example_usage"]
     for i, name in enumerate(order):
         source = (PROJECT / f"{name}.py").read_text()
         used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)
