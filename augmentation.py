@@ -23,10 +23,20 @@ _COLOUR_NUMBERS = 4    # one decision, three amounts
 
 def sample_numbers(seed: int, resolution: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """Draw the (len(indices), 16) uniform numbers in [0, 1) that decide the transforms of these samples."""
-    rows = int(np.max(indices, initial=-1)) + 1  # each row depends on its place alone
     key = [seed, resolution, epoch]
-    return np.concatenate([np.random.default_rng(own).random((rows, columns))[indices]
+    return np.concatenate([_rows(own, columns, indices)
                            for own, columns in ((key, _NUMBERS), ([*key, 2], _COLOUR_NUMBERS))], axis=1)
+
+
+def _rows(key: list[int], columns: int, indices: np.ndarray) -> np.ndarray:
+    """Return these rows of the endless table of uniform numbers that belongs to a key, without drawing the others."""
+    generator = np.random.Generator(np.random.PCG64(key))  # one step of it makes one number
+    rows, position = np.empty((len(indices), columns)), 0
+    for row, index in zip(rows, np.asarray(indices).tolist(), strict=True):
+        generator.bit_generator.advance(index * columns - position)  # back, too: it counts modulo 2^128
+        generator.random(out=row)
+        position = (index + 1) * columns
+    return rows
 
 
 def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray, probability: float,

@@ -1,4 +1,4 @@
-"""The decoded pairs of a split at all four resolutions, kept in memory or decoded when asked for.
+"""The decoded pairs of a split at all four resolutions, kept (see image_cache.py) or decoded when asked for.
 
 The 256 pixel image is made once; each coarser one is the exact 2x2 mean of the finer one, rounded to 8 bit, image and
 mask alike. That is why growth preserves the function on real data too.
@@ -6,22 +6,23 @@ mask alike. That is why growth preserves the function on real data too.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distributed import local_world_size
 from familiarity import describe, usual_ranges
+from image_cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
 from images import ImageFileError, load_image, resize
 from splits import DatasetError, Pair, find_splits, sizing_of
 from targets import MASK, load_target, target_channels
 from unet import STAGE_RESOLUTIONS
 
 FINEST = max(STAGE_RESOLUTIONS.values())
-CACHE_SHARE = 0.25  # of the memory that is free, all processes of a machine together
+AHEAD = 4 * (os.cpu_count() or 1)  # pairs that are decoded before they are counted
 
 
 class ImagePyramid:
@@ -50,36 +51,45 @@ class ImagePyramid:
         self.target_channels = target_channels(classes, targets)
         self.sizes = np.zeros((len(pairs), 2), dtype=int)
         self.foreground = np.zeros((len(pairs), classes))
-        self._levels: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @property
-    def cached(self) -> bool:
-        """Tell whether the decoded images are kept in memory."""
-        return bool(self._levels)
+    def __getstate__(self) -> dict:
+        drop = self._cache and self._cache.folder and not FILES_REACH_NEW_PROCESSES
+        return self.__dict__ | {"_cache": None} if drop else self.__dict__  # decoded, the images are the same
 
     @property
-    def cache_bytes(self) -> int:
-        """Return the memory that all four levels take."""
-        return sum(len(self) * (self.in_channels + self.target_channels) * r * r for r in STAGE_RESOLUTIONS.values())
+    def channels(self) -> tuple[int, int]:
+        """Return the channels of image and mask."""
+        return self.in_channels, self.target_channels
+
+    @property
+    def cached(self) -> bool:
+        """Tell whether the decoded images are kept, in memory or in files."""
+        return self._cache is not None
+
+    @property
+    def kept(self) -> str:
+        """Say where the decoded images are."""
+        if self._cache is None:
+            return "decoded at every step"
+        return f"in memory-mapped files in {self._cache.folder}" if self._cache.folder else "in memory"
 
     def subset(self, indices: Iterable[int]) -> "ImagePyramid":
         """Return these images alone, decoded anew and kept in memory."""
         own = ImagePyramid([self.pairs[i] for i in indices], self.in_channels, self.classes, self.sizing, self.targets)
-        own.read_all(cache=True)
+        own.read_all(ImageCache(len(own), own.channels))
         return own
 
-    def read_all(self, cache: bool) -> list[str]:
-        """Decode every file once, check it, count, and keep it if asked to; return the problems found."""
+    def read_all(self, cache: ImageCache | None = None) -> list[str]:
+        """Decode every file once, check it, count, and keep it if there is a cache; return the problems found."""
         digest = hashlib.blake2b(digest_size=16)
-        kept = [torch.empty(len(self), c, FINEST, FINEST, dtype=torch.uint8)
-                for c in (self.in_channels, self.target_channels)] if cache else None
         sums = np.zeros((2, self.in_channels))
         problems, descriptions = [], []
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-            for i, found in enumerate(pool.map(self._describe_pair, self.pairs)):
+            for i, found in enumerate(_in_order(pool, self._describe_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
@@ -89,23 +99,20 @@ class ImagePyramid:
                 value = image.reshape(self.in_channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
                 if cache:
-                    kept[0][i], kept[1][i] = torch.from_numpy(image), torch.from_numpy(mask)
+                    cache.write(i, image, mask)
         mean, square = sums / max(len(self) - len(problems), 1)
         self.image_mean, self.image_std = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
         self.fingerprint, self.usual = digest.hexdigest(), usual_ranges(descriptions)
-        if cache and not problems:
-            self._levels[FINEST] = tuple(kept)
+        if not problems:
+            self._cache = cache
         return problems
 
     def batch(self, resolution: int, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (N, C, R, R) and mask area fractions (N, K, R, R), both uint8 in 0..255."""
-        if self.cached:
-            while (coarsest := min(self._levels)) > resolution:  # made when first needed
-                self._levels[coarsest // 2] = tuple(halve(level) for level in self._levels[coarsest])
-            return tuple(level[torch.as_tensor(indices)] for level in self._levels[resolution])
+        if self._cache is not None:
+            return self._cache.read(resolution, indices)
         if not len(indices):  # the part of a process in a small batch
-            return tuple(torch.empty(0, c, resolution, resolution, dtype=torch.uint8)
-                         for c in (self.in_channels, self.target_channels))
+            return tuple(torch.empty(0, c, resolution, resolution, dtype=torch.uint8) for c in self.channels)
         found = [self._decode_pair(self.pairs[i])[:2] for i in indices]
         levels = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
         while levels[0].shape[-1] > resolution:
@@ -160,42 +167,30 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
         in_channels: 1 for luminance, 3 for RGB.
         out_channels: 1 for binary masks, K for label images 0..K.
         targets: ('mask',) or ('mask', 'boundary') (see targets.py).
-        cache_images: keep what was decoded; None does so when it fits into a quarter of the free memory.
+        cache_images: keep what was decoded, in memory if that takes less than a quarter of what is free, else in
+            memory-mapped files; None does the same, but decodes at every step where there is no space for them.
     Raises:
         DatasetError: one error that lists every problem of all these splits.
+        ValueError: if cache_images is True and there is no space.
     """
     splits, problems = find_splits(data_root, use_augmented, wanted)
     sizing = sizing_of(data_root)
     pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing, targets)
                 for split, pairs in splits.items()}
-    if cache_images is None:
-        needed = local_world_size() * sum(p.cache_bytes for p in pyramids.values())
-        cache_images = needed < CACHE_SHARE * free_memory()
-    for pyramid in pyramids.values():
-        problems += pyramid.read_all(cache_images)
+    caches = open_caches([(len(p), p.channels) for p in pyramids.values()], cache_images)
+    for pyramid, cache in zip(pyramids.values(), caches, strict=True):
+        problems += pyramid.read_all(cache)
     if problems:
         raise DatasetError(data_root, problems)
     return pyramids
 
 
-def halve(level: torch.Tensor) -> torch.Tensor:
-    """Return the exact 2x2 means of (N, C, 2H, 2W) uint8 as (N, C, H, W) uint8, halves rounded up."""
-    n, c, height, width = level.shape
-    out = torch.empty(n, c, height // 2, width // 2, dtype=torch.uint8)
-    for i in range(0, n, 64):  # in slices, so that the sums stay small
-        blocks = level[i:i + 64].reshape(-1, c, height // 2, 2, width // 2, 2)
-        out[i:i + 64] = (blocks.sum(dim=(3, 5), dtype=torch.int16) + 2) // 4
-    return out
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that can be had without swapping (half of all where that is not told)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (AttributeError, ValueError, OSError):  # Windows
-            return 4 * 2 ** 30
+def _in_order(pool: ThreadPoolExecutor, function: Callable, items: list) -> Iterator:
+    """Yield function(item) in the order of the items, with few results waiting: all at once could fill the memory."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -20,7 +20,8 @@ from checkpoints import load_checkpoint, model_of
 from devices import autocast, choose_device, choose_precision
 from familiarity import describe, strangest
 from image_bands import windows
-from image_pyramid import FINEST, halve
+from image_cache import halve
+from image_pyramid import FINEST
 from images import load_image, resize, to_image
 from separation import separate_nuclei
 from splits import SIZINGS

@@ -40,7 +40,8 @@ class PapSmearDataset(Dataset):
             target size, epoch, index), so call `set_epoch` before each pass of a loop of your own.
         in_channels: 1 (luminance) or 3 (RGB).
         out_channels: mask channels.
-        cache_images: keep decoded images in memory; None does so when they fit.
+        cache_images: decode once, and keep the images in memory or, if they are many, in memory-mapped files; None
+            does so where there is space (see image_cache.py).
         pyramid: the split as already decoded; data_root, use_augmented, cache_images and targets are then not used.
         targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
         augment_strength: factor on the amounts of the random transforms, 0..3.
@@ -212,7 +213,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
 
     Args:
         batch_sizes: resolution -> images a batch; what is missing is 64, 32, 16 and 8 for 32, 64, 128 and 256.
-        num_workers: processes that decode, of use only when images are not cached.
+        num_workers: processes that decode; none are started when images are cached.
         device: where batches are scaled, augmented and delivered.
         pyramids: the splits as already decoded (`image_pyramid.open_pyramids`); the arguments on files are then
             not used. For the others see PapSmearDataset.

@@ -67,13 +67,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / name
 
-    def write_config(self, config: dict) -> None:
-        """Save the settings with package versions, git commit and machine as config.json.
+    def write_config(self, config: dict, name: str = "config.json") -> None:
+        """Save the settings with package versions, git commit and machine, as config.json unless told otherwise.
 
         Args:
             config: plain data.
         """
-        self.write_json("config.json", config | {"environment": environment()})
+        self.write_json(name, config | {"environment": environment()})
 
     def write_json(self, name: str, content: dict) -> None:
         """Save plain data as readable JSON."""

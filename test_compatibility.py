@@ -166,9 +166,9 @@ def test_auto_takes_the_best_device_there_is():
 def test_modules_import_one_way_and_without_warnings():
     """A module imports only from modules listed above it."""
     order = ["options", "distributed", "unet_parts", "unet", "losses", "metrics", "images", "image_bands",
-             "augmentation", "splits", "targets", "familiarity", "image_pyramid", "pap_smear_dataset", "checkpoints",
-             "devices", "separation", "block_separation", "measurement", "inference", "streaming", "schedule",
-             "optimization", "scoring", "report", "run_folder", "progressive_trainer", "train_papsmear",
+             "augmentation", "splits", "targets", "familiarity", "image_cache", "image_pyramid", "pap_smear_dataset",
+             "checkpoints", "devices", "separation", "block_separation", "measurement", "inference", "streaming",
+             "schedule", "optimization", "scoring", "report", "run_folder", "progressive_trainer", "train_papsmear",
              "predict_papsmear", "evaluate_papsmear", "make_sample_data", "annotations", "prepared_data",
              "prepare_monuseg", "prepare_herlev", "import_annotations", "experiments", "timing", "workloads",
              "benchmark", "example_usage"]

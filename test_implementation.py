@@ -25,7 +25,8 @@ from augmentation import augment, sample_numbers
 from checkpoints import FIELDS, load_checkpoint, load_model, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from devices import choose_device, choose_precision, training_memory
-from image_pyramid import ImagePyramid, halve, open_pyramids
+from image_cache import halve
+from image_pyramid import ImagePyramid, open_pyramids
 from images import ImageFileError, image_size, load_image, load_mask, resize, save_png
 from inference import Predictor
 from losses import NonFiniteLossError, bce_dice_loss, multi_scale_loss
@@ -367,6 +368,14 @@ def test_augmentation_depends_on_the_sample_alone():
     assert whole.min() >= 0
     assert whole.max() <= 1
     assert not np.array_equal(sample_numbers(3, 32, 6, np.arange(8)), numbers)
+
+
+def test_numbers_of_far_samples_are_those_of_the_whole_table():
+    indices = np.array([99_999, 5, 5, 70_000, 0])
+    table = [np.random.default_rng(key).random((100_000, columns)) for key, columns in (([3, 64, 7], 12),
+                                                                                       ([3, 64, 7, 2], 4))]
+    assert np.array_equal(sample_numbers(3, 64, 7, indices), np.concatenate(table, axis=1)[indices])
+    assert sample_numbers(3, 64, 7, indices[:0]).shape == (0, 16), "a process may have no image of a small batch"
 
 
 # ---- data set
@@ -1244,7 +1253,7 @@ def test_sample_data_is_what_the_generator_makes():
     assert np.abs(load_image(pair.image, 1)[..., 0].astype(int) - image).mean() < 0.5
     assert (load_mask(pair.mask)[..., 0] != mask).mean() < 0.001
     pyramid = ImagePyramid(splits["test"], 1, 1)
-    assert pyramid.read_all(cache=False) == []
+    assert pyramid.read_all() == []
     assert summarise(score_otsu(pyramid.pairs, 1))["dice"]["mean"] < 0.5, "thresholding must not solve it"
 
 

@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
                                                                         "images 0..K (1)")
     data.add_argument("--targets", type=target_list, default="mask", metavar="mask[,boundary]",
                       help="mask,boundary: learn the rims of nuclei too, which separates those that touch (mask)")
-    data.add_argument("--cache_images", default=None, help="keep decoded images in memory (when they fit)", **boolean)
+    data.add_argument("--cache_images", default=None, **boolean, help="false: decode at every step, instead of once "
+                      "into memory or, if large, into memory-mapped files (true where there is space)")
     data.add_argument("--num_workers", type=whole(0), help="decoding processes (0 with a cache, else up to 4)")
     data.add_argument("--overfit", type=whole(0), default=0, metavar="N",
                       help="smoke run: train and validate on the first N training images, not augmented")
@@ -233,14 +234,13 @@ def prepare(args: argparse.Namespace, folder: Path):
     if args.overfit:
         pyramids = dict.fromkeys(pyramids, pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit]))
     fingerprint = data_fingerprint(args, pyramids)
-    cached = pyramids["train"].cached
     workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
-    workers = 0 if cached else workers
+    workers = 0 if pyramids["train"].cached else workers
     unsaved = ("resume", "dry_run", "overwrite", "resolved")
     config = {key: value for key, value in vars(args).items() if key not in unsaved}
     batch_sizes = resolved_batch_sizes(args)
     config |= {"data_fingerprint": fingerprint, "resolved": {
-        "device": str(device), "precision": precision, "num_workers": workers, "cache_images": cached,
+        "device": str(device), "precision": precision, "num_workers": workers, "cache_images": pyramids["train"].kept,
         "batch_sizes": ",".join(f"{r}:{n}" for r, n in batch_sizes.items())}}
 
     report = check_dataset(args.data_root, args.group_regex, pyramids=pyramids) if not args.overfit else \
@@ -248,7 +248,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     print(report)
     together = f" in each of {world_size()} processes" if world_size() > 1 else ""
     print(f"{args.model}, {count_parameters(model) / 1e6:.1f} M parameters; device {device}, precision {precision}, "
-          f"{torch.get_num_threads()} threads{together}; images {'in memory' if cached else 'decoded at every step'}, "
+          f"{torch.get_num_threads()} threads{together}; images {pyramids['train'].kept}, "
           f"{workers} workers; seed {args.seed}")
     if args.dry_run:
         print(json.dumps(config, indent=2))

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from checkpoints import FIELDS, FORMAT, save_checkpoint
 from devices import autocast
 from distributed import joined, leads
+from image_cache import ImageCache
 from image_pyramid import ImagePyramid
 from images import load_image, resize, save_png
 from inference import Predictor, plan_axis
@@ -68,7 +69,7 @@ def write_fields(root: Path, count: int) -> None:
 def pyramid_of(root: Path, count: int, cached: bool = True) -> ImagePyramid:
     """Open the first images of the data set, decoded once and kept or decoded at every step."""
     pyramid = ImagePyramid(list_splits(root, wanted=("train",))["train"][:count], in_channels=1, classes=1)
-    pyramid.read_all(cache=cached)
+    pyramid.read_all(ImageCache(len(pyramid), pyramid.channels) if cached else None)
     return pyramid
 
 
