@@ -16,6 +16,7 @@ MAX_SHIFT = 0.06       # of the side
 MAX_BRIGHTNESS = 0.1   # on the scale [0, 1]
 MAX_CONTRAST = 0.2     # relative
 MAX_STAIN = 0.25       # relative, of the optical density of a colour channel
+MAX_STRENGTH = 3.0     # so that no scale and no power comes near 0
 _NUMBERS = 12          # uniform numbers a sample: five decisions, seven amounts
 _COLOUR_NUMBERS = 4    # one decision, three amounts
 
@@ -38,8 +39,8 @@ def _rows(key: list[int], columns: int, indices: np.ndarray) -> np.ndarray:
     return rows
 
 
-def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray,
-            probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray, probability: float,
+            strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform a batch of images and masks alike.
 
     Six transforms, each applied to a sample with `probability` on its own: horizontal flip, vertical flip, one to
@@ -52,6 +53,7 @@ def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray,
         mask: (N, K, S, S) float in [0, 1].
         numbers: (N, 16) from `sample_numbers`.
         probability: 0..1.
+        strength: factor on every amount that is named above, 0..MAX_STRENGTH.
     Returns:
         image and mask of the same shapes and ranges, on the same device.
     """
@@ -59,9 +61,10 @@ def augment(image: torch.Tensor, mask: torch.Tensor, numbers: np.ndarray,
     flip_x, flip_y, turn, move, light = (u[:, :5] < probability).unbind(1)
     turns = torch.where(turn, 1 + (u[:, 5] * 3).long(), 0)
     image, mask = _flip_and_turn(image, mask, (turns + 4 * flip_x + 8 * flip_y).tolist())
-    image, mask = _affine(image, mask, move, u[:, 6:10])
-    image = _brightness_contrast(image, light, u[:, 10:12])
-    return (_stain(image, u[:, 12] < probability, u[:, 13:16]) if image.shape[1] == 3 else image), mask
+    amounts = torch.cat([2 * u[:, 6:12] - 1, 2 * u[:, 13:16] - 1], dim=1) * strength
+    image, mask = _affine(image, mask, move, amounts[:, :4])
+    image = _brightness_contrast(image, light, amounts[:, 4:6])
+    return (_stain(image, u[:, 12] < probability, amounts[:, 6:]) if image.shape[1] == 3 else image), mask
 
 
 def _flip_and_turn(image, mask, kind):
@@ -77,15 +80,15 @@ def _flip_and_turn(image, mask, kind):
     return image, mask
 
 
-def _affine(image, mask, applied, u):
-    """Rotate, scale and shift by bilinear resampling the samples chosen."""
+def _affine(image, mask, applied, amounts):
+    """Rotate, scale and shift by bilinear resampling the samples chosen; amounts (N, 4) are shares of the largest."""
     rows = applied.nonzero().flatten()
     if not len(rows):
         return image, mask
-    u = 2 * u[rows] - 1
-    angle, scale = u[:, 0] * MAX_ANGLE, 1 + u[:, 1] * MAX_SCALE
+    amounts = amounts[rows]
+    angle, scale = amounts[:, 0] * MAX_ANGLE, 1 + amounts[:, 1] * MAX_SCALE
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    shift = 2 * MAX_SHIFT * u[:, 2:4]  # the grid spans [-1, 1]
+    shift = 2 * MAX_SHIFT * amounts[:, 2:4]  # the grid spans [-1, 1]
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     rows = rows.to(image.device)
     channels = image.shape[1]
@@ -97,15 +100,15 @@ def _affine(image, mask, applied, u):
     return image, mask
 
 
-def _brightness_contrast(image, applied, u):
+def _brightness_contrast(image, applied, amounts):
     """Add to the brightness and stretch the contrast about each image's mean."""
-    u = torch.where(applied[:, None], 2 * u - 1, 0.0).to(image)[:, :, None, None, None]
+    amounts = torch.where(applied[:, None], amounts, 0.0).to(image)[:, :, None, None, None]
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
-    changed = (image - mean) * (1 + MAX_CONTRAST * u[:, 1]) + mean + MAX_BRIGHTNESS * u[:, 0]
+    changed = (image - mean) * (1 + MAX_CONTRAST * amounts[:, 1]) + mean + MAX_BRIGHTNESS * amounts[:, 0]
     return torch.where(applied.to(image.device)[:, None, None, None], changed.clamp(0, 1), image)
 
 
-def _stain(image, applied, u):
+def _stain(image, applied, amounts):
     """Raise each colour channel to a power near 1: by Lambert and Beer's law that scales its optical density."""
-    power = 1 + torch.where(applied[:, None], MAX_STAIN * (2 * u - 1), 0.0).to(image)[:, :, None, None]
+    power = 1 + torch.where(applied[:, None], MAX_STAIN * amounts, 0.0).to(image)[:, :, None, None]
     return image.pow(power)

@@ -9,7 +9,9 @@ measures are those of the whole batch, so N processes compute what one would. In
 """
 
 import contextlib
+import gc
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def active() -> bool:
@@ -204,11 +208,21 @@ class ParallelSteps:
     """Run a growing network so that the gradients of a step are averaged over all processes.
 
     Args:
-        model: has `live_parts()`; it was through `synchronised`.
+        model: has `live_parts()` and `alpha`; it was through `synchronised`.
+        compile: whether `torch.compile` makes the steps, except those of a fade, each of which has another alpha.
+    Raises:
+        ValueError: for `compile` with several processes, or on a CPU without a C++ compiler.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, compile: bool = False):
+        if compile and active():
+            raise ValueError("compile is True in several processes; that was not tried. Leave it out, or start one "
+                             "process")
+        if compile and next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+            raise ValueError(f"compile is True, but none of {', '.join(COMPILERS)} is found; on a CPU torch.compile "
+                             f"needs a C++ compiler. Install one, or leave it out")
         self.model = model
+        self._compiled = torch.compile(model) if compile else None
         self._wrapper: DistributedDataParallel | None = None
         self._live: list[str] = []
 
@@ -216,11 +230,20 @@ class ParallelSteps:
     def batch(self, last: bool) -> Iterator[nn.Module]:
         """Yield the network for forward and backward pass of one batch; gradients are averaged at a step's last."""
         if not active():
-            yield self.model
+            yield self._compiled if self._compiled is not None and self.model.alpha == 1 else self.model
             return
         self._wrap()
         with contextlib.nullcontext() if last else self._wrapper.no_sync():
             yield self._wrapper
+
+    def release(self) -> None:
+        """Let the wrapper go; the next batch makes another.
+
+        It must be gone before the group is: left to the end of Python, one run in ten of two processes was aborted.
+        """
+        if self._wrapper is not None:
+            self._wrapper, self._live = None, []
+            gc.collect()  # it is part of a circle
 
     def _wrap(self) -> None:
         """Wrap the network anew if other parts live than at the last step: after a growth and at the end of a fade."""

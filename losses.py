@@ -1,10 +1,12 @@
 """The loss: binary cross entropy plus soft Dice at every scale of the network."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
+from distributed import gathered, total
 from unet_parts import mean2x2
 
 
@@ -46,14 +48,17 @@ def multi_scale_loss(scales: list[torch.Tensor], target: torch.Tensor) -> torch.
     return total
 
 
-def refuse_non_finite(value: float, what: str, names: list[str]) -> None:
-    """Raise NonFiniteLossError unless the value is finite.
+def refuse_non_finite(value: torch.Tensor, what: str, names: Sequence[str] | None) -> None:
+    """Raise NonFiniteLossError, in all processes, unless the value is finite in each of them.
 
     Args:
+        value: scalar, on any device.
         what: what it is and where it was met.
-        names: the images of the batch.
+        names: this process's images of the batch, if the loader names them.
     """
-    if not math.isfinite(value):
-        raise NonFiniteLossError(f"{value} found as {what}; its images: {', '.join(names)}. No weight was "
+    everywhere, = total(value.item())
+    if not math.isfinite(everywhere):
+        every = [name for own in gathered(list(names or ["(not named by the loader)"])) for name in own]
+        raise NonFiniteLossError(f"{everywhere} found as {what}; its images: {', '.join(every)}. No weight was "
                                  f"changed by it, and what finished epochs have saved is whole. Try a lower --lr or "
                                  f"--precision float32, and look at these images")

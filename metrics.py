@@ -36,9 +36,8 @@ def pixel_metrics(prediction: torch.Tensor, mask: torch.Tensor) -> dict[str, tor
     if prediction.shape != mask.shape or prediction.dtype != torch.bool or mask.dtype != torch.bool:
         raise ValueError(f"prediction is {tuple(prediction.shape)} {prediction.dtype} and mask {tuple(mask.shape)} "
                          f"{mask.dtype}; both must be bool and of one shape (N, C, H, W)")
-    both = (prediction & mask).sum(dim=(2, 3)).cpu().double()
-    found = prediction.sum(dim=(2, 3)).cpu().double()
-    drawn = mask.sum(dim=(2, 3)).cpu().double()
+    counts = [pixels.sum(dim=(2, 3)) for pixels in (prediction & mask, prediction, mask)]
+    both, found, drawn = torch.stack(counts).cpu().double()  # one transfer
     area = mask.shape[2] * mask.shape[3]
     empty = (found == 0) & (drawn == 0)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from augmentation import augment, sample_numbers
+from augmentation import MAX_STRENGTH, augment, sample_numbers
 from distributed import share
 from image_pyramid import ImagePyramid, open_pyramids
 from options import command
@@ -44,6 +44,7 @@ class PapSmearDataset(Dataset):
             does so where there is space (see image_cache.py).
         pyramid: the split as already decoded; data_root, use_augmented, cache_images and targets are then not used.
         targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
+        augment_strength: factor on the amounts of the random transforms, 0..3.
     Raises:
         DatasetError (a ValueError) that lists every problem found in the files.
     """
@@ -51,12 +52,14 @@ class PapSmearDataset(Dataset):
     def __init__(self, data_root="data", split: str = "train", target_size: int = 256, use_augmented: bool = True,
                  augment_probability: float = 0.5, in_channels: int = 1, out_channels: int = 1,
                  cache_images: bool | None = None, seed: int = 0, pyramid: ImagePyramid | None = None,
-                 targets: tuple[str, ...] = MASK):
+                 targets: tuple[str, ...] = MASK, augment_strength: float = 1.0):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if not 0 <= augment_probability <= 1:
             raise ValueError(f"augment_probability is {augment_probability!r}; it must lie in [0, 1]")
-        self.split, self.seed = split, seed
+        if not 0 <= augment_strength <= MAX_STRENGTH:
+            raise ValueError(f"augment_strength is {augment_strength!r}; it must lie in [0, {MAX_STRENGTH:g}]")
+        self.split, self.seed, self.augment_strength = split, seed, augment_strength
         self.augment_probability = augment_probability if split == "train" else 0.0
         # In shared memory, so that workers that live on see a change.
         self._size_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -110,7 +113,7 @@ class PapSmearDataset(Dataset):
         image, mask = (_to_device(raw[key], device).float().div_(255) for key in ("image", "mask"))
         if self.augment_probability > 0:
             numbers = sample_numbers(self.seed, image.shape[-1], epoch, raw["indices"])
-            image, mask = augment(image, mask, numbers, self.augment_probability)
+            image, mask = augment(image, mask, numbers, self.augment_probability, self.augment_strength)
         return {"image": image, "mask": mask, "name": [self.pyramid.names[i] for i in raw["indices"]]}
 
     def finest_masks(self, names: list[str]) -> torch.Tensor:
@@ -204,7 +207,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
                                    num_workers: int = 0, cache_images: bool | None = None, seed: int = 0,
                                    device: torch.device | str = "cpu",
                                    pyramids: dict[str, ImagePyramid] | None = None,
-                                   targets: tuple[str, ...] = MASK,
+                                   targets: tuple[str, ...] = MASK, augment_strength: float = 1.0,
                                    ) -> dict[int, tuple[ProgressiveLoader, ProgressiveLoader, ProgressiveLoader]]:
     """Make the train, valid and test loader of every resolution; all twelve share one decoded copy of the data.
 
@@ -230,7 +233,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
 
     def loader(split: str, resolution: int) -> ProgressiveLoader:
         dataset = PapSmearDataset(split=split, target_size=resolution, augment_probability=augment_probability,
-                                  seed=seed, pyramid=pyramids[split])
+                                  seed=seed, pyramid=pyramids[split], augment_strength=augment_strength)
         workers = 0 if pyramids[split].cached else num_workers
         return ProgressiveLoader(dataset, sizes[resolution], workers, device, siblings)
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
 from devices import autocast, choose_device, choose_precision, keep_freed_memory, random_states, set_random_states
-from distributed import ParallelSteps, gathered, leads, progress, synchronised, total, weight_of, world_size
+from distributed import ParallelSteps, leads, progress, synchronised, total, weight_of, world_size
 from losses import multi_scale_loss, refuse_non_finite
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
 from optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
@@ -49,6 +49,7 @@ class ProgressiveTrainer:
         average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
             starts anew at each stage, so that new parts do not carry their untrained start with them.
         threshold: probability from which a pixel is foreground.
+        compile: run training steps through `torch.compile`, once a stage; not while a level fades in.
         overwrite: whether a run that lies in `output_dir` may be replaced.
         config: settings to keep in checkpoints and config.json (plain types).
     Raises:
@@ -58,7 +59,7 @@ class ProgressiveTrainer:
     def __init__(self, model, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
                  keep: int = 3, schedule: str = "run", fade_epochs: float = 0.0, old_lr_scale: float = 1.0,
-                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5,
+                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5, compile: bool = False,
                  overwrite: bool = False, config: dict | None = None):
         lr, fade_epochs, old_lr_scale, weight_decay, average, threshold = map(
             float, (lr, fade_epochs, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
@@ -77,7 +78,7 @@ class ProgressiveTrainer:
             keep_freed_memory()
         torch.manual_seed(seed)
         self.model = synchronised(model.to(self.device, memory_format=torch.channels_last), self.device)
-        self._parallel = ParallelSteps(self.model)
+        self._parallel = ParallelSteps(self.model, compile)
         self.accumulate, self.save_every = accumulate, save_every
         self.threshold, self.config = threshold, config or {}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
@@ -223,6 +224,7 @@ class ProgressiveTrainer:
                     say(line)
             if self.folder:
                 self._draw_stage(valid_loader)
+        self._parallel.release()
         if self.folder:
             save_checkpoint(self.folder.file("final_model.pth"), self._checkpoint(None))
             self.folder.draw_curves()
@@ -304,11 +306,8 @@ class ProgressiveTrainer:
         return values | {"loss": loss.expand(len(mask))}
 
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
-        everywhere, = total(value.item())
-        if not math.isfinite(everywhere):
-            names = gathered(list(batch.get("name", ["(not named by the loader)"])))
-            refuse_non_finite(everywhere, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
-                              [name for own in names for name in own])
+        refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
+                          batch.get("name"))
 
     def _record(self, train: dict, valid: dict, epoch: int) -> None:
         """Keep the best score and, with an output folder, write the row and the checkpoints of an epoch."""

@@ -78,6 +78,29 @@ def curves_over_counts(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def scaling_curves(series: list[dict], path: Path) -> None:
+    """Draw how costs grow: cost against size, each relative to the first, on logarithmic axes, with the fitted powers.
+
+    Args:
+        series: `cost` and `size` (words), `sizes`, `seconds` (medians) and `power` (the fitted exponent).
+    """
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axis = figure.subplots()
+    for k, one in enumerate(series):
+        x, y = (np.array(one[key], float) / one[key][0] for key in ("sizes", "seconds"))
+        axis.plot(x, y, color=f"C{k}", marker="osD^v"[k % 5],
+                  label=f"{one['cost']}, against {one['size']} from {one['sizes'][0]:g}: power {one['power']:.2f}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("size, relative to the smallest")
+    axis.set_ylabel("seconds, relative to the smallest")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def epoch_lines(stage: int, epoch: int, epochs: int, train: dict, valid: dict) -> list[str]:
     """Return what is said at the end of an epoch (from 0) of a stage: one line, and a warning where it is due."""
     side = STAGE_RESOLUTIONS[stage]

@@ -113,6 +113,26 @@ def test_cuda_is_reproducible_when_asked(shared_root, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@NEEDS_CUDA
+def test_batches_are_augmented_on_the_gpu_as_on_the_cpu(shared_root):
+    here, there = (next(iter(create_progressive_dataloaders(shared_root, device=device)[64][0]))
+                   for device in ("cpu", "cuda"))
+    assert there["image"].device.type == "cuda"
+    assert here["name"] == there["name"]
+    for key in ("image", "mask"):
+        assert (here[key] - there[key].cpu()).abs().max() < 1e-4
+
+
+@NEEDS_CUDA
+def test_compiled_steps_on_the_gpu_give_the_loss_of_plain_ones(shared_root):
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = ProgressiveTrainer(ProgressiveUNet(base_channels=4), "cuda", 1, precision="float32", compile=compiled)
+        losses.append(trainer.train_epoch(create_progressive_dataloaders(shared_root, device="cuda")[32][0], 0)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 def test_bfloat16_convolutions_agree_with_float32():
     """Wrong results of bfloat16 kernels have been reported for some processors; ours are checked."""
     torch.manual_seed(0)
@@ -150,7 +170,8 @@ def test_modules_import_one_way_and_without_warnings():
              "checkpoints", "devices", "separation", "block_separation", "measurement", "inference", "streaming",
              "schedule", "optimization", "scoring", "report", "run_folder", "progressive_trainer", "train_papsmear",
              "predict_papsmear", "evaluate_papsmear", "make_sample_data", "annotations", "prepared_data",
-             "prepare_monuseg", "prepare_herlev", "import_annotations", "experiments", "example_usage"]
+             "prepare_monuseg", "prepare_herlev", "import_annotations", "experiments", "timing", "workloads",
+             "benchmark", "example_usage"]
     for i, name in enumerate(order):
         source = (PROJECT / f"{name}.py").read_text()
         used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)

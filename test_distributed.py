@@ -5,6 +5,7 @@
 """
 
 import csv
+import gc
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
 import options
 from checkpoints import load_checkpoint
@@ -132,9 +134,19 @@ def in_processes(processes: int, out: Path, work, *args) -> list:
 def everything(root: Path, own: Path, other: Path) -> dict:
     """Do all that is tested inside a group, so that the processes are started once."""
     return scenarios(root, own) | {"continued": continued(root, other), "refusal": refusal(root),
+                                   "wrappers left": wrappers_left(root),
                                    "shares": (list(share(range(5))), merged(share(range(5))), gathered(leads())),
                                    "statistics": normalised(share(numbers())), "weights": [weight_of(len(share([1])))],
                                    "devices": [refused_device(name) for name in ("mps", "cuda:0")]}
+
+
+def wrappers_left(root: Path) -> int:
+    """Train with `fit` and count the wrappers that are still there; one that outlives its group may end the process."""
+    model = ProgressiveUNet(base_channels=2)
+    model.set_stage(4)
+    trainer = ProgressiveTrainer(model, "cpu", 1, precision="float32")
+    trainer.fit(loaders_of(root, 4), say=lambda line: None)
+    return sum(type(thing) is DistributedDataParallel and thing.module is model for thing in gc.get_objects())
 
 
 def refused_device(name: str) -> str:
@@ -201,6 +213,11 @@ def test_two_processes_compute_what_one_does(results, name):
     for own in together:
         assert deviation(alone[name], own[name]) < 1e-9
     assert len(alone["fade"]["losses"]) == 51 + 17, "51 steps of training, 17 batches of validation"
+
+
+def test_fit_lets_the_wrapper_go_before_its_group(results):
+    _, together, _ = results
+    assert [one["wrappers left"] for one in together] == [0, 0]
 
 
 def test_first_steps_in_float32_agree(results):

@@ -5,6 +5,7 @@
 """
 
 import csv
+import functools
 import json
 import math
 import re
@@ -664,11 +665,18 @@ def test_one_rate_for_the_whole_run():
     assert plan.rate(1, 0, 4, 10, born=1) == pytest.approx(0.5), "half of a warm-up of 2 % of 50 epochs"
     assert plan.rate(2, 0, 1, 10, born=2) == pytest.approx(0.2), "a new part warms up"
     assert plan.rate(2, 0, 1, 10, born=1) == 1.0, "an old one goes on"
-    middle = plan.rate(4, 4, 9, 10, born=1)
-    assert middle == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 2)) / 2)
+    work = 10 * 40 + 10 * 80 + 10 * 120 + 5 * 185, 10 * 40 + 10 * 80 + 10 * 120 + 20 * 185
+    falling = (work[0] / work[1] - 0.4) / 0.6
+    assert plan.rate(4, 4, 9, 10, born=1) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2)
     slow = TrainingPlan({1: 10, 2: 10, 3: 10, 4: 20}, lr=1.0, old_lr_scale=0.1)
     assert [slow.rate(2, 5, 0, 10, born) for born in (1, 2)] == pytest.approx([0.1, 1.0])
     assert TrainingPlan({1: 10, 2: 10}, lr=1.0, schedule="stage").rate(2, 1, 9, 10, born=1) == 1.0
+
+
+def test_cheap_epochs_do_not_use_the_rate_up():
+    plan = TrainingPlan({1: 36, 2: 28, 3: 18, 4: 18}, lr=1.0)
+    assert plan.rate(2, 26, 9, 10, born=1) == 1.0, "63 % of the epochs, 39 % of the work"
+    assert plan.rate(4, 0, 0, 10, born=1) > 0.6
 
 
 def test_epochs_per_stage():
@@ -825,6 +833,27 @@ def test_non_finite_loss_stops_with_the_place(shared_root):
         trainer.train_epoch(loaders[32][0], 1)
     with pytest.raises(NonFiniteLossError, match="as validation loss at stage 1"):
         trainer.validate_epoch(loaders[32][1], 1)
+
+
+def test_compiled_steps_give_the_losses_of_plain_ones(shared_root, monkeypatch):
+    # Traced as ever, but not translated to C++, which takes a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def losses(**more) -> list[float]:
+        trainer, loaders = make_trainer(shared_root, fade_epochs=0.5, epochs_per_stage=2, **more)
+        found = []
+        for stage, resolution in ((1, 32), (2, 64)):
+            trainer.set_stage(stage)
+            found += [trainer.train_epoch(loaders[resolution][0], epoch)["loss"] for epoch in range(2)]
+        return found
+
+    assert losses(compile=True) == pytest.approx(losses(), abs=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"none of c\+\+, g\+\+, clang\+\+, cl is found"):
+        ProgressiveTrainer(ProgressiveUNet(base_channels=2), "cpu", compile=True)
 
 
 def test_averaged_weights_do_not_drag_the_untrained_start_of_new_parts(shared_root):

@@ -6,6 +6,7 @@ Convolutions are 3x3 with padding 1 and no bias, because batch normalisation fol
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ConvBNReLU(nn.Sequential):
@@ -17,6 +18,10 @@ class ConvBNReLU(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
+
+    def fold(self) -> None:
+        """Fold the batch normalisation into the convolution: fewer operations, for prediction alone, in eval mode."""
+        self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
 
 
 class DoubleConv(nn.Sequential):
@@ -58,7 +63,27 @@ class DecoderLevel(nn.Module):
         self.conv = DoubleConv(below_channels + skip_channels, channels)
 
     def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return self.conv(torch.cat([upsample2x(below), skip], dim=1))
+        return self.conv(_Join.apply(upsample2x(below), skip))
+
+
+class _Join(torch.autograd.Function):
+    """Concatenate two tensors along the channels and hand each its gradient in a memory of its own.
+
+    The gradients of `torch.cat` are views into one wide tensor. Of such a view the backward pass of the upsampling took
+    98 ms instead of 9 on a CPU, and all that comes below it works on the view as well.
+    """
+
+    @staticmethod
+    def forward(ctx, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        ctx.channels = [first.shape[1], second.shape[1]]
+        return torch.cat([first, second], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        last = gradient.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        first, second = gradient.split(ctx.channels, dim=1)
+        return first.contiguous(memory_format=layout), second.contiguous(memory_format=layout)
 
 
 class ToLogits(nn.Module):
@@ -76,8 +101,11 @@ class ToLogits(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        weight = self.conv.weight
         with torch.autocast(features.device.type, enabled=False):
-            return self.conv(features.to(self.conv.weight.dtype))
+            # As a matrix product, whose backward pass is twice as fast as the convolution's on a CPU.
+            last = features.permute(0, 2, 3, 1).to(weight.dtype)
+            return nn.functional.linear(last, weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
 
 
 def upsample2x(x: torch.Tensor) -> torch.Tensor:
