@@ -105,7 +105,7 @@ def training(setting, record: dict) -> Iterator:
     for p, (_, own) in products.items():
         share = median_ratio(rounds[f"matrix products in {p}"], ours) * BATCH * operations / own
         yield Measure(f"ours, in {setting.precision}, against matrix products in {p}", share, "%",
-                      bar=0.75 if p == "bfloat16" else None)
+                      bar=0.75 if p == setting.precision == "bfloat16" else None)
 
 
 @functools.cache

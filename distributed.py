@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-COMPILERS = ("c++", "g++", "clang++", "cl")
+# What torch.compile calls on a CPU, unless CXX names another.
+COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
 
 
 def active() -> bool:
@@ -209,28 +210,36 @@ class ParallelSteps:
 
     Args:
         model: has `live_parts()` and `alpha`; it was through `synchronised`.
-        compile: whether `torch.compile` makes the steps, except those of a fade, each of which has another alpha.
+        compile: whether `torch.compile` makes the steady steps (see `batch`), except those of a fade, as each has an
+            alpha of its own.
     Raises:
-        ValueError: for `compile` with several processes, or on a CPU without a C++ compiler.
+        ValueError: for `compile` with several processes, on MPS, or on a CPU without a C++ compiler.
     """
 
     def __init__(self, model: nn.Module, compile: bool = False):
         if compile and active():
             raise ValueError("compile is True in several processes; that was not tried. Leave it out, or start one "
                              "process")
-        if compile and next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-            raise ValueError(f"compile is True, but none of {', '.join(COMPILERS)} is found; on a CPU torch.compile "
-                             f"needs a C++ compiler. Install one, or leave it out")
+        device, compiler = next(model.parameters()).device.type, os.environ.get("CXX", COMPILER)
+        if compile and device == "mps":
+            raise ValueError("compile is True on mps; it is for cuda and cpu. Leave it out")
+        if compile and device == "cpu" and not shutil.which(compiler):
+            raise ValueError(f"compile is True, but {compiler!r} is not found; on a CPU torch.compile needs a C++ "
+                             f"compiler. Install it, name another by CXX, or leave it out")
         self.model = model
         self._compiled = torch.compile(model) if compile else None
         self._wrapper: DistributedDataParallel | None = None
         self._live: list[str] = []
 
     @contextlib.contextmanager
-    def batch(self, last: bool) -> Iterator[nn.Module]:
-        """Yield the network for forward and backward pass of one batch; gradients are averaged at a step's last."""
+    def batch(self, last: bool, steady: bool = True) -> Iterator[nn.Module]:
+        """Yield the network for forward and backward pass of one batch; gradients are averaged at a step's last.
+
+        Args:
+            steady: whether nothing changes from batch to batch that compiled code would be made for.
+        """
         if not active():
-            yield self._compiled if self._compiled is not None and self.model.alpha == 1 else self.model
+            yield self._compiled if self._compiled is not None and steady and self.model.alpha == 1 else self.model
             return
         self._wrap()
         with contextlib.nullcontext() if last else self._wrapper.no_sync():

@@ -1,8 +1,8 @@
 """The decoded images of a split at all resolutions: in memory, or in memory-mapped files where they are too many.
 
 Either way they are decoded once and lie there once: workers of a loader, forked or not, read the same pages. The files
-are in the folder for temporary files (TMPDIR decides), have no name there that could be left behind, and are gone when
-the process ends, however it ends.
+are in the folder for temporary files (TMPDIR, else /var/tmp), have no name there that could be left behind, and are
+gone when the process ends, however it ends.
 """
 
 import math
@@ -96,7 +96,7 @@ def open_caches(splits: list[tuple[int, tuple[int, int]]], wanted: bool | None) 
     memory = free_memory()
     if local_world_size() * needed < CACHE_SHARE * memory:
         return [ImageCache(*split) for split in splits]
-    folder = tempfile.gettempdir()
+    folder = folder_for_files()
     free = shutil.disk_usage(folder).free  # less by what other processes of this machine have reserved already
     found = f"{amount(free)} free, of which {DISK_SHARE:.0%} may be taken"
     if needed <= DISK_SHARE * free:
@@ -112,6 +112,13 @@ def open_caches(splits: list[tuple[int, tuple[int, int]]], wanted: bool | None) 
                          f"cache_images=False)")
     print(f"{problem}. So they are decoded at every step, which is slow. {remedy}")
     return [None] * len(splits)
+
+
+def folder_for_files() -> str:
+    """Return TMPDIR, else /var/tmp where there is one: on many systems /tmp is itself in memory."""
+    folder = tempfile.gettempdir()
+    in_memory = folder == "/tmp" and "TMPDIR" not in os.environ
+    return "/var/tmp" if in_memory and os.access("/var/tmp", os.W_OK) else folder
 
 
 def cache_bytes(images: int, channels: tuple[int, int]) -> int:

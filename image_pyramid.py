@@ -177,7 +177,9 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
     sizing = sizing_of(data_root)
     pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing, targets)
                 for split, pairs in splits.items()}
-    caches = open_caches([(len(p), p.channels) for p in pyramids.values()], cache_images)
+    # With problems nothing is kept, so that they are reported, whether there is space or not.
+    caches = open_caches([(len(p), p.channels) for p in pyramids.values()],
+                         False if problems else cache_images)
     for pyramid, cache in zip(pyramids.values(), caches, strict=True):
         problems += pyramid.read_all(cache)
     if problems:

@@ -48,7 +48,8 @@ class Predictor:
         augment: average over the eight flips and quarter turns.
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
     Attributes:
-        models, stage, in_channels, out_channels, targets, sizing, threshold, device, precision: what was found and
+        models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
+        stage, in_channels, out_channels, targets, sizing, threshold, device, precision: what was found and
             chosen.
         classes: output channels that are masks; one more is the boundary of nuclei, if it is a target.
     Raises:

@@ -40,12 +40,12 @@ def multi_scale_loss(scales: list[torch.Tensor], target: torch.Tensor) -> torch.
         scales: logits from coarse to fine, each twice the side of the one before.
         target: (N, C, H, W) in [0, 1] at the finest scale; coarser targets are its area fractions (2x2 means).
     """
-    total = torch.zeros((), device=target.device)
+    loss = torch.zeros((), device=target.device)
     for k, logits in enumerate(reversed(scales)):
-        total = total + 0.5 ** k * bce_dice_loss(logits, target)
+        loss = loss + 0.5 ** k * bce_dice_loss(logits, target)
         if k + 1 < len(scales):
             target = mean2x2(target)
-    return total
+    return loss
 
 
 def refuse_non_finite(value: torch.Tensor, what: str, names: Sequence[str] | None) -> None:
@@ -58,7 +58,8 @@ def refuse_non_finite(value: torch.Tensor, what: str, names: Sequence[str] | Non
     """
     everywhere, = total(value.item())
     if not math.isfinite(everywhere):
-        every = [name for own in gathered(list(names or ["(not named by the loader)"])) for name in own]
+        own = ["(not named by the loader)"] if names is None else list(names)
+        every = [name for part in gathered(own) for name in part]
         raise NonFiniteLossError(f"{everywhere} found as {what}; its images: {', '.join(every)}. No weight was "
                                  f"changed by it, and what finished epochs have saved is whole. Try a lower --lr or "
                                  f"--precision float32, and look at these images")

@@ -38,9 +38,13 @@ def young_batchnorms(model: nn.Module) -> list[list]:
     return [[m, int(m.num_batches_tracked)] for m in layers if int(m.num_batches_tracked) < BATCHNORM_CUMULATIVE]
 
 
-def age_batchnorms(young: list[list]) -> None:
-    """Make running statistics a plain mean over a layer's first 10 batches, then an average with momentum 0.1."""
+def age_batchnorms(young: list[list]) -> bool:
+    """Make running statistics a plain mean over a layer's first 10 batches, then an average with momentum 0.1.
+
+    Returns whether the momentum of all has reached its last value.
+    """
     for entry in young:
         layer, age = entry
         layer.momentum = max(BATCHNORM_MOMENTUM, 1 / (age + 1))
         entry[1] += 1
+    return all(age >= BATCHNORM_CUMULATIVE for _, age in young)

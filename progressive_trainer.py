@@ -49,7 +49,8 @@ class ProgressiveTrainer:
         average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
             starts anew at each stage, so that new parts do not carry their untrained start with them.
         threshold: probability from which a pixel is foreground.
-        compile: run training steps through `torch.compile`, once a stage; not while a level fades in.
+        compile: run training steps through `torch.compile`, once a stage and size of batch; not while a level fades
+            in, nor in the first 10 batches of a part, whose statistics count otherwise.
         overwrite: whether a run that lies in `output_dir` may be replaced.
         config: settings to keep in checkpoints and config.json (plain types).
     Raises:
@@ -138,11 +139,11 @@ class ProgressiveTrainer:
             for i, batch in enumerate(bar):
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
-                age_batchnorms(young)
+                steady = age_batchnorms(young)
                 group = min(self.accumulate, batches - i // self.accumulate * self.accumulate)
                 last = (i + 1) % self.accumulate == 0 or i + 1 == batches
                 self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
-                with self._parallel.batch(last) as network:
+                with self._parallel.batch(last, steady) as network:
                     logits, mask, loss = self._forward(batch, network)
                     self._refuse_non_finite(loss, "loss", epoch, i, batch)
                     self.scaler.scale(loss * weight_of(len(mask)) / group).backward()
@@ -224,11 +225,15 @@ class ProgressiveTrainer:
                     say(line)
             if self.folder:
                 self._draw_stage(valid_loader)
-        self._parallel.release()
+        self.leave_group()
         if self.folder:
             save_checkpoint(self.folder.file("final_model.pth"), self._checkpoint(None))
             self.folder.draw_curves()
             self.folder.close()
+
+    def leave_group(self) -> None:
+        """Let go what belongs to a group of processes; to be called before the group ends. Training may go on after."""
+        self._parallel.release()
 
     @property
     def resolved(self) -> dict:
@@ -254,7 +259,7 @@ class ProgressiveTrainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
-        self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
+        self._whole_plan = self.plan = TrainingPlan(**({"counted_by": "epochs"} | saved["plan"]))  # as the first files
         self.sizing, self.targets, self.usual = saved["sizing"], tuple(saved["targets"]), saved["usual"]
         self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1

@@ -43,6 +43,7 @@ class TrainingPlan:
         schedule: 'run', one schedule over the whole run, or 'stage', one that restarts at each stage.
         fade_epochs: length of the fade at a growth, in epochs.
         old_lr_scale: factor on the rate of parts born before the current stage.
+        counted_by: 'work', or 'epochs' for runs that were begun when all epochs counted alike.
     """
 
     epochs: dict[int, int]
@@ -50,6 +51,7 @@ class TrainingPlan:
     schedule: str = "run"
     fade_epochs: float = 0.0
     old_lr_scale: float = 1.0
+    counted_by: str = "work"
 
     def __post_init__(self):
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -73,10 +75,10 @@ class TrainingPlan:
         """Return how many epochs are planned before a stage."""
         return sum(n for s, n in self.epochs.items() if s < stage)
 
-    @property
-    def work(self) -> float:
-        """Return what all planned epochs cost together, in the units of WORK times epochs."""
-        return sum(WORK[stage] * n for stage, n in self.epochs.items())
+    def work(self, stage: int, epochs: float) -> float:
+        """Return what is done of the run after so many epochs of a stage, in the units of WORK times epochs."""
+        unit = WORK if self.counted_by == "work" else dict.fromkeys(WORK, 1)
+        return sum(unit[s] * n for s, n in self.epochs.items() if s < stage) + unit[stage] * epochs
 
     def alpha(self, stage: int, epoch: int, step: int, steps: int) -> float:
         """Decide the alpha of one optimizer step of a stage that fades in.
@@ -105,8 +107,9 @@ class TrainingPlan:
         total = sum(self.epochs.values())
         within = epoch + (step + 1) / steps
         position = self.start_of(stage) + within
-        work = sum(WORK[s] * n for s, n in self.epochs.items() if s < stage) + WORK[stage] * within
-        progress = work / self.work if self.schedule == "run" else within / self.epochs[stage]
+        last = max(self.epochs)
+        progress = self.work(stage, within) / self.work(last, self.epochs[last]) if self.schedule == "run" else \
+            within / self.epochs[stage]
         falling = min(max((progress - FLAT_SHARE) / (1 - FLAT_SHARE), 0.0), 1.0)
         factor = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * falling)) / 2
         age = position - self.start_of(born)

@@ -20,6 +20,7 @@ import timing
 import workloads
 from benchmark import growth_ratio
 from conftest import run_script
+from schedule import WORK
 from timing import (
     Measure,
     alternate,
@@ -63,12 +64,12 @@ def test_operations_of_our_network_grow_as_the_readme_says():
     for stage, side in ((1, 32), (2, 64), (3, 128), (4, 256)):
         model.set_stage(stage)
         counted.append(training_operations(model, (1, 1, side, side)) * 64 / 1e9)  # as at 64 channels: squared
-    assert counted == pytest.approx([40, 80, 120, 185], rel=0.03)
+    assert counted == pytest.approx(list(WORK.values()), rel=0.03)
 
 
 def test_operations_of_a_matrix_product():
     work, operations = matrix_product(CPU, "float32", side=8)
-    assert operations % (2 * 8 ** 3) == 0
+    assert operations == 5 * 2 * 8 ** 3
     assert work() > 0
 
 
@@ -102,7 +103,7 @@ def test_the_power_of_a_power_law(exponent):
 
 
 def test_what_growing_saves_by_hand():
-    cost = {1: 40, 2: 80, 3: 120, 4: 185}
+    cost = WORK
     assert growth_ratio([1, 1, 1, 1], cost) == pytest.approx(425 / 740)
     assert growth_ratio([0, 0, 0, 9], cost) == 1
     assert PRESETS["quick"]["epochs_per_stage"] == "4,6,10,16"
@@ -142,9 +143,10 @@ def test_training_is_compared_within_each_round(setting, monkeypatch):
     monkeypatch.setattr(timing, "alternate", fake_rounds(costs))
     monkeypatch.setattr(timing, "own_process", lambda *args: contextlib.nullcontext({"classic U-Net": None}))
     monkeypatch.setattr(workloads, "usual_networks", lambda base_channels: {"classic U-Net": lambda: UNet(1, 1, 2)})
+    monkeypatch.setattr(workloads, "missing_networks", lambda base_channels: {"monai": "why"})
     record = {}
     found = {m.what: m for m in benchmark.training(setting, record)}
-    assert set(record["not_timed"]) == set(workloads.OTHERS) & set(workloads.missing_networks(2))
+    assert record["not_timed"] == {"monai": "why"}
     assert found["ours"].value == BATCH / 3
     assert found["ours against the classic U-Net as usual"].value == 6
     assert found["ours against the classic U-Net as usual"].verdict == "holds"
@@ -154,7 +156,7 @@ def test_training_is_compared_within_each_round(setting, monkeypatch):
     done, possible = found["operations an image, ours"].value * 1e9 * BATCH / 2, 5 * 2 * 2048 ** 3
     assert in_float32.value == pytest.approx(done / possible)
     assert in_bfloat16.value == pytest.approx(done / possible / 2)
-    assert (in_float32.bar, in_bfloat16.bar) == (None, 0.75)
+    assert (in_float32.bar, in_bfloat16.bar) == (None, None), "float32 is not measured by what bfloat16 can"
 
 
 def test_the_start_is_told_without_the_import_of_torch(setting, monkeypatch):
@@ -166,7 +168,9 @@ def test_the_start_is_told_without_the_import_of_torch(setting, monkeypatch):
 
 def test_the_first_step_ends_the_command(shared_root, tmp_path):
     options = ("--data_root", shared_root, "--base_channels", "2", "--output_dir", tmp_path, "--experiment_name", "a")
-    assert timing.run_python("-c", benchmark.FIRST_STEP, *options)[1].count("epoch 1/") == 0
+    printed = timing.run_python("-u", "-c", benchmark.FIRST_STEP, *options)[1]
+    assert "leakage:" in printed
+    assert "epoch 1/" not in printed
     with pytest.raises(ChildProcessError, match="no step was taken, but the command ended with 2"):
         timing.run_python("-c", benchmark.FIRST_STEP, *options, "--lr", "0")
 

@@ -6,6 +6,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import image_pyramid
 import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import TINY, run_script
-from image_cache import ImageCache, halve
+from image_cache import ImageCache, folder_for_files, halve
 from image_pyramid import open_pyramids
 from pap_smear_dataset import RESOLUTIONS, PapSmearDataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
@@ -195,17 +196,27 @@ def test_a_run_goes_on_with_another_way(trained_run, shared_root, little_memory,
     assert train_papsmear.main(["--data_root", str(shared_root), "--output_dir", str(output), "--experiment_name",
                                 "cut", *TINY, "--cache_images", "false", "--num_workers", "0"]) == 130
     saved = load_checkpoint(output / "cut/last.pth")
-    assert saved["config"]["resolved"]["cache_images"] == "decoded at every step"
+    assert saved["config"]["resolved"]["images_kept"] == "decoded at every step"
+    del saved["config"]["resolved"]["images_kept"]
     saved["config"]["resolved"]["cache_images"] = False  # as older versions wrote it
     save_checkpoint(output / "cut/last.pth", saved)
     assert train_papsmear.main(["--resume", str(output / "cut"), "--cache_images", "true"]) == 0
     assert f"{IN_FILES}{little_memory}" in capsys.readouterr().out
     config = json.loads((output / "cut/config.json").read_text())
-    assert config["resolved"]["cache_images"] == f"in memory-mapped files in {little_memory}"
+    assert config["resolved"]["images_kept"] == f"in memory-mapped files in {little_memory}"
     reference, found = (load_checkpoint(folder / "final_model.pth")["model"]
                         for folder in (trained_run[0], output / "cut"))
     assert all(torch.equal(reference[name], found[name]) for name in reference)
     shutil.rmtree(output / "cut")
+
+
+def test_files_are_not_kept_in_memory_by_default(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path == "/var/tmp")
+    assert folder_for_files() == "/var/tmp"
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert folder_for_files() == "/tmp", "asked for"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ PRESETS = {
                 "batch_sizes": "32:32,64:32,128:16,256:8", "augment_strength": 2.0, "average": 0.995,
                 "group_regex": r"^TCGA-\w+-\w+"},
 }
-CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images")
+CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images", "compile")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     machine.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    machine.add_argument("--compile", action="store_true", help="training steps by torch.compile, once a stage")
+    machine.add_argument("--compile", default=False, help="training steps by torch.compile, once a stage (false)",
+                         **boolean)
     machine.add_argument("--seed", type=whole(0), default=0)
     machine.add_argument("--deterministic", action="store_true", help="the same weights to the last bit on CUDA too")
 
@@ -240,7 +241,7 @@ def prepare(args: argparse.Namespace, folder: Path):
     config = {key: value for key, value in vars(args).items() if key not in unsaved}
     batch_sizes = resolved_batch_sizes(args)
     config |= {"data_fingerprint": fingerprint, "resolved": {
-        "device": str(device), "precision": precision, "num_workers": workers, "cache_images": pyramids["train"].kept,
+        "device": str(device), "precision": precision, "num_workers": workers, "images_kept": pyramids["train"].kept,
         "batch_sizes": ",".join(f"{r}:{n}" for r, n in batch_sizes.items())}}
 
     report = check_dataset(args.data_root, args.group_regex, pyramids=pyramids) if not args.overfit else \

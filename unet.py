@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unet_parts import DecoderLevel, DoubleConv, EncoderLevel, ToLogits, mean2x2, upsample2x
+from unet_parts import DecoderLevel, DoubleConv, EncoderLevel, ToLogits, join, mean2x2, upsample2x
 
 STAGE_RESOLUTIONS = {1: 32, 2: 64, 3: 128, 4: 256}
 LAST_STAGE = 4
@@ -273,8 +273,8 @@ class UNet(_Network):
         for i, block in enumerate(self.down):
             features = block(features if i == 0 else F.max_pool2d(features, 2))
             skips.append(features)
-        for up, join, skip in zip(self.up, self.join, reversed(skips[:-1]), strict=True):
-            features = join(torch.cat([skip, up(features)], dim=1))
+        for up, block, skip in zip(self.up, self.join, reversed(skips[:-1]), strict=True):
+            features = block(join(skip, up(features)))
         logits = self.head(features)
         return [logits] if return_all_scales else logits
 

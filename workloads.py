@@ -3,7 +3,6 @@
 Each function makes contenders for `timing.alternate`: callables that do their work once and return the seconds.
 """
 
-import gc
 import importlib.util
 import itertools
 import tempfile
@@ -80,9 +79,9 @@ def train_loaders(setting: Setting, pyramid: ImagePyramid, batch_sizes: dict | N
     return {resolution: three[0] for resolution, three in loaders.items()}
 
 
-def our_training(setting: Setting, stage: int = LAST_STAGE, network: str = "pgunet", images: int | None = None,
-                 base_channels: int | None = None) -> Callable[[], float]:
-    """Return an epoch of ProgressiveTrainer at a stage, with the default batch size there.
+def training_of(setting: Setting, stage: int = LAST_STAGE, network: str = "pgunet", images: int | None = None,
+                base_channels: int | None = None) -> tuple[ProgressiveTrainer, Callable[[], float]]:
+    """Return a trainer and an epoch of it at a stage, with the default batch size there.
 
     Args:
         images: of the epoch; None is one batch.
@@ -94,7 +93,12 @@ def our_training(setting: Setting, stage: int = LAST_STAGE, network: str = "pgun
     trainer = ProgressiveTrainer(model, str(setting.device), precision=setting.precision)
     pyramid = pyramid_of(setting.root, images or DEFAULT_BATCH_SIZES[resolution])
     loader, epochs = train_loaders(setting, pyramid)[resolution], itertools.count()
-    return lambda: timed(lambda: trainer.train_epoch(loader, next(epochs)), setting.device)
+    return trainer, lambda: timed(lambda: trainer.train_epoch(loader, next(epochs)), setting.device)
+
+
+def our_training(setting: Setting, *args, **kwargs) -> Callable[[], float]:
+    """Return the epoch of `training_of`."""
+    return training_of(setting, *args, **kwargs)[1]
 
 
 class DecodedFields(Dataset):
@@ -281,11 +285,9 @@ def training_in_processes(root: str, base_channels: int, precision: str, steps: 
     """
     with joined():
         setting = Setting(Path(root), base_channels, steps, True, torch.device("cpu"), precision)
-        epoch = our_training(setting)
+        trainer, epoch = training_of(setting)
         seconds = [epoch() for _ in range(1 + steps)]
-        del epoch
-        # The network's wrapper goes before the group does; left to the end of Python, one run in ten was aborted there.
-        gc.collect()
+        trainer.leave_group()
         return seconds[1:] if leads() else None
 
 
