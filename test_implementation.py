@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_papsmear
-from augmentation import augment, sample_numbers
+from augmentation import MAX_STRENGTH, augment, sample_numbers
 from checkpoints import FIELDS, load_checkpoint, load_model, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from devices import choose_device, choose_precision, training_memory
@@ -1054,7 +1054,7 @@ def test_scores_are_at_the_original_size(tmp_path):
     (["--epochs_per_stage", "-3"], "whole number of at least 1"),
     (["--epochs_per_stage", "1,2"], "stages 1..4"),
     (["--progressive", "false", "--epochs_per_stage", "1,2,3,4"], "stage 4 alone"),
-    (["--lr", "nan"], "number above 0"),
+    (["--lr", "nan"], "number above 0"), (["--augment_strength", str(MAX_STRENGTH + 0.1)], "--augment_strength"),
     (["--lr", "0"], "number above 0"),
     (["--augment_probability", "1.5"], "at most 1"),
     (["--progressive", "perhaps"], "neither true nor false"),

@@ -180,6 +180,19 @@ def test_stain_augmentation_scales_optical_density_and_keeps_white_white():
     assert torch.equal(grey, image[:, :1]), "luminance has no stain"
 
 
+def test_strength_is_a_factor_on_what_augmentation_does():
+    image = torch.full((64, 3, 4, 4), 0.5)
+    numbers = sample_numbers(0, 32, 0, np.arange(64))
+    numbers[:, :12] = 1.0  # nothing but the stain
+    once, twice, none = (augment(image, image, numbers, 0.5, strength)[0] for strength in (1.0, 2.0, 0.0))
+    assert torch.equal(none, image)
+    assert torch.allclose(torch.log(twice / 0.5), 2 * torch.log(once / 0.5), atol=1e-5), "of the optical density"
+    numbers[:, :5], numbers[:, 12] = 0.0, 1.0  # all but the stain
+    picture = torch.rand(64, 1, 32, 32)
+    flipped, _ = augment(picture, picture, numbers, 0.5, 0.0)
+    assert torch.allclose(flipped.flatten(1).sort().values, picture.flatten(1).sort().values, atol=1e-5), "turned alone"
+
+
 def test_an_instance_map_of_another_size_is_named(data_root):
     (data_root / "train/instances").mkdir()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(data_root / "train/instances/train_0.png")
