@@ -82,7 +82,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep memory that was freed instead of handing it back and fetching it again at each step.
 
     Large tensors are otherwise new pages from the system every time; keeping them made a CPU training step 1.3 times
-    as fast for a quarter more memory. For the whole process, where the C library is glibc; elsewhere nothing happens.
+    as fast for a quarter more memory, and prediction 1.5 to 1.8 times for a fifth more at most. For the whole process,
+    where the C library is glibc; elsewhere nothing happens.
     """
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     try:

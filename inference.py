@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from checkpoints import load_checkpoint, model_of
-from devices import autocast, choose_device, choose_precision
+from devices import autocast, choose_device, choose_precision, keep_freed_memory
 from familiarity import describe, strangest
 from image_bands import windows
 from image_cache import halve
@@ -63,6 +63,8 @@ class Predictor:
             raise ValueError("checkpoints is empty; give one path or a list of at least one")
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         found = [load_checkpoint(path) for path in paths]
         recipes = [_recipe(checkpoint, path) for checkpoint, path in zip(found, paths, strict=True)]
         for path, recipe in zip(paths, recipes, strict=True):

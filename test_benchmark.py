@@ -106,8 +106,12 @@ def test_what_growing_saves_by_hand():
     cost = WORK
     assert growth_ratio([1, 1, 1, 1], cost) == pytest.approx(425 / 740)
     assert growth_ratio([0, 0, 0, 9], cost) == 1
-    assert PRESETS["quick"]["epochs_per_stage"] == "4,6,10,16"
     assert growth_ratio([4, 6, 10, 16], cost) == pytest.approx((4 * 40 + 6 * 80 + 10 * 120 + 16 * 185) / (36 * 185))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_take_half_the_operations(name):
+    assert growth_ratio([int(n) for n in PRESETS[name]["epochs_per_stage"].split(",")], WORK) <= 0.5
 
 
 def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monkeypatch):
@@ -128,8 +132,8 @@ def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monk
     ratio = found["the second over the first"]
     assert ratio.value == pytest.approx(0.625 / found[
         "equal epochs at all stages against as many at stage 4, by operations"].value)
-    quick = next(m for m in found.values() if m.what.startswith("epochs of --preset quick (4,6,10,16)"))
-    assert quick.value == (4 * 1 + 6 * 2 + 10 * 3 + 16 * 4) / (36 * 4)
+    quick = next(m for m in found.values() if m.what.startswith("epochs of --preset quick (28,22,14,14)"))
+    assert quick.value == (28 * 1 + 22 * 2 + 14 * 3 + 14 * 4) / (78 * 4)
 
 
 def fake_rounds(costs: dict):
