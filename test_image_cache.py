@@ -184,7 +184,7 @@ def test_the_way_that_was_chosen_is_said(shared_root, little_memory, capsys):
         assert train_papsmear.main([*command, *options]) == 0
         printed = capsys.readouterr().out
         assert f"; images {said}, " in printed
-        assert f'"cache_images": {json.dumps(said)}' in printed
+        assert f'"images_kept": {json.dumps(said)}' in printed
 
 
 def test_a_run_goes_on_with_another_way(trained_run, shared_root, little_memory, monkeypatch, capsys):
