@@ -43,6 +43,17 @@ FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "targets
           "epoch", "score", "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
 
 
+def untrained_checkpoint(model, **fields) -> dict:
+    """Return what a checkpoint of a network holds that no training made: recipe and weights, and None besides.
+
+    Args:
+        fields: instead of a binary mask as the only target, sizing 'resize' and a threshold of 0.5.
+    """
+    return dict.fromkeys(FIELDS) | {
+        "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "alpha": model.alpha,
+        "model": model.live_state(), "targets": ["mask"], "usual": {}, "sizing": "resize", "threshold": 0.5} | fields
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint so that the file is either whole or not there: to a temporary file, then renamed."""
     assert set(checkpoint) == set(FIELDS), set(checkpoint) ^ set(FIELDS)

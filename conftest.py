@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import FIELDS, FORMAT, save_checkpoint
+from checkpoints import save_checkpoint, untrained_checkpoint
 from images import save_png
 
 PROJECT = Path(__file__).parent
@@ -38,10 +38,7 @@ def write_data_set(root: Path, counts=(6, 3, 3), side: int = 64) -> Path:
 def write_checkpoint(path: Path, model, sizing: str = "resize", targets=("mask",),
                      usual: dict | None = None) -> Path:
     """Save a network as a checkpoint that no training made."""
-    save_checkpoint(path, dict.fromkeys(FIELDS) | {
-        "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "alpha": model.alpha,
-        "model": model.live_state(), "targets": list(targets), "usual": usual or {}, "sizing": sizing,
-        "threshold": 0.5})
+    save_checkpoint(path, untrained_checkpoint(model, targets=list(targets), usual=usual or {}, sizing=sizing))
     return path
 
 

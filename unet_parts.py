@@ -77,6 +77,7 @@ def join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class _Join(torch.autograd.Function):
+    """What `join` does."""
 
     @staticmethod
     def forward(ctx, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,7 @@ class ToLogits(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             # As a matrix product, whose backward pass is twice as fast as the convolution's on a CPU.
             last = features.permute(0, 2, 3, 1).to(weight.dtype)
-            return nn.functional.linear(last, weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
+            return F.linear(last, weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
 
 
 def upsample2x(x: torch.Tensor) -> torch.Tensor:

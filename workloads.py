@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from checkpoints import FIELDS, FORMAT, save_checkpoint
+from checkpoints import save_checkpoint, untrained_checkpoint
 from devices import autocast
 from distributed import joined, leads
 from image_cache import ImageCache
@@ -227,9 +227,7 @@ def new_predictor(base_channels: int, device: str, precision: str) -> Predictor:
     model.set_stage(LAST_STAGE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.pth"
-        save_checkpoint(path, dict.fromkeys(FIELDS) | {
-            "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "alpha": model.alpha,
-            "model": model.live_state(), "targets": ["mask"], "usual": {}, "sizing": "tile", "threshold": 0.5})
+        save_checkpoint(path, untrained_checkpoint(model, sizing="tile"))
         return Predictor(path, device, precision)
 
 
