@@ -308,8 +308,8 @@ def prepared_folder(folder: Path, overwrite: bool) -> Path:
 def run(args: argparse.Namespace) -> None:
     """Measure every part, print its figures as they come, and write the results after each."""
     from devices import choose_device, choose_precision
+    from machine import processor
     from run_folder import environment
-    from timing import processor
     from workloads import Setting, write_fields
 
     device = choose_device(args.device)

@@ -1,12 +1,12 @@
 """Choose device and precision, keep random states, and say what a stage will need of memory."""
 
-import ctypes
 import os
 
 import torch
 
 from distributed import local_rank, local_world_size
 from losses import multi_scale_loss
+from machine import processor_has_bfloat16
 from unet import STAGE_RESOLUTIONS
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -37,23 +37,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Tell whether bfloat16 arithmetic is in hardware and at least as fast as float32.
-
-    So it is on CUDA from compute capability 8.0, on CPUs with AMX, and on AMD's with AVX512-BF16 (three to four times
-    float32). Intel's AVX512-BF16 without AMX was measured at 0.7 times float32, in convolutions and matrix products
-    alike; where it is emulated it is slower still.
-    """
+    """Tell whether bfloat16 is in hardware and at least as fast as float32: on CUDA from compute capability 8.0."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        try:
-            with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
-                fields = dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
-        except OSError:
-            return False
-        flags = fields.get("flags", "").split()
-        return "amx_bf16" in flags or "avx512_bf16" in flags and fields.get("vendor_id") != "GenuineIntel"
-    return False
+    return device.type == "cpu" and processor_has_bfloat16()
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -76,22 +63,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network is run: mixed precision, or nothing for float32."""
     return torch.autocast(device.type, dtype=getattr(torch, precision) if precision != "float32" else None,
                           enabled=precision != "float32")
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep memory that was freed instead of handing it back and fetching it again at each step.
-
-    Large tensors are otherwise new pages from the system every time; keeping them made a CPU training step 1.3 times
-    as fast for a quarter more memory, and prediction 1.5 to 1.8 times for a fifth more at most. For the whole process,
-    where the C library is glibc; elsewhere nothing happens.
-    """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
 
 
 def compute_reproducibly() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distributed import local_world_size
+from machine import free_memory
 from unet import STAGE_RESOLUTIONS
 
 CACHE_SHARE = 0.25  # of the memory that is free, all processes of a machine together
@@ -140,19 +141,6 @@ def halve(level: torch.Tensor) -> torch.Tensor:
         rows = blocks[:, :, :, 0] + blocks[:, :, :, 1]
         out[i:i + 64] = (rows[..., 0] + rows[..., 1] + 2) >> 2  # five times as fast as `sum` over the two axes
     return out
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that can be had without swapping (half of all where that is not told)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (AttributeError, ValueError, OSError):  # Windows
-            return 4 * 2 ** 30
 
 
 def _reserved(folder: str, size: int):

@@ -17,12 +17,13 @@ import torch
 from torch.nn import functional as F
 
 from checkpoints import load_checkpoint, model_of
-from devices import autocast, choose_device, choose_precision, keep_freed_memory
+from devices import autocast, choose_device, choose_precision
 from familiarity import describe, strangest
 from image_bands import windows
 from image_cache import halve
 from image_pyramid import FINEST
 from images import load_image, resize, to_image
+from machine import keep_freed_memory
 from separation import separate_nuclei
 from splits import SIZINGS
 from targets import mask_classes

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
-from devices import autocast, choose_device, choose_precision, keep_freed_memory, random_states, set_random_states
+from devices import autocast, choose_device, choose_precision, random_states, set_random_states
 from distributed import ParallelSteps, leads, progress, synchronised, total, weight_of, world_size
 from losses import multi_scale_loss, refuse_non_finite
+from machine import keep_freed_memory
 from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
 from optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
 from report import epoch_lines, predictions

@@ -20,6 +20,7 @@ import timing
 import workloads
 from benchmark import growth_ratio
 from conftest import run_script
+from machine import peak_memory
 from schedule import WORK
 from timing import (
     Measure,
@@ -29,7 +30,6 @@ from timing import (
     median,
     median_ratio,
     own_process,
-    peak_memory,
     power,
     training_operations,
 )
@@ -263,7 +263,7 @@ def test_the_network_alone_gets_the_tiles_of_the_prediction(setting, monkeypatch
 def test_memory_is_that_of_the_process_alone():
     held = bytearray(300 * 2 ** 20)  # what this process holds is not counted in the one it starts
     assert peak_memory() > len(held)
-    assert call_in_processes("timing.peak_memory") < 1.1 * peak_memory() - len(held)
+    assert call_in_processes("machine.peak_memory") < 1.1 * peak_memory() - len(held)
 
 
 def test_a_failure_in_another_process_is_said():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-import devices
+import machine
 from checkpoints import load_checkpoint, load_model
 from conftest import PROJECT, TINY, run_script
 from devices import autocast, bfloat16_pays, choose_device, choose_precision
@@ -152,7 +152,7 @@ def test_bfloat16_convolutions_agree_with_float32():
 def test_bfloat16_is_chosen_where_it_pays(vendor, flags, pays, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n\n")
     opened = functools.partial(open, tmp_path / "cpuinfo")
-    monkeypatch.setattr(devices, "open", lambda path, **kwargs: opened(**kwargs), raising=False)
+    monkeypatch.setattr(machine, "open", lambda path, **kwargs: opened(**kwargs), raising=False)
     assert bfloat16_pays(torch.device("cpu")) is pays
     assert choose_precision("auto", torch.device("cpu")) == ("bfloat16" if pays else "float32")
 
@@ -163,15 +163,24 @@ def test_auto_takes_the_best_device_there_is():
     assert choose_precision("auto", torch.device("mps")) == "float32"
 
 
+def test_a_system_that_tells_nothing_is_no_error(monkeypatch, tmp_path):
+    assert machine.fields(str(tmp_path / "absent")) == {}
+    monkeypatch.setattr(machine, "fields", lambda path: {})
+    assert machine.processor()
+    assert machine.free_memory() > 0
+    assert machine.peak_memory() > 2 ** 20
+    assert not machine.processor_has_bfloat16()
+
+
 def test_modules_import_one_way_and_without_warnings():
     """A module imports only from modules listed above it."""
     order = ["options", "distributed", "unet_parts", "unet", "losses", "metrics", "images", "image_bands",
-             "augmentation", "splits", "targets", "familiarity", "image_cache", "image_pyramid", "pap_smear_dataset",
-             "checkpoints", "devices", "separation", "block_separation", "measurement", "inference", "streaming",
-             "schedule", "optimization", "scoring", "report", "run_folder", "progressive_trainer", "train_papsmear",
-             "predict_papsmear", "evaluate_papsmear", "make_sample_data", "annotations", "prepared_data",
-             "prepare_monuseg", "prepare_herlev", "import_annotations", "experiments", "timing", "workloads",
-             "benchmark", "example_usage"]
+             "augmentation", "splits", "targets", "familiarity", "machine", "image_cache", "image_pyramid",
+             "pap_smear_dataset", "checkpoints", "devices", "separation", "block_separation", "measurement",
+             "inference", "streaming", "schedule", "optimization", "scoring", "report", "run_folder",
+             "progressive_trainer", "train_papsmear", "predict_papsmear", "evaluate_papsmear",
+             "make_sample_data", "annotations", "prepared_data", "prepare_monuseg", "prepare_herlev",
+             "import_annotations", "experiments", "timing", "workloads", "benchmark", "example_usage"]
     for i, name in enumerate(order):
         source = (PROJECT / f"{name}.py").read_text()
         used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)

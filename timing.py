@@ -231,27 +231,3 @@ def call_in_processes(function: str, *args, processes: int | None = None, thread
     environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     _, printed = run_python(*start, "-c", code, json.dumps(args), environment=environment)
     return json.loads(printed.strip().splitlines()[-1])
-
-
-def peak_memory() -> int:
-    """Return the largest resident memory in bytes that this process has had."""
-    try:
-        # On Linux ru_maxrss is no less than what the process that started this one had, even after exec; this is not.
-        with open("/proc/self/status", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        import resource  # not on Windows
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def processor() -> str:
-    """Return the name of the CPU, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()

@@ -23,11 +23,12 @@ from image_pyramid import ImagePyramid
 from images import load_image, resize, save_png
 from inference import Predictor, plan_axis
 from losses import multi_scale_loss
+from machine import peak_memory
 from make_sample_data import make_field
 from pap_smear_dataset import DEFAULT_BATCH_SIZES, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from splits import list_splits
-from timing import call_in_processes, median, own_process, peak_memory, timed
+from timing import call_in_processes, median, own_process, timed
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model
 
 BATCH = DEFAULT_BATCH_SIZES[STAGE_RESOLUTIONS[LAST_STAGE]]
