@@ -16,6 +16,10 @@ import numpy as np
 from skimage.draw import polygon
 
 
+class AnnotationError(ValueError):
+    """A file of annotations that cannot be read; the message names it."""
+
+
 @dataclass
 class Region:
     """One nucleus as drawn.
@@ -31,7 +35,7 @@ class Region:
     pixels: np.ndarray | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Annotation:
     """What was drawn on one image.
 
@@ -73,8 +77,8 @@ def rasterise(regions: list[Region], shape: tuple[int, int]) -> tuple[np.ndarray
 def read_imagescope(path: Path) -> Annotation:
     """Read an Aperio ImageScope XML; the regions of all its layers are nuclei.
 
-    Raises ValueError for a file with a DOCTYPE or entity declaration (it could read other files or fill the memory),
-    for XML that is not well formed and for XML of another program.
+    Raises AnnotationError for a file with a DOCTYPE or entity declaration (it could read other files or fill the
+    memory), for XML that is not well formed and for XML of another program.
     """
     reader = _ImageScopeReader(path)
     parser = reader.parser = expat.ParserCreate()
@@ -83,8 +87,10 @@ def read_imagescope(path: Path) -> Annotation:
     try:
         with open(path, "rb") as file:
             parser.ParseFile(file)
-    except expat.ExpatError as error:
-        raise ValueError(f"{path}: no XML that can be read ({error}). Export it again from ImageScope") from None
+    except AnnotationError:
+        raise
+    except (expat.ExpatError, LookupError, ValueError) as error:  # the last two for encodings that it does not know
+        raise AnnotationError(f"{path}: no XML that can be read ({error}). Export it again from ImageScope") from None
     found = reader.annotation
     if len(reader.layers) > 1:
         found.notes.append(f"{len(reader.layers)} annotation layers with regions; all are taken as nuclei")
@@ -101,24 +107,33 @@ class _ImageScopeReader:
         self.outline: list[tuple[float, float]] | None = None
 
     def declaration(self, *_) -> None:
-        raise ValueError(f"{self.path}: line {self.parser.CurrentLineNumber} has a DOCTYPE or entity declaration; "
-                         f"ImageScope writes none, and they are not read. Export the file again from ImageScope")
+        raise AnnotationError(f"{self.path}: line {self.parser.CurrentLineNumber} has a DOCTYPE or entity declaration; "
+                              f"ImageScope writes none, and they are not read. Export the file again from ImageScope")
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         if self.outline is None:  # the first element
             if tag != "Annotations":
-                raise ValueError(f"{self.path}: its root is <{tag}>; an ImageScope file begins with <Annotations>. "
-                                 f"Export the annotation from ImageScope as XML")
+                raise AnnotationError(f"{self.path}: its root is <{tag}>; an ImageScope file begins with "
+                                      f"<Annotations>. Export the annotation from ImageScope as XML")
             self.outline = []
-            if "MicronsPerPixel" in attributes:
-                size = self._number(attributes, "MicronsPerPixel")
-                self.annotation.microns_per_pixel = size if size > 0 else None
+            self._read_scale(attributes.get("MicronsPerPixel", "0"))
         elif tag == "Annotation":
             self.layer += 1
         elif tag == "Region":
             self._start_region(attributes)
         elif tag == "Vertex":
             self.outline.append((self._number(attributes, "Y"), self._number(attributes, "X")))
+
+    def _read_scale(self, text: str) -> None:
+        """Take the size of a pixel; 0 stands for unknown, and what is no number counts as that, with a note."""
+        try:
+            size = float(text)
+        except ValueError:
+            size = math.nan
+        if size > 0 and math.isfinite(size):
+            self.annotation.microns_per_pixel = size
+        elif size != 0:
+            self.annotation.notes.append(f"MicronsPerPixel is {text!r}, no number above 0; taken as unknown")
 
     def _start_region(self, attributes: dict[str, str]) -> None:
         self.outline = []
@@ -137,8 +152,9 @@ class _ImageScopeReader:
         except (KeyError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(f"{self.path}: line {self.parser.CurrentLineNumber} has {key}={attributes.get(key)!r}; a "
-                             f"finite number is needed. Export the file again from ImageScope")
+            raise AnnotationError(f"{self.path}: line {self.parser.CurrentLineNumber} has {key}="
+                                  f"{attributes.get(key)!r}; a finite number is needed. Export the file again from "
+                                  f"ImageScope")
         return value
 
 
@@ -156,7 +172,7 @@ def read_geojson(path: Path) -> Annotation:
                          f"Export it from QuPath with 'Export objects as GeoJSON'")
     found, cells = Annotation(), 0
     for number, feature in enumerate(content, 1):
-        cells += "nucleusGeometry" in feature
+        cells += bool(feature.get("nucleusGeometry"))
         geometry = feature.get("nucleusGeometry") or feature.get("geometry")
         geometry = geometry if isinstance(geometry, dict) else {}
         kind, coordinates = geometry.get("type"), geometry.get("coordinates")
@@ -166,7 +182,7 @@ def read_geojson(path: Path) -> Annotation:
         polygons = coordinates if kind == "MultiPolygon" else [coordinates]
         try:
             rings = [[_ring(ring) for ring in rings] for rings in polygons]
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, LookupError, OverflowError):
             raise ValueError(f"{path}: feature {number} has {kind} coordinates that are no lists of finite (x, y) "
                              f"pairs. Export it again") from None
         found.regions.append(Region(str(number), rings))
@@ -176,7 +192,8 @@ def read_geojson(path: Path) -> Annotation:
 
 
 def read_coco(path: Path) -> dict[str, Annotation]:
-    """Read COCO JSON as CVAT exports it: polygons and run lengths, plain or compressed. Categories are not told apart.
+    """Read COCO JSON as CVAT exports it: polygons and run lengths, plain or compressed. All categories are
+    taken as nuclei; an image with several gets a note.
 
     Returns:
         The annotation of each image, by the stem of its file name.
@@ -186,14 +203,15 @@ def read_coco(path: Path) -> dict[str, Annotation]:
     if not isinstance(content, dict) or not all(_dictionaries(content.get(k)) for k in ("images", "annotations")):
         raise ValueError(f"{path}: no COCO annotation; the lists 'images' and 'annotations' are needed. Export it from "
                          f"CVAT as 'COCO 1.0'")
-    by_id, by_stem = {}, {}
+    by_id, by_stem, kinds = {}, {}, {}
     for image in content["images"]:
         stem = Path(str(image.get("file_name", "")).replace("\\", "/")).stem
         if not stem or stem in by_stem:
             raise ValueError(f"{path}: image {image.get('id')!r} has file_name {image.get('file_name')!r}; every image "
                              f"needs a name whose stem occurs once. Rename it and export again")
         size = (image.get("height"), image.get("width"))
-        by_stem[stem] = by_id[str(image.get("id"))] = Annotation(size=size if all(size) else None)
+        by_stem[stem] = by_id[str(image.get("id"))] = Annotation(
+            size=size if all(isinstance(side, int) and side > 0 for side in size) else None)
     for number, entry in enumerate(content["annotations"], 1):
         name = str(entry.get("id", number))
         if str(entry.get("image_id")) not in by_id:
@@ -205,10 +223,22 @@ def read_coco(path: Path) -> dict[str, Annotation]:
             continue
         try:
             annotation.regions.append(_coco_region(name, segmentation, annotation))
-        except (TypeError, ValueError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise ValueError(f"{path}: annotation {name} has a segmentation that cannot be read ({error}); lists "
                              f"x, y, x, y ... or run lengths are needed. Export it again") from None
+        kinds.setdefault(str(entry["image_id"]), set()).add(str(entry.get("category_id")))
+    _note_categories(content.get("categories"), {by_id[image]: kinds[image] for image in kinds})
     return by_stem
+
+
+def _note_categories(categories, found: dict[Annotation, set[str]]) -> None:
+    """Say of each image on which regions of several categories lie that all of them are nuclei now."""
+    names = {str(c.get("id")): str(c.get("name")) for c in categories} if _dictionaries(categories) else {}
+    for annotation, kinds in found.items():
+        if len(kinds) > 1:
+            annotation.notes.append(f"regions of {len(kinds)} categories "
+                                    f"({', '.join(sorted(names.get(kind, kind) for kind in kinds))}); all are taken as "
+                                    f"nuclei. Export the category that you want alone")
 
 
 def decode_run_lengths(counts: list[int] | str, size: tuple[int, int]) -> np.ndarray:
@@ -290,7 +320,7 @@ def _pixels(region: Region, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _inside(ring, shape: tuple[int, int]) -> np.ndarray:
-    ring = np.asarray(ring, float).reshape(-1, 2)
+    ring = np.asarray(ring, float).reshape(-1, 2).clip(-1e9, 1e9)  # what lies farther out is cut off anyway
     if _vertices(ring) < 3:
         return np.zeros(0, np.intp)
     rows, columns = polygon(ring[:, 0], ring[:, 1], shape)

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from options import Parser, checkpoint_list, command, flag, whole
+from options import Parser, checkpoint_list, command, flag, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the bootstrap (0)")
-    parser.add_argument("--out", help="folder for the results (CHECKPOINT_SPLIT beside the checkpoint)")
+    parser.add_argument("--out", type=results_folder,
+                        help="folder for the results (CHECKPOINT_SPLIT beside the checkpoint)")
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
@@ -64,6 +65,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.compare}: {other.classes} classes, but {args.checkpoint} has "
                          f"{predictor.classes}; only checkpoints for the same masks can be compared")
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
+    folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
     print(f"{len(pairs)} images of {pairs[0].image.parent} at original size")
     if args.instances:
         without = sum(instance_file(pair) is None for pair in pairs)

@@ -4,19 +4,24 @@ Images come as uint8, masks as bool, both (H, W, C); instance maps as int32 (H, 
 `ImageFileError` that names the file, what was found, the rule and the remedy.
 """
 
+import logging
 import math
 import struct
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by an error
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything is decoded
 MAX_GREY_SHARE = 0.20  # of a mask's pixels; real JPEG masks have up to 0.07 between 64 and 191
+READER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error)  # at damaged files
 MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
 
 
@@ -25,10 +30,10 @@ class ImageFileError(ValueError):
 
 
 def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
-    """Return (height, width) in pixels from the header alone; an image of more than `max_pixels` is refused."""
+    """Return (height, width) in pixels from the header alone; a stack, and more than `max_pixels`, are refused."""
     with _open(path) as image:
-        _check_pixels(path, image, max_pixels)
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        _check_header(path, image, max_pixels)
+        turned = _orientation(image) in (5, 6, 7, 8)
         # Pillow turns the size of a TIFF by itself, in newer versions.
         width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
         return (width, height) if turned else (height, width)
@@ -48,7 +53,7 @@ def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.nd
 def decode_image(path: Path, file: BinaryIO, channels: int) -> np.ndarray:
     """Read the image in an open file, e.g. one in memory, just as `load_image` reads `path`, the name in errors."""
     with _open(path, file) as image:
-        return _in_channels(path, _loaded(path, image), channels)
+        return _in_channels(path, _loaded(path, image, file=file), channels)
 
 
 def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image") -> np.ndarray:
@@ -103,11 +108,6 @@ def load_instances(path: Path) -> np.ndarray:
     Takes what Fiji, napari, StarDist and Cellpose write: 8, 16 or 32 bit, palettes by index, and floating point if all
     values are whole.
     """
-    with _open(path) as image:
-        frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise ImageFileError(f"{path}: a stack of {frames} images; an instance map is one plane. Save each plane by "
-                             f"itself")
     raw = _decode(path, palette=False)
     if raw.ndim == 3:
         raise ImageFileError(f"{path}: a colour image; an instance map has one channel, 0 for background and a whole "
@@ -178,6 +178,9 @@ def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
     try:
         return Image.open(file or path)
     except UnidentifiedImageError:
+        image = _unusual_tiff(path) if not file and path.suffix.lower() in (".tif", ".tiff") else None
+        if image:
+            return image
         raise ImageFileError(f"{path}: not a readable image ({path.stat().st_size} bytes); PNG, JPEG, TIFF and BMP are "
                              f"read. Export it again or remove it") from None
     except OSError as error:
@@ -192,29 +195,80 @@ def _decode(path: Path, max_pixels: int = MAX_PIXELS, palette: bool = True) -> n
         palette: turn palette images into their colours; False keeps the indices.
     """
     with _open(path) as image:
-        _check_pixels(path, image, max_pixels)
+        _check_header(path, image, max_pixels)
         return _loaded(path, image, palette)
 
 
-def _check_pixels(path: Path, image: Image.Image, max_pixels: float) -> None:
+def _unusual_tiff(path: Path) -> Image.Image | None:
+    """Read a grey TIFF of 64 bit, or of 32 bit in an order of bytes that Pillow does not know; None for all else."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            raw = page.asarray() if len(page.shape) == 2 and page.size <= MAX_PIXELS else np.zeros(0)
+    except READER_ERRORS:  # no TIFF at all, too
+        return None
+    if raw.ndim != 2 or not raw.size or raw.dtype.kind not in "iuf":
+        return None
+    if raw.dtype.kind == "f":
+        return Image.fromarray(raw.astype(np.float32))
+    return Image.fromarray(raw.astype(np.int32)) if abs(raw).max() < 2 ** 31 else None
+
+
+def _check_header(path: Path, image: Image.Image, max_pixels: float) -> None:
+    """Refuse too many pixels, and a stack of planes; the smaller pictures of a pyramid are none."""
     width, height = image.size
+    planes = 1 + sum(size == image.size for size in _sizes_of_pages(image)[1:]) if image.format == "TIFF" else 1
+    if planes > 1:
+        raise ImageFileError(f"{path}: a stack of {planes} images of {height}x{width} pixels; one plane is read. Save "
+                             f"the one that you want by itself")
     if width * height > max_pixels:
         raise ImageFileError(f"{path}: {height}x{width} pixels, {width * height:.3g} in all; at most "
                              f"{max_pixels:.3g} are decoded. Cut or reduce the image, or raise --max_pixels if the "
                              f"memory is there")
 
 
-def _loaded(path: Path, image: Image.Image, palette: bool = True) -> np.ndarray:
+def _sizes_of_pages(image: Image.Image) -> list[tuple[int, int]]:
+    """Return the size of every page of a TIFF, up to the first one that is damaged."""
+    sizes = [image.size]
     try:
+        for page in range(1, image.n_frames):
+            image.seek(page)
+            sizes.append(image.size)
+    except (*READER_ERRORS, EOFError):
+        pass  # the first page may be good all the same
+    if len(sizes) > 1:
+        image.seek(0)
+    return sizes
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation by EXIF, 1 for upright; 1 too where these data are damaged, as the pixels may be good."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except READER_ERRORS:
+        return 1
+
+
+def _loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO | None = None) -> np.ndarray:
+    """Return the pixels of an image opened from `path`, or from `file`; see `_decode`."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    deep = max(tags.get(258, (8,))) > 8
+    try:
+        if deep and tags.get(284) == 2 and tags.get(259, 1) == 1:  # uncompressed planes, which Pillow reads wrongly
+            if file:
+                file.seek(0)
+            return np.moveaxis(tifffile.imread(file or path, key=0), 0, -1)[..., :3]
         image.load()
-        return _pixels(image, palette)
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:  # what Pillow's readers raise
+        raw = _pixels(image, palette)
+        inverted = tags.get(262) == 0 and image.mode.startswith("I;16")  # 0 is white, which Pillow knows for 8 bit only
+        return 65535 - raw if inverted else raw
+    except READER_ERRORS as error:
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
 def _pixels(image: Image.Image, palette: bool = True) -> np.ndarray:
     """Turn a photograph upright and reduce its mode to grey or RGB; see `_decode`."""
-    if image.getexif().get(0x0112, 1) != 1:
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "P":
         image = image.convert("RGB") if palette else image

@@ -10,6 +10,7 @@ NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, s
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,12 +23,13 @@ from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_coco, read_geojson
 from images import IMAGE_SUFFIXES, ImageFileError, image_size, load_image, load_instances
-from options import command
-from prepared_data import PreparedData, Source, images_by_stem, new_folder, tile_offsets
-from splits import SHARES, SPLITS, DatasetError, deal_groups, group_names
+from options import Parser, command, number, regex, whole
+from prepared_data import TILE, PreparedData, Source, images_by_stem, new_folder
+from splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
 
 FORMATS = ("geojson", "label-tiff", "coco")
-LABEL_ENDS = ("_cp_masks", "_labels", "_label", "_masks", "_mask")  # what Cellpose and others add to the name
+LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask")  # what programs add to the name
+BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?")  # that predict_papsmear.py writes too
 FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
 
 Drawn = tuple[np.ndarray, list[str]]  # instance map (H, W) int32 with labels 1..n, and notes
@@ -49,10 +51,12 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
     drawn, problems = {}, []
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
     files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
+    files = [p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     own = {image.resolve() for image in images.values()}  # both may lie in one folder
-    for path in (p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")):
-        stem = _stem_of_image(path, images)
-        if path.resolve() in own:
+    predicted = {p.stem.removesuffix("_instances") for p in files if p.stem.endswith("_instances")}
+    for path in files:
+        stem, beside = _stem_of_image(path, images), BESIDE_INSTANCES.fullmatch(path.stem)
+        if path.resolve() in own or beside and beside[1] in predicted:
             continue
         if stem in drawn:
             problems.append(f"{path}: a second file for {stem}. Keep one")
@@ -82,7 +86,10 @@ def _only_json(path: Path) -> Path:
     """Return the JSON file itself, or the only one in a folder or in its folder 'annotations'."""
     if path.is_file():
         return path
-    found = sorted(path.glob("*.json")) or sorted(path.glob("annotations/*.json"))
+    found = []
+    for folder in (path, path / "annotations"):
+        if folder.is_dir() and not found:
+            found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() == ".json" and not p.name.startswith(".")]
     if len(found) != 1:
         raise ValueError(f"{path}: {len(found)} JSON files found; COCO is one file for all images. Pass it as "
                          f"--annotations")
@@ -99,15 +106,15 @@ def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
 
 
 def read_label_image(path: Path, image: Path) -> Drawn:
-    """Read an instance map and number its nuclei 1..n; a 0/255 mask is separated where its pieces do not touch."""
+    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch."""
     labels = load_instances(path)
     shape = image_size(image)
     if labels.shape != shape:
         raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but {image} has {shape[0]}x"
                              f"{shape[1]}; both must have one size. Export the labels at the image's size")
     values = np.unique(labels[labels > 0])
-    if len(values) == 1 and values[0] in (255, 65535):
-        pieces, count = ndimage.label(labels, np.ones((3, 3)))
+    pieces, count = ndimage.label(labels, np.ones((3, 3))) if len(values) == 1 else (labels, 0)
+    if count > 1 or len(values) == 1 and values[0] in (255, 65535):
         return pieces.astype(np.int32), [f"a mask of 0 and {values[0]}, not of labels: each of its {count} pieces is "
                                          f"taken as one nucleus, also where several touch"]
     return np.searchsorted(values, labels, side="right").astype(np.int32), []
@@ -116,9 +123,6 @@ def read_label_image(path: Path, image: Path) -> Drawn:
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
                  sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
     """Write the data set and return the report; raises ValueError for what cannot be used."""
-    tile_offsets(0, overlap)  # complains about a wrong overlap before anything is read
-    if microns_per_pixel is not None and not 0 < microns_per_pixel < np.inf:
-        raise ValueError(f"--microns_per_pixel is {microns_per_pixel}; it must be above 0, e.g. 0.25")
     with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
         data = PreparedData(root, f"own annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
@@ -131,11 +135,13 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
         if not names:
             raise ValueError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
                              f"that of an image in {image_dir} ({', '.join(list(images)[:3])}). Stems must be the same")
-        group_of = group_names(names, group_regex)
-        dealt = deal_groups(Counter(group_of.values()), SHARES, seed)
         problems = []
-        for name in tqdm(names, desc="images", unit="image", disable=None):
-            source = Source(name, images[name].name, group_of[name], SPLITS[dealt[group_of[name]]])
+        for name, (group, split) in tqdm(assign(names, group_regex, seed).items(), desc="images", unit="image",
+                                         disable=None):
+            source = Source(name, images[name].name, group, split)
+            if not split:
+                data.note(source.origin, "left out, as it is a copy of an image that is not trained on")
+                continue
             try:
                 convert(data, source, images[name], *drawn[name](), overlap)
             except ImageFileError as error:
@@ -143,6 +149,18 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
         if problems:
             raise DatasetError(image_dir, problems)
         return data.finish(microns_per_pixel)
+
+
+def assign(names: list[str], group_regex: str | None, seed: int) -> dict[str, tuple[str, str]]:
+    """Return group and split of every image; '' for a copy (flipped_* ...) whose original is not in train."""
+    source_of = {name: COPY_PREFIX.sub("", name) for name in names}
+    group_of = group_names(sorted(set(source_of.values())), group_regex)
+    dealt = deal_groups(Counter(group_of[name] for name in names if source_of[name] == name), SHARES, seed)
+    found = {}
+    for name, source in source_of.items():
+        split = SPLITS[dealt.get(group_of[source], 0)]  # copies without any original are trained on
+        found[name] = group_of[source], split if split == "train" or source == name else ""
+    return found
 
 
 def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, notes: list[str],
@@ -168,24 +186,25 @@ def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> d
 
 @command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="import_annotations.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
     parser.add_argument("--annotations", type=Path, required=True, help="folder of one file an image, or COCO JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    parser.add_argument("--group_regex", help="finds the patient or slide in an image's name, e.g. '^[^_]+'")
+    parser.add_argument("--group_regex", type=regex, help="finds patient or slide in an image's name, e.g. '^[^_]+'")
     parser.add_argument("--sizing", choices=("tile", "resize"), default="tile",
                         help="tile: cut into 256x256 at native scale (default); resize: keep images whole, as training "
                              "brings each to 256x256 (single cells)")
-    parser.add_argument("--overlap", type=int, default=0, help="pixels that neighbouring tiles share (0)")
-    parser.add_argument("--microns_per_pixel", type=float, help="size of a pixel, if known")
-    parser.add_argument("--seed", type=int, default=0, help="decides which groups go where (0)")
+    parser.add_argument("--overlap", type=whole(0, TILE - 1), default=0, help="pixels that neighbours share (0)")
+    parser.add_argument("--microns_per_pixel", type=number(0, above=True), help="size of a pixel, if known")
+    parser.add_argument("--seed", type=whole(0), default=0, help="decides which groups go where (0)")
     args = parser.parse_args(argv)
     report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
                           args.overlap, args.microns_per_pixel, args.seed)
-    regex = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
+    by_group = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
-          f"python pap_smear_dataset.py {args.out}{regex}")
+          f"python pap_smear_dataset.py {args.out}{by_group}")
 
 
 if __name__ == "__main__":

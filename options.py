@@ -126,6 +126,13 @@ def folder_name(text: str) -> str:
     return text
 
 
+def results_folder(text: str) -> str:
+    """Check the folder that results go to: it may be absent, but not be a file."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; results go to a folder. Name another")
+    return text
+
+
 def regex(text: str) -> str:
     """Check a regular expression."""
     try:

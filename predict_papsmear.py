@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from options import Parser, checkpoint_list, command, number, whole
+from options import Parser, checkpoint_list, command, number, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--out", required=True, type=results_folder, help="folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace results of these images that are there")
     parser.add_argument("--probability", action="store_true", help="NAME_probability.png too (16 bit, 65535 is 1)")
     parser.add_argument("--threshold", type=number(0, 1, above=True, below=True), help="that of the checkpoint")
@@ -72,7 +72,7 @@ def predict(args: argparse.Namespace) -> int:
                           scale=args.scale)
     predictor.threshold = args.threshold or predictor.threshold
     folder = Path(args.out)
-    if any(Path(given).resolve() == folder.resolve() for given in args.images):
+    if any(path.resolve().parent == folder.resolve() for path in everything):
         raise ValueError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                          f"the next time. Choose another --out")
     table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
@@ -85,30 +85,61 @@ def predict(args: argparse.Namespace) -> int:
     part = f", part {shard[0]} of {shard[1]}" if shard[1] > 1 else ""
     print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}")
 
-    failed, black = [], []
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if args.pixel_size else ()))
-        writer.writeheader()
-        for path in paths:
-            try:
-                rows, highest = predict_one(predictor, path, folder, args)
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
-                first_line = (str(error).splitlines() or ["out of memory"])[0]
-                failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
-                print(f"{path.name}: failed")
-                continue
-            writer.writerows(rows)
-            if highest < predictor.threshold:
-                black.append(highest)
+    failed, black = predict_all(predictor, paths, table, args)
     if black:
         print(f"warning: {len(black)} of {len(paths)} images came out all black; the highest probability in them is "
               f"{max(black):.3f}. Lower --threshold, or train on images like these")
-    print(f"look at {folder}/: NAME_overlay.png, {table.name}")
+    if len(failed) < len(paths):
+        print(f"look at {folder}/: NAME_overlay.png, {table.name}")
     for problem in failed:
         print(f"error: {problem}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(paths)} files failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namespace) -> tuple[list[str], list[float]]:
+    """Predict images one after the other; rows of earlier results stay in the table, unless an image has new ones.
+
+    Returns:
+        What went wrong, a line for each image that failed, and the highest probability of each that came out black.
+    """
+    failed, black = [], []
+    earlier = rows_by_image(table)
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if args.pixel_size else ()), extrasaction="ignore")
+        writer.writeheader()
+        now = {path.name for path in paths}
+        writer.writerows(row for name, rows in earlier.items() if name not in now for row in rows)
+        for path in paths:
+            there = outputs(table.parent, path, predictor.classes)
+            times = {p: p.stat().st_mtime_ns for p in there if p.exists()}
+            try:
+                rows, highest = predict_one(predictor, path, table.parent, args)
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
+                first_line = (str(error).splitlines() or ["out of memory"])[0]
+                failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
+                print(f"{path.name}: failed")
+                writer.writerows(earlier.get(path.name, []))
+                continue
+            writer.writerows(rows)
+            for stale in (p for p, time_then in times.items() if p.stat().st_mtime_ns == time_then):
+                stale.unlink()  # a file of another kind, or a probability that was not asked for now
+            if highest < predictor.threshold:
+                black.append(highest)
+    if len(failed) == len(paths) > 0 and not earlier:
+        table.unlink()  # it has no row
+    return failed, black
+
+
+def rows_by_image(table: Path) -> dict[str, list[dict]]:
+    """Return the rows of an earlier nuclei.csv by image, in their order; nothing where there is none."""
+    rows: dict[str, list[dict]] = {}
+    if table.exists():
+        with open(table, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                rows.setdefault(row.get("image", ""), []).append(row)
+    return rows
 
 
 def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
@@ -211,7 +242,8 @@ def list_images(given: list[str]) -> list[Path]:
     paths = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+                            and not p.name.startswith("."))
             if not inside:
                 raise ValueError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
             paths += inside

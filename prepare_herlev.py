@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images import ImageFileError, image_size, load_image
-from options import command
+from options import Parser, command, whole
 from prepared_data import PreparedData, Source, format_table, new_folder
 from splits import SHARES, SPLITS, DatasetError, deal_groups
 
@@ -48,8 +48,7 @@ def find_cells(src: Path, notes: list[str]) -> dict[str, tuple[Path, Path]]:
     notes += [f"{name}: no such class folder" for name in CLASSES if name not in folders]
     cells: dict[str, tuple[Path, Path]] = {}
     for folder in folders.values():
-        files = {p.stem.lower(): p for p in sorted(folder.iterdir())
-                 if p.suffix.lower() in (".bmp", ".png") and not p.name.startswith(".")}
+        files = _files_by_stem(folder)
         for stem, path in files.items():
             origin = f"{folder.name}/{path.name}"
             if stem.endswith(MASK_END):
@@ -67,11 +66,22 @@ def find_cells(src: Path, notes: list[str]) -> dict[str, tuple[Path, Path]]:
     return dict(sorted(cells.items()))
 
 
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    """Return images and masks of a class folder by stem in small letters; raises ValueError if one occurs twice."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in (".bmp", ".png") and not path.name.startswith("."):
+            first = files.setdefault(path.stem.lower(), path)
+            if first is not path:
+                raise ValueError(f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove one")
+    return files
+
+
 def _class_folders(src: Path) -> dict[str, Path]:
     """Return the class folders by name; `src` may hold them one level deeper."""
     if not src.is_dir():
         raise ValueError(f"{src}: no such folder. Check --src")
-    for place in (src, *sorted(p for p in src.iterdir() if p.is_dir())):
+    for place in (src, *sorted(p for p in src.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))):
         found = {p.name.lower(): p for p in sorted(place.iterdir()) if p.is_dir()}
         if any(name in found for name in CLASSES):
             return {name: found[name] for name in CLASSES if name in found}
@@ -178,12 +188,13 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
 
 @command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare_herlev.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", type=Path, required=True, help="folder with the seven class folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
     parser.add_argument("--target", choices=list(VALUES), default="nucleus", help="what the masks mark (nucleus)")
-    parser.add_argument("--folds", type=int, default=0, help="also write so many splits for cross-validation (0)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which fields of view go where (0)")
+    parser.add_argument("--folds", type=whole(0), default=0, help="also write so many splits for cross-validation (0)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="decides which fields of view go where (0)")
     args = parser.parse_args(argv)
     report = prepare(args.src, args.out, args.target, args.folds, args.seed)
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"

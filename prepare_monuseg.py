@@ -9,6 +9,7 @@ Kumar et al., IEEE TMI 2017 and 2020.
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,10 +19,11 @@ from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_imagescope
 from images import ImageFileError, load_image
-from options import command
-from prepared_data import PreparedData, Source, images_by_stem, new_folder, tile_offsets
+from options import Parser, command, number, whole
+from prepared_data import TILE, PreparedData, Source, images_by_stem, new_folder
 from splits import DatasetError, deal_groups
 
+PATIENT = r"^TCGA-\w+-\w+"  # the first three parts of a TCGA name
 LAYOUTS = "'Tissue Images' with 'Annotations', or images and their XML files side by side"
 
 
@@ -47,7 +49,8 @@ def _layout(folder: Path) -> tuple[Path, Path] | None:
     children = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
     if {"tissue images", "annotations"} <= set(children):
         return children["tissue images"], children["annotations"]
-    return (folder, folder) if any(p.suffix.lower() == ".xml" for p in folder.iterdir()) else None
+    return (folder, folder) if any(
+        p.suffix.lower() == ".xml" and not p.name.startswith(".") for p in folder.iterdir()) else None
 
 
 def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]:
@@ -82,8 +85,6 @@ def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]
 
 def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> dict[str, str]:
     """Return the split of every image name; valid is dealt from the training patients."""
-    if not 0 < valid_share < 1:
-        raise ValueError(f"--valid_share is {valid_share}; it must lie between 0 and 1, e.g. 0.2")
     both = sorted(set(train) & set(test))
     if both:
         raise ValueError(f"{len(both)} image(s) are in --train_dir and in --test_dir, e.g. {both[0]}; a test image "
@@ -95,18 +96,23 @@ def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> 
 def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_share: float = 0.2,
             seed: int = 0) -> str:
     """Write the data set and return the report; raises ValueError for what cannot be used."""
-    tile_offsets(0, overlap)  # complains about a wrong overlap before anything is read
     with new_folder(out, train_dir, test_dir) as root:
         data = PreparedData(root, "MoNuSeg 2018", "tile")
         folders = {"train": train_dir, "test": test_dir}
-        pairs = {part: read_folder(folder, data.notes) for part, folder in folders.items()}
+        pairs, problems = {}, []
+        for part, folder in folders.items():
+            try:
+                pairs[part] = read_folder(folder, data.notes)
+            except DatasetError as error:
+                problems += error.problems
+        if problems:
+            raise DatasetError(f"{train_dir}, {test_dir}", problems)
         names = {part: [image.stem for image, _ in found] for part, found in pairs.items()}
         split_of = assign(names["train"], names["test"], valid_share, seed)
         shared = {patient_of(n) for n in names["train"]} & {patient_of(n) for n in names["test"]}
         for patient in sorted(shared):
             data.note(patient, "this patient is in training and in test data, so test scores are too good for it")
         everything = [(*pair, folders[part]) for part, found in pairs.items() for pair in found]
-        problems = []
         for image, annotation, folder in tqdm(everything, desc="MoNuSeg", unit="image", disable=None):
             source = Source(image.stem, image.relative_to(folder).as_posix(), patient_of(image.stem),
                             split_of[image.stem])
@@ -115,7 +121,7 @@ def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_
             except ImageFileError as error:
                 problems.append(str(error))
         if problems:
-            raise DatasetError(train_dir, problems)
+            raise DatasetError(f"{train_dir}, {test_dir}", problems)
         sizes = [a.microns_per_pixel for found in pairs.values() for _, a in found if a.microns_per_pixel]
         return data.finish(float(np.median(sizes)) if sizes else None, extra=describe_sizes(sizes, len(split_of)))
 
@@ -140,17 +146,21 @@ def describe_sizes(sizes: list[float], images: int) -> str:
 
 @command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare_monuseg.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_dir", type=Path, required=True, help="unpacked training data")
     parser.add_argument("--test_dir", type=Path, required=True, help="unpacked test data")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    parser.add_argument("--overlap", type=int, default=0, help="pixels that neighbouring tiles share (0)")
-    parser.add_argument("--valid_share", type=float, default=0.2, help="of the training images (0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which patients go to valid (0)")
+    parser.add_argument("--overlap", type=whole(0, TILE - 1), default=0, help="pixels that neighbours share (0)")
+    parser.add_argument("--valid_share", type=number(0, 1, above=True, below=True), default=0.2,
+                        help="of the training images (0.2)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="decides which patients go to valid (0)")
     args = parser.parse_args(argv)
     report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed)
+    names = [stem for folder in (args.train_dir, args.test_dir) for stem in images_by_stem(find_folders(folder)[0])]
+    by_patient = f" --group_regex '{PATIENT}'" if all(re.match(PATIENT, name) for name in names) else ""
     print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
-          f"python pap_smear_dataset.py {args.out} --group_regex '^TCGA-\\w+-\\w+'")
+          f"python pap_smear_dataset.py {args.out}{by_patient}")
 
 
 if __name__ == "__main__":

@@ -90,13 +90,13 @@ class PreparedData:
             self.write(source, f"whole/{source.split}", source.name, image, labels > 0, labels)
         if min(labels.shape) < TILE:
             self.note(source.origin, f"{labels.shape[0]}x{labels.shape[1]} pixels; tiles have {TILE}, so it is padded "
-                                     f"by reflection at the right or bottom, with mask 0 there")
+                                     f"by reflection at the right or bottom, nuclei and all")
         for row in tile_offsets(labels.shape[0], overlap):
             for column in tile_offsets(labels.shape[1], overlap):
                 name = f"{source.name}_{row:05d}_{column:05d}"
                 cut = np.s_[row:row + TILE, column:column + TILE]
                 self.write(source, source.split, name, *cut_tile(image[cut], labels[cut]), (row, column),
-                           labels[cut].shape)
+                           labels[cut].shape, len(np.unique(labels[cut][labels[cut] > 0])))
 
     def add_mask(self, source: Source, image: np.ndarray, mask: np.ndarray, nuclei: int) -> None:
         """Write an image (H, W, C) uint8 with a mask (H, W), bool or the classes 0..K as uint8, and no instances."""
@@ -111,7 +111,8 @@ class PreparedData:
         Args:
             folder: below the root; 'train', 'whole/test' ...
             offset: row and column of its first pixel in the source.
-            covered: height and width of what it shows of the source; the rest is padding.
+            covered: height and width of what it shows of the source; the rest is padding, which is not counted.
+            nuclei: how many there are, if it is not the highest label.
         """
         nuclei = int(labels.max(initial=0)) if nuclei is None else nuclei
         for kind in ("images", "masks") if labels is None else ("images", "masks", "instances"):
@@ -127,7 +128,7 @@ class PreparedData:
             count = self.counts[folder]
             count.written += 1
             count.pixels += height * width
-            count.foreground += int(np.count_nonzero(mask))
+            count.foreground += int(np.count_nonzero(mask[:height, :width]))
 
     def _count(self, source: Source, nuclei: int) -> None:
         count = self.counts[source.split]
@@ -177,7 +178,8 @@ class PreparedData:
         for axis, row in zip(figure.axes, shown, strict=False):
             axis.imshow(outlined(*self._read(row)))
             name = row["tile"] if len(row["tile"]) < 40 else f"{row['tile'][:18]}...{row['tile'][-18:]}"
-            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{name}", fontsize=8)
+            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{name}", fontsize=8,
+                           parse_math=False)
         figure.savefig(self.root / "contact_sheet.png", dpi=100, metadata={"Software": None})
 
     def _read(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -193,10 +195,11 @@ def new_folder(out: Path, *sources: Path):
 
     Raises ValueError when `out` holds anything or lies within a source.
     """
+    out = out.resolve()  # '.' has a parent then, and an empty folder may be a link to elsewhere
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not empty; nothing is overwritten. Choose another --out or remove it")
     for source in sources:
-        if out.resolve().is_relative_to(source.resolve()):
+        if out.is_relative_to(source.resolve()):
             raise ValueError(f"{out}: lies within {source}; the source is never written to. Choose an --out elsewhere")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -207,10 +210,9 @@ def new_folder(out: Path, *sources: Path):
         made = temporary / "made"  # below, so that it has the usual permissions
         made.mkdir()
         yield made
-        target = out.resolve()  # an empty folder may be a link to elsewhere
-        if target.exists():
-            target.rmdir()
-        shutil.move(made, target)
+        if out.exists():
+            out.rmdir()
+        shutil.move(made, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -224,18 +226,25 @@ def tile_offsets(length: int, overlap: int = 0) -> list[int]:
 
 
 def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return image (256, 256, C), mask and instance map, with labels 1..n, of a tile; a smaller one is padded."""
-    found, labels = np.unique(np.append(0, labels), return_inverse=True)
-    labels = labels[1:].reshape(image.shape[:2]).astype(np.int32)
+    """Return image (256, 256, C), mask and instance map, with labels 1..n, of a tile.
+
+    A smaller one is padded by reflection, the nuclei too: what is seen of them in the mirror is taught as nuclei.
+    """
     missing = [(0, TILE - side) for side in labels.shape]
-    image, labels = np.pad(image, [*missing, (0, 0)], mode="reflect"), np.pad(labels, missing)
+    if np.any(missing):
+        from skimage.measure import label
+
+        image, labels = np.pad(image, [*missing, (0, 0)], mode="reflect"), np.pad(labels, missing, mode="reflect")
+        labels = label(labels, connectivity=2)  # each image in the mirror is a nucleus of its own
+    found, labels = np.unique(np.append(0, labels), return_inverse=True)
+    labels = labels[1:].reshape(TILE, TILE).astype(np.int32)
     return image, labels > 0, labels
 
 
 def images_by_stem(folder: Path) -> dict[str, Path]:
     """Return the image files of a folder by stem; raises ValueError if a stem occurs twice or there is none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Check the path")
+        raise ValueError(f"{folder}: no folder of that name. Check the path")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):

@@ -27,7 +27,7 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
         interior: probability of being nucleus and not rim, from which the distance is taken.
         smoothing: standard deviation in pixels of the Gaussian on the distance.
         depth: pixels; larger values separate less.
-        min_area: pixels; smaller nuclei are removed, smaller holes filled.
+        min_area: pixels; smaller nuclei are removed, smaller holes filled (and corners that the edge cuts off).
     Returns:
         (H, W) int32, 0 for background; nuclei are numbered from 1 without gaps, in the order in which their first
         pixels come, row after row.

@@ -121,7 +121,7 @@ def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]
     except re.error as error:
         raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
     found = {name: pattern.search(name) for name in names}
-    missed = [name for name, match in found.items() if not match]
+    missed = [name for name, match in found.items() if not match or match.group(pattern.groups and 1) is None]
     if missed:
         raise ValueError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
                          f"must match every source name. Widen it, e.g. '^\\d+' for leading digits, '^[^_]+' for all "

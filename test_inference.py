@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -26,8 +27,9 @@ import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from familiarity import describe, usual_ranges
+from image_bands import ImageRows
 from image_pyramid import FINEST
-from images import ImageFileError, load_image, load_instances, load_mask, resize, save_png, to_image
+from images import ImageFileError, image_size, load_image, load_instances, load_mask, resize, save_png, to_image
 from inference import REACH, STEP, Predictor, plan_axis, tile_margin
 from metrics import INSTANCE_METRICS, boundary, boundary_f1, instance_metrics, overlaps
 from scoring import compare, scored_pairs, summarise
@@ -229,6 +231,55 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path):
         load_image(path, 1, max_pixels=9999)
     with pytest.raises(ImageFileError, match="cut off"):
         load_image(path, 1, max_pixels=10000)
+
+
+@pytest.mark.parametrize("options", [{"planarconfig": "separate", "rowsperstrip": 7}, {"planarconfig": "contig"},
+                                     {"planarconfig": "separate", "tile": (16, 16)}])
+def test_colour_of_16_bit_is_read_in_every_layout(options, tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
+    planes = rgb.transpose(2, 0, 1) if options["planarconfig"] == "separate" else rgb
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="rgb", **options)
+    found = load_image(tmp_path / "a.tif", 3)
+    assert np.abs(found - rgb / 257).max() <= 1  # Pillow rounds down
+    assert np.array_equal(np.concatenate(list(ImageRows(tmp_path / "a.tif", 3))), found)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_white_may_be_zero(kind, tmp_path):
+    grey = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (40, 50), dtype=kind)
+    for photometric in ("minisblack", "miniswhite"):
+        tifffile.imwrite(tmp_path / f"{photometric}.tif", grey, photometric=photometric)
+    black, white = (load_image(tmp_path / f"{p}.tif", 1).astype(int) for p in ("minisblack", "miniswhite"))
+    assert np.array_equal(black, 255 - white)
+
+
+def test_a_stack_is_refused_and_a_pyramid_is_not(tmp_path):
+    for name, sides in (("stack.tif", (64, 64, 64)), ("pyramid.tif", (64, 32, 16))):
+        with tifffile.TiffWriter(tmp_path / name) as file:
+            for k, side in enumerate(sides):
+                file.write(np.full((side, side), 10 + k, np.uint8), photometric="minisblack")
+    assert (load_image(tmp_path / "pyramid.tif", 1) == 10).all()
+    for read in (load_image, lambda path, channels: image_size(path), ImageRows):
+        with pytest.raises(ImageFileError, match="a stack of 3 images of 64x64 pixels"):
+            read(tmp_path / "stack.tif", 1)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.float64, np.float16, ">u4"])
+def test_instance_maps_of_unusual_types_are_read(kind, tmp_path):
+    labels = np.zeros((20, 30), np.int32)
+    labels[3:6, 4:9], labels[10:12, 1:3] = 1, 700
+    tifffile.imwrite(tmp_path / "a.tif", labels.astype(kind))
+    assert np.array_equal(load_instances(tmp_path / "a.tif"), labels)
+    tifffile.imwrite(tmp_path / "b.tif", labels.astype(np.int64) << 40)
+    with pytest.raises(ImageFileError, match="not a readable image"):
+        load_instances(tmp_path / "b.tif")
+
+
+def test_damaged_exif_does_not_hide_good_pixels(tmp_path):
+    grey = noisy_image(20, 30)[..., 0]
+    Image.fromarray(grey).save(tmp_path / "a.png", exif=b"Exif\0\0garbagegarbage")
+    assert image_size(tmp_path / "a.png") == (20, 30)
+    assert np.array_equal(load_image(tmp_path / "a.png", 1)[..., 0], grey)
 
 
 # ---- prediction
@@ -668,6 +719,41 @@ def test_one_bad_file_does_not_stop_a_folder_and_black_is_said(tmp_path, capsys)
     assert f"ALL BLACK, highest probability {highest:.3f}" in said.out
     assert "1 of 3 images came out all black" in said.out
     assert (tmp_path / "out/a_mask.png").exists()
+
+
+def test_results_of_other_images_stay(tmp_path, capsys):
+    for name in "ab":
+        save_png(tmp_path / f"{name}.png", noisy_image(64, 64))
+    save_png(tmp_path / "._a.png", noisy_image(9, 9))
+    (tmp_path / "c.png").write_bytes(b"no image")
+    path, out = write_checkpoint(tmp_path / "a.pth", lively_model(), sizing="tile"), tmp_path / "out"
+
+    def predict(*given: str, code: int = 0) -> list[str]:
+        command = [str(path), *(str(tmp_path / name) for name in given), "--out", str(out), "--overwrite",
+                   "--min_area", "0"]
+        assert predict_papsmear.main(command) == code
+        return [row["image"] for row in read_rows(out / "nuclei.csv")] if (out / "nuclei.csv").exists() else []
+
+    assert predict("c.png", code=1) == []
+    assert "look at" not in capsys.readouterr().out
+    both = predict("a.png", "b.png")
+    assert set(both) == {"a.png", "b.png"}
+    assert sorted(predict("a.png")) == both
+    (out / "a_mask.tif").write_bytes(b"of an earlier, streamed prediction")
+    (out / "a.png").write_bytes(b"no result")
+    assert sorted(predict("a.png", "c.png", code=1)) == both
+    assert not (out / "a_mask.tif").exists()
+    assert (out / "a.png").exists()
+    assert predict_papsmear.main([str(path), str(out / "a_mask.png"), "--out", str(out), "--overwrite"]) == 2
+    assert "Choose another --out" in capsys.readouterr().err
+    assert [p.name for p in predict_papsmear.list_images([str(tmp_path)])] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("main", [predict_papsmear.main, evaluate_papsmear.main])
+def test_results_go_to_no_file(main, tmp_path, capsys):
+    (tmp_path / "f").write_text("")
+    assert main(["a.pth", *(["a.png"] if main is predict_papsmear.main else []), "--out", str(tmp_path / "f")]) == 2
+    assert "is a file; results go to a folder" in capsys.readouterr().err
 
 
 def test_shards_share_the_list(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from prepare_herlev import prepare as prepare_herlev
 from prepare_monuseg import main as monuseg_main
 from prepare_monuseg import prepare as prepare_monuseg
 from prepared_data import COLUMNS, cut_tile, tile_offsets
-from splits import deal_groups, leaked, list_splits
+from splits import deal_groups, group_names, leaked, list_splits
 
 SHARED = PROJECT.parent / "shared" / "data"
 
@@ -304,14 +304,21 @@ def test_tiles_cover_everything(length, overlap, offsets):
     assert tile_offsets(length, overlap) == offsets
 
 
-def test_a_small_tile_is_padded_and_its_labels_count_from_one():
+def test_a_small_tile_is_padded_with_its_nuclei_and_labels_count_from_one():
     image = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
     labels = np.zeros((5, 4), np.int32)
     labels[1, 1], labels[3, 3] = 9, 4
     padded, mask, numbered = cut_tile(image, labels)
     assert padded.shape == (256, 256, 3)
     assert (padded[5] == padded[3]).all(), "reflection leaves out the edge itself"
-    assert mask.sum() == 2
+    mirrored = np.pad(labels, [(0, 251), (0, 252)], mode="reflect") > 0  # taught as what it looks like
+    assert (mask == mirrored).all()
+    assert ((numbered > 0) == mirrored).all()
+    assert len(np.unique(numbered)) == numbered.max() + 1
+    assert numbered[1, 1] != numbered[1, 5], "what stands in the mirror is another nucleus"
+    labels = np.zeros((256, 256), np.int32)
+    labels[1, 1], labels[3, 3] = 9, 4
+    numbered = cut_tile(np.zeros((256, 256, 3), np.uint8), labels)[2]
     assert (numbered[1, 1], numbered[3, 3], numbered.max()) == (2, 1, 2)
 
 
@@ -403,7 +410,9 @@ def test_monuseg_names_what_is_odd(tmp_path, capsys):
     assert said.startswith((tmp_path / "d/report.md").read_text())
     padded = [row for row in manifest(tmp_path / "d") if row["split"] == "test" and "09Z" in row["tile"]]
     assert {(row["height"], row["width"]) for row in padded} == {("100", "256")}
-    assert not load_mask(tmp_path / "d/test/masks" / f"{padded[0]['tile']}.png")[100:].any()
+    mask = load_mask(tmp_path / "d/test/masks" / f"{padded[0]['tile']}.png")
+    assert (mask[100:199] == mask[98::-1]).all()
+    assert mask[100:].any()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -424,7 +433,8 @@ def test_monuseg_refuses_with_every_fault_at_once(tmp_path, capsys):
     image.write_bytes(whole[:3000])
     assert image.name in refused(monuseg_main, command, capsys)
     image.write_bytes(whole)
-    for extra, part in ((["--overlap", 256], "--overlap is 256"), (["--valid_share", 1], "--valid_share is 1"),
+    for extra, part in ((["--overlap", 256], "--overlap: '256'"), (["--valid_share", 1], "--valid_share: '1'"),
+                        (["--seed", -1], "--seed: '-1'"),
                         (["--test_dir", train_dir], "test image must not be trained on"),
                         (["--test_dir", tmp_path / "no"], "no such folder"),
                         (["--test_dir", tmp_path / "raw"], "several of them data sets"),
@@ -539,7 +549,8 @@ def test_own_annotations_round_trip(kind, sizing, tmp_path):
         for pair in pairs:
             labels = load_instances(tmp_path / "data" / split / "instances" / f"{pair.name}.png")
             assert labels.shape == ((256, 256) if sizing == "tile" else (64, 80))
-            assert np.bincount(labels.ravel())[1:].tolist() == [100, 100]
+            own = labels[:64, :80]
+            assert np.bincount(own[own > 0]).max() == np.count_nonzero(own) / 2 == 100
             assert (labels[5:15, 6:16] == 1).all()
     assert ("padded by reflection" in report) == (sizing == "tile")
     import_drawn(kind, images, drawn, tmp_path / "again", sizing=sizing, microns_per_pixel=0.5)
@@ -586,6 +597,126 @@ def test_labels_beside_their_images(tmp_path):
         shutil.move(path, images)
     import_drawn("label-tiff", images, images, tmp_path / "data")
     assert {row["source"] for row in manifest(tmp_path / "data")} == {f"{name}.png" for name in "abcd"}
+
+
+def import_labels(images: Path, drawn: Path, out: Path, capsys, *options) -> tuple[str, list[dict]]:
+    """Import label images by the command; return what it said and the manifest."""
+    assert import_main(["--format", "label-tiff", "--images", str(images), "--annotations", str(drawn), "--out",
+                        str(out), "--sizing", "resize", *options]) == 0
+    return capsys.readouterr().out, manifest(out)
+
+
+def test_a_mask_of_ones_is_parted_like_one_of_255(tmp_path, capsys):
+    images, drawn = write_own(tmp_path, "label-tiff")
+    mask = np.zeros((64, 80), np.uint8)
+    mask[2:4, 2:4] = mask[9:12, 9:12] = 1
+    Image.fromarray(mask).save(drawn / "a_cp_masks.tif")
+    Image.fromarray(mask > 0).save(drawn / "b_cp_masks.tif")
+    said, rows = import_labels(images, drawn, tmp_path / "d", capsys)
+    assert {row["nuclei"] for row in rows} == {"2"}
+    assert said.count("each of its 2 pieces") == 2
+
+
+def test_predictions_can_be_imported_again(tmp_path, capsys):
+    """Of what predict_papsmear.py writes, the instances are taken, in which nuclei that touch are apart."""
+    images, drawn = write_own(tmp_path, "label-tiff")
+    labels = np.zeros((64, 80), np.uint16)
+    labels[5:15, 6:16], labels[5:15, 16:26] = 1, 2
+    for path in list(drawn.iterdir()):
+        path.unlink()
+        for kind, array in (("instances", labels), ("mask", labels > 0), ("overlay", np.zeros((64, 80, 3), np.uint8))):
+            save_png(drawn / f"{path.name[0]}_{kind}.png", array)
+    said, rows = import_labels(images, drawn, tmp_path / "d", capsys)
+    assert {row["nuclei"] for row in rows} == {"2"}
+    assert "To know" not in said
+
+
+def test_copies_stay_with_their_originals(tmp_path, capsys):
+    names = [*"abcdefgh", *(f"flipped_{name}" for name in "abcdefgh"), "rotated_90_lonely"]
+    images = write_images(tmp_path / "images", names)
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    for name in names:
+        save_png(drawn / f"{name}.png", np.eye(64, 80, dtype=bool))
+    said, rows = import_labels(images, drawn, tmp_path / "d", capsys)
+    split_of = {row["tile"]: row["split"] for row in rows}
+    assert {split_of[name] for name in split_of if "_" in name} == {"train"}
+    assert all(split_of[name.removeprefix("flipped_")] == "train" for name in split_of if "flipped_" in name)
+    assert split_of["rotated_90_lonely"] == "train"
+    assert said.count("copy of an image that is not trained on") == 8 - sum("flipped_" in name for name in split_of) > 0
+
+
+def test_names_that_are_formulas_are_drawn_as_they_stand(tmp_path):
+    images, drawn = write_own(tmp_path, "label-tiff")
+    (images / "a.png").rename(images / "a$1_$2.png")
+    (drawn / "a_cp_masks.tif").rename(drawn / "a$1_$2.tif")
+    import_drawn("label-tiff", images, drawn, tmp_path / "d")
+    assert (tmp_path / "d/contact_sheet.png").exists()
+
+
+def test_the_folder_one_is_in_can_be_filled(tmp_path, monkeypatch):
+    images, drawn = write_own(tmp_path, "label-tiff")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    import_drawn("label-tiff", images, drawn, Path("."))
+    assert (tmp_path / "here/manifest.csv").exists()
+
+
+def test_categories_of_coco_are_named(tmp_path):
+    entry = {"image_id": 1, "segmentation": [[0, 0, 9, 0, 9, 9]]}
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 5, "name": "nucleus"}],
+               "annotations": [{**entry, "category_id": 5}, {**entry, "category_id": 6}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    note, = read_coco(tmp_path / "a.json")["a"].notes
+    assert "2 categories (6, nucleus)" in note
+
+
+@pytest.mark.parametrize("text", ['<?xml version="1.0" encoding="foo"?><Annotations/>',
+                                  '<?xml version="1.0" encoding="gb2312"?><Annotations/>'])
+def test_xml_in_an_unknown_encoding_is_named(text, tmp_path):
+    (tmp_path / "a.xml").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.xml: no XML that can be read .*Export it again"):
+        read_imagescope(tmp_path / "a.xml")
+
+
+@pytest.mark.parametrize(("scale", "known", "notes"), [("0.25", 0.25, 0), ("0", None, 0), ("0,25", None, 1),
+                                                       ("", None, 1)])
+def test_a_scale_that_is_no_number_is_unknown(scale, known, notes, tmp_path):
+    (tmp_path / "a.xml").write_text(f'<Annotations MicronsPerPixel="{scale}"/>')
+    found = read_imagescope(tmp_path / "a.xml")
+    assert (found.microns_per_pixel, len(found.notes)) == (known, notes)
+
+
+def test_coordinates_of_any_size_are_cut_off(tmp_path):
+    far = Region("1", [[np.array([(-1e19, -1e19), (-1e19, 1e19), (1e19, 1e19), (1e19, -1e19)])]])
+    assert (rasterise([far], (8, 8))[0] == 1).all()
+    for coordinates in ([[{"x": 1}]], [[[10 ** 400, 1], [2, 2], [3, 1]]]):
+        (tmp_path / "a.geojson").write_text(json.dumps({"type": "Feature", "geometry": {
+            "type": "Polygon", "coordinates": coordinates}}))
+        with pytest.raises(ValueError, match="no lists of finite"):
+            read_geojson(tmp_path / "a.geojson")
+
+
+def test_hidden_files_and_twins(tmp_path, capsys):
+    train_dir, test_dir = write_monuseg(tmp_path / "raw")
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    shutil.move(test_dir, nested)
+    (nested / "._a.xml").write_text("")
+    assert monuseg_main(["--train_dir", str(train_dir), "--test_dir", str(nested), "--out", str(tmp_path / "d")]) == 0
+    images, drawn = write_own(tmp_path, "coco")
+    (drawn.parent / "._x.json").write_text("")
+    import_drawn("coco", images, drawn.parent, tmp_path / "e")
+    src = write_herlev(tmp_path / "herlev")
+    first = next(src.rglob("*-d.bmp"))
+    save_png(first.with_suffix(".png"), np.zeros((3, 3), np.uint8))
+    capsys.readouterr()
+    assert "same name as" in refused(herlev_main, ["--src", src, "--out", tmp_path / "h"], capsys)
+
+
+def test_a_group_that_may_be_absent_is_missed():
+    with pytest.raises(ValueError, match="finds nothing in 1 names, e.g. 'c'"):
+        group_names(["a", "c"], "(a)|c")
 
 
 # ---- commands
