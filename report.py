@@ -42,7 +42,8 @@ def training_curves(rows: list[dict], path: Path) -> None:
             if i == 0 or row["stage"] != rows[i - 1]["stage"]:
                 axis.axvline(i + 0.5, color="grey", linewidth=0.8, linestyle=":")
                 axis.annotate(f"{row['resolution']:.0f}", (i + 0.5, 1), xycoords=("data", "axes fraction"),
-                              xytext=(3, -11), textcoords="offset points", color="grey", fontsize=8)
+                              xytext=(3, -11 - 9 * (1 - row["stage"] % 2)), textcoords="offset points",
+                              color="grey", fontsize=8)  # in turn high and low: a stage may be a few epochs short
         axis.legend(fontsize=8)
     for axis in (axes[0, 1], axes[1, 0]):
         axis.set_ylim(0, 1.02)

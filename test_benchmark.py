@@ -132,8 +132,10 @@ def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monk
     ratio = found["the second over the first"]
     assert ratio.value == pytest.approx(0.625 / found[
         "equal epochs at all stages against as many at stage 4, by operations"].value)
-    quick = next(m for m in found.values() if m.what.startswith("epochs of --preset quick (28,22,14,14)"))
-    assert quick.value == (28 * 1 + 22 * 2 + 14 * 3 + 14 * 4) / (78 * 4)
+    epochs = PRESETS["quick"]["epochs_per_stage"]
+    quick = next(m for m in found.values() if m.what.startswith(f"epochs of --preset quick ({epochs})"))
+    epochs = [int(n) for n in epochs.split(",")]
+    assert quick.value == sum(n * cost for n, cost in zip(epochs, (1, 2, 3, 4), strict=True)) / (sum(epochs) * 4)
 
 
 def fake_rounds(costs: dict):
