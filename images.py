@@ -185,6 +185,8 @@ def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
                              f"read. Export it again or remove it") from None
     except OSError as error:
         raise ImageFileError(f"{path}: cannot be opened ({error}). Check the file and its permissions") from None
+    except READER_ERRORS as error:
+        raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
 def _decode(path: Path, max_pixels: int = MAX_PIXELS, palette: bool = True) -> np.ndarray:
