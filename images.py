@@ -7,6 +7,7 @@ Images come as uint8, masks as bool, both (H, W, C); instance maps as int32 (H, 
 import logging
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,11 @@ MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
 
 class ImageFileError(ValueError):
     """A file that cannot serve as image or mask."""
+
+
+def has_suffix(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
+    """Tell whether a name ends so, in small letters or large; hidden files, such as macOS leaves, count as no file."""
+    return path.suffix.lower() in suffixes and not path.name.startswith(".")
 
 
 def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_coco, read_geojson
-from images import IMAGE_SUFFIXES, ImageFileError, image_size, load_image, load_instances
+from images import IMAGE_SUFFIXES, ImageFileError, has_suffix, image_size, load_image, load_instances
 from options import Parser, command, number, regex, whole
 from prepared_data import TILE, PreparedData, Source, images_by_stem, new_folder
 from splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
@@ -51,7 +51,7 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
     drawn, problems = {}, []
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
     files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
-    files = [p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+    files = [p for p in files if has_suffix(p, suffixes)]
     own = {image.resolve() for image in images.values()}  # both may lie in one folder
     predicted = {p.stem.removesuffix("_instances") for p in files if p.stem.endswith("_instances")}
     for path in files:
@@ -89,7 +89,7 @@ def _only_json(path: Path) -> Path:
     found = []
     for folder in (path, path / "annotations"):
         if folder.is_dir() and not found:
-            found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() == ".json" and not p.name.startswith(".")]
+            found = [p for p in sorted(folder.iterdir()) if has_suffix(p, (".json",))]
     if len(found) != 1:
         raise ValueError(f"{path}: {len(found)} JSON files found; COCO is one file for all images. Pass it as "
                          f"--annotations")

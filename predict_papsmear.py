@@ -237,13 +237,12 @@ def list_images(given: list[str]) -> list[Path]:
 
     Raises ValueError for what is not there and for two images whose results would have one name.
     """
-    from images import IMAGE_SUFFIXES
+    from images import IMAGE_SUFFIXES, has_suffix
 
     paths = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-                            and not p.name.startswith("."))
+            inside = sorted(p for p in path.iterdir() if has_suffix(p) and p.is_file())
             if not inside:
                 raise ValueError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
             paths += inside

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from images import ImageFileError, image_size, load_image
+from images import ImageFileError, has_suffix, image_size, load_image
 from options import Parser, command, whole
 from prepared_data import PreparedData, Source, format_table, new_folder
 from splits import SHARES, SPLITS, DatasetError, deal_groups
@@ -70,7 +70,7 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
     """Return images and masks of a class folder by stem in small letters; raises ValueError if one occurs twice."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in (".bmp", ".png") and not path.name.startswith("."):
+        if has_suffix(path, (".bmp", ".png")):
             first = files.setdefault(path.stem.lower(), path)
             if first is not path:
                 raise ValueError(f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove one")

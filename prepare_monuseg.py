@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from annotations import Annotation, rasterise, read_imagescope
-from images import ImageFileError, load_image
+from images import ImageFileError, has_suffix, load_image
 from options import Parser, command, number, whole
 from prepared_data import TILE, PreparedData, Source, images_by_stem, new_folder
 from splits import DatasetError, deal_groups
@@ -49,8 +49,7 @@ def _layout(folder: Path) -> tuple[Path, Path] | None:
     children = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
     if {"tissue images", "annotations"} <= set(children):
         return children["tissue images"], children["annotations"]
-    return (folder, folder) if any(
-        p.suffix.lower() == ".xml" and not p.name.startswith(".") for p in folder.iterdir()) else None
+    return (folder, folder) if any(has_suffix(p, (".xml",)) for p in folder.iterdir()) else None
 
 
 def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]:
@@ -63,8 +62,7 @@ def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]
     """
     image_folder, xml_folder = find_folders(folder)
     images = images_by_stem(image_folder)
-    drawn = {p.stem: p for p in sorted(xml_folder.iterdir())
-             if p.suffix.lower() == ".xml" and not p.name.startswith(".")}
+    drawn = {p.stem: p for p in sorted(xml_folder.iterdir()) if has_suffix(p, (".xml",))}
     notes += [f"{images[stem].relative_to(folder)}: left out, as {stem}.xml is missing"
               for stem in images if stem not in drawn]
     notes += [f"{drawn[stem].relative_to(folder)}: left out, as its image is missing"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import IMAGE_SUFFIXES, load_image, load_instances, save_instances, save_png
+from images import IMAGE_SUFFIXES, has_suffix, load_image, load_instances, save_instances, save_png
 from splits import SPLITS
 
 TILE = 256
@@ -178,8 +178,7 @@ class PreparedData:
         for axis, row in zip(figure.axes, shown, strict=False):
             axis.imshow(outlined(*self._read(row)))
             name = row["tile"] if len(row["tile"]) < 40 else f"{row['tile'][:18]}...{row['tile'][-18:]}"
-            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{name}", fontsize=8,
-                           parse_math=False)
+            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{name}", fontsize=8, parse_math=False)
         figure.savefig(self.root / "contact_sheet.png", dpi=100, metadata={"Software": None})
 
     def _read(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +246,7 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder}: no folder of that name. Check the path")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        if not has_suffix(path):
             continue
         if path.stem in found:
             raise ValueError(f"{path}: same name as {found[path.stem].name}; a stem may occur once. Remove or rename "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import IMAGE_SUFFIXES
+from images import IMAGE_SUFFIXES, has_suffix
 
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
@@ -253,7 +253,7 @@ def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
             problems.append(f"{folder / kind}: cannot be listed ({error.strerror}). Check its permissions")
             continue
         for path in paths:
-            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            if not has_suffix(path):
                 continue
             if path.stem in by_stem:
                 problems.append(f"{path}: same name as {by_stem[path.stem].name}; a stem may occur once in a folder. "
