@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from checkpoints import save_checkpoint, untrained_checkpoint
-from images import save_png
+from images.files import save_png
 
 PROJECT = Path(__file__).parent
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]

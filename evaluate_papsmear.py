@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from options import Parser, checkpoint_list, command, flag, results_folder, whole
+from system.options import Parser, checkpoint_list, command, flag, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -48,10 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
-    from distributed import leads
-    from run_folder import RunFolder
-    from scoring import compare, score_pairs, scored_pairs, summarise
-    from targets import instance_file
+    from images.targets import instance_file
+    from scoring.scores import compare, score_pairs, scored_pairs, summarise
+    from system.processes import leads
+    from training.run_folder import RunFolder
 
     first = Path(checkpoint_list(args.checkpoint)[0])
     folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
@@ -131,9 +131,9 @@ def score_scales(predictor, pairs: list) -> dict:
     """
     import numpy as np
 
-    from distributed import gathered, leads
-    from images import load_image
-    from scoring import score_pairs
+    from images.files import load_image
+    from scoring.scores import score_pairs
+    from system.processes import gathered, leads
 
     result = {}
     images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]] if leads() else []
@@ -156,9 +156,9 @@ def score_scales(predictor, pairs: list) -> dict:
 
 def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
     """Draw the images of lowest and of highest Dice, the worst on top."""
-    from images import load_image
-    from report import predictions
-    from scoring import score_pair
+    from images.files import load_image
+    from scoring.pictures import predictions
+    from scoring.scores import score_pair
 
     order = sorted(range(len(rows)), key=lambda i: rows[i]["dice"])
     shown = order if len(order) <= 2 * SHOWN_CASES else order[:SHOWN_CASES] + order[-SHOWN_CASES:]
@@ -172,7 +172,7 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
 @command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from distributed import joined
+    from system.processes import joined
 
     with joined():
         evaluate(args)

@@ -17,16 +17,16 @@ import torch
 from torch.nn import functional as F
 
 from checkpoints import load_checkpoint, model_of
-from devices import autocast, choose_device, choose_precision
-from familiarity import describe, strangest
-from image_bands import windows
-from image_cache import halve
-from image_pyramid import FINEST
-from images import load_image, resize, to_image
-from machine import keep_freed_memory
-from separation import separate_nuclei
-from splits import SIZINGS
-from targets import mask_classes
+from images.bands import windows
+from images.cache import halve
+from images.familiarity import describe, strangest
+from images.files import load_image, resize, to_image
+from images.pyramid import FINEST
+from images.splits import SIZINGS
+from images.targets import mask_classes
+from nuclei.separation import separate_nuclei
+from system.devices import autocast, choose_device, choose_precision
+from system.machine import keep_freed_memory
 from unet import LAST_STAGE
 from unet_parts import ConvBNReLU, upsample2x
 

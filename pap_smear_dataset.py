@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from augmentation import MAX_STRENGTH, augment, sample_numbers
-from distributed import share
-from image_pyramid import ImagePyramid, open_pyramids
-from options import command
-from splits import SPLITS, groups_of, leaked, other_files, write_splits
-from targets import MASK
+from images.augmentation import MAX_STRENGTH, augment, sample_numbers
+from images.pyramid import ImagePyramid, open_pyramids
+from images.splits import SPLITS, groups_of, leaked, other_files, write_splits
+from images.targets import MASK
+from system.options import command
+from system.processes import share
 from unet import STAGE_RESOLUTIONS
 
 RESOLUTIONS = tuple(STAGE_RESOLUTIONS.values())

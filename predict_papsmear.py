@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from options import Parser, checkpoint_list, command, number, results_folder, whole
+from system.options import Parser, checkpoint_list, command, number, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -144,7 +144,7 @@ def rows_by_image(table: Path) -> dict[str, list[dict]]:
 
 def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
     """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
-    from images import image_size
+    from images.files import image_size
 
     start = time.perf_counter()
     height, width = image_size(path, args.max_pixels)
@@ -161,9 +161,9 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
     """Predict one image as a whole and write its files; return a `streaming.Prediction`."""
     import numpy as np
 
-    from images import load_image, save_instances, save_png, to_image
-    from measurement import NucleusSums
-    from streaming import Prediction
+    from images.files import load_image, save_instances, save_png, to_image
+    from nuclei.measurement import NucleusSums
+    from nuclei.streaming import Prediction
 
     image = load_image(path, 3, int(args.max_pixels))
     pixels = to_image(image, predictor.in_channels)
@@ -185,9 +185,9 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
 
 def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespace):
     """Predict one image from file to files; return a `streaming.Prediction`."""
-    from image_bands import ImageRows, finished_files
-    from images import save_png
-    from streaming import stream_prediction
+    from images.bands import ImageRows, finished_files
+    from images.files import save_png
+    from nuclei.streaming import stream_prediction
 
     rows = ImageRows(path, 3, args.max_pixels)
     if not rows.in_parts:
@@ -225,7 +225,7 @@ def nucleus_rows(name: str, measures: dict, pixel_size: float | None) -> Iterato
 
 def overlay(image, nuclei):
     """Draw the outlines of a label map (H, W) onto an image (H, W, 3) uint8 and return the copy."""
-    from metrics import boundary
+    from scoring.measures import boundary
 
     drawn = image.copy()
     drawn[boundary(nuclei)] = OUTLINE
@@ -237,7 +237,7 @@ def list_images(given: list[str]) -> list[Path]:
 
     Raises ValueError for what is not there and for two images whose results would have one name.
     """
-    from images import IMAGE_SUFFIXES, has_suffix
+    from images.files import IMAGE_SUFFIXES, has_suffix
 
     paths = []
     for path in map(Path, given):

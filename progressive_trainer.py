@@ -17,16 +17,16 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
-from devices import autocast, choose_device, choose_precision, random_states, set_random_states
-from distributed import ParallelSteps, leads, progress, synchronised, total, weight_of, world_size
-from losses import multi_scale_loss, refuse_non_finite
-from machine import keep_freed_memory
-from metrics import PIXEL_METRICS, MeanOverImages, pixel_metrics
-from optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
-from report import epoch_lines, predictions
-from run_folder import RunFolder
-from schedule import TrainingPlan, epochs_by_stage
-from targets import MASK
+from images.targets import MASK
+from scoring.measures import PIXEL_METRICS, MeanOverImages, pixel_metrics
+from scoring.pictures import epoch_lines, predictions
+from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
+from system.machine import keep_freed_memory
+from system.processes import ParallelSteps, leads, progress, synchronised, total, weight_of, world_size
+from training.loss import multi_scale_loss, refuse_non_finite
+from training.optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
+from training.run_folder import RunFolder
+from training.schedule import TrainingPlan, epochs_by_stage
 from unet import LAST_STAGE, STAGE_RESOLUTIONS
 
 SHOWN_IMAGES = 6

@@ -5,6 +5,7 @@
 """
 
 import functools
+import graphlib
 import re
 import sys
 import warnings
@@ -14,12 +15,12 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-import machine
 from checkpoints import load_checkpoint, load_model
 from conftest import PROJECT, TINY, run_script
-from devices import autocast, bfloat16_pays, choose_device, choose_precision
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
+from system import machine
+from system.devices import autocast, bfloat16_pays, choose_device, choose_precision
 from unet import ProgressiveUNet
 
 LOWEST = {"numpy": "2.2.1", "matplotlib": "3.10.5", "scikit-image": "0.24.0", "scipy": "1.13.1", "torch": "2.5.1",
@@ -172,25 +173,33 @@ def test_a_system_that_tells_nothing_is_no_error(monkeypatch, tmp_path):
     assert not machine.processor_has_bfloat16()
 
 
+# Each may import from what stands in a line above it; the command lines are not imported by anyone.
+LAYERS = (
+    ("system",), ("unet_parts",), ("unet",), ("images",), ("checkpoints",), ("scoring", "nuclei", "inference"),
+    ("training",), ("pap_smear_dataset",), ("progressive_trainer",),
+    ("train_papsmear", "evaluate_papsmear", "predict_papsmear", "example_usage"), ("preparation",), ("benchmarks",))
+
+
 def test_modules_import_one_way_and_without_warnings():
-    """A module imports only from modules listed above it."""
-    order = ["options", "distributed", "unet_parts", "unet", "losses", "metrics", "images", "image_bands",
-             "augmentation", "splits", "targets", "familiarity", "machine", "image_cache", "image_pyramid",
-             "pap_smear_dataset", "checkpoints", "devices", "separation", "block_separation", "measurement",
-             "inference", "streaming", "schedule", "optimization", "scoring", "report", "run_folder",
-             "progressive_trainer", "train_papsmear", "predict_papsmear", "evaluate_papsmear",
-             "make_sample_data", "annotations", "prepared_data", "prepare_monuseg", "prepare_herlev",
-             "import_annotations", "experiments", "timing", "workloads", "benchmark", "example_usage"]
-    for i, name in enumerate(order):
-        source = (PROJECT / f"{name}.py").read_text()
-        used = re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)
-        assert not set(used) & set(order[i:]), f"{name}.py imports {set(used) & set(order[i:])}"
-    ours = {p.stem for p in PROJECT.glob("*.py") if not p.stem.startswith("test_")} - {"conftest"}
-    assert ours == set(order)
+    """A module imports from lower layers or its own station, and nothing in a circle."""
+    paths = [p for p in PROJECT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(PROJECT).parts)
+             and not p.name.startswith(("test_", "conftest", "__init__"))]
+    modules = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in paths}
+    level = {station: i for i, layer in enumerate(LAYERS) for station in layer}
+    assert {name.split(".")[0] for name in modules} == set(level)
+    imports = {}
+    for name, path in modules.items():
+        used = re.findall(r"^\s*(?:from|import) ([\w.]+)(?: import (.*))?", path.read_text(), re.MULTILINE)
+        found = {module for module, _ in used} | {f"{module}.{part}" for module, parts in used
+                                                  for part in re.findall(r"\w+", parts)}
+        imports[name] = found & set(modules)
+        higher = {other for other in imports[name] if level[other.split(".")[0]] > level[name.split(".")[0]]}
+        assert not higher, f"{name} imports {higher}"
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
     with warnings.catch_warnings():
         warnings.simplefilter("error", SyntaxWarning)
-        for name in order:
-            compile((PROJECT / f"{name}.py").read_text(), name, "exec")
+        for name, path in modules.items():
+            compile(path.read_text(), name, "exec")
 
 
 if __name__ == "__main__":

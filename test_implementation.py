@@ -22,23 +22,23 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_papsmear
-from augmentation import MAX_STRENGTH, augment, sample_numbers
 from checkpoints import FIELDS, load_checkpoint, load_model, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
-from devices import choose_device, choose_precision, training_memory
-from image_cache import halve
-from image_pyramid import ImagePyramid, open_pyramids
-from images import ImageFileError, image_size, load_image, load_mask, resize, save_png
+from images.augmentation import MAX_STRENGTH, augment, sample_numbers
+from images.cache import halve
+from images.files import ImageFileError, image_size, load_image, load_mask, resize, save_png
+from images.pyramid import ImagePyramid, open_pyramids
+from images.splits import DatasetError, leaked, list_splits, write_splits
 from inference import Predictor
-from losses import NonFiniteLossError, bce_dice_loss, multi_scale_loss
-from make_sample_data import make_field
-from metrics import MeanOverImages, pixel_metrics
-from options import command
 from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
+from preparation.sample import make_field
 from progressive_trainer import ProgressiveTrainer
-from schedule import TrainingPlan, epochs_by_stage
-from scoring import score_otsu, score_pairs, scored_pairs, summarise
-from splits import DatasetError, leaked, list_splits, write_splits
+from scoring.measures import MeanOverImages, pixel_metrics
+from scoring.scores import score_otsu, score_pairs, scored_pairs, summarise
+from system.devices import choose_device, choose_precision, training_memory
+from system.options import command
+from training.loss import NonFiniteLossError, bce_dice_loss, multi_scale_loss
+from training.schedule import TrainingPlan, epochs_by_stage
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model, count_parameters
 from unet_parts import mean2x2, upsample2x
 
@@ -1277,7 +1277,7 @@ def test_sample_data_is_what_the_generator_makes():
 
 
 def test_sample_generator_refuses_a_full_folder(tmp_path):
-    command = ["make_sample_data.py", "--out", tmp_path, "--train", 1, "--valid", 1, "--test", 1]
+    command = ["-m", "preparation.sample", "--out", tmp_path, "--train", 1, "--valid", 1, "--test", 1]
     assert run_script(*command).returncode == 0
     again = run_script(*command)
     assert again.returncode == 2
@@ -1287,7 +1287,7 @@ def test_sample_generator_refuses_a_full_folder(tmp_path):
 
 def test_readme_names_files_and_options_that_exist():
     text = (PROJECT / "README.md").read_text()
-    for name in set(re.findall(r"\b([\w-]+\.(?:py|txt))\b", text)):
+    for name in set(re.findall(r"\b([\w/-]+\.(?:py|txt))\b", text)):
         assert (PROJECT / name).exists(), name
     known = set(re.findall(r"--\w+", train_papsmear.build_parser().format_help()))
     for line in re.findall(r"python train_papsmear\.py.*", text):
@@ -1303,7 +1303,7 @@ def test_example_runs(tmp_path):
 def test_metric_docstring_example_holds():
     import doctest
 
-    import metrics
+    from scoring import measures as metrics
     result = doctest.testmod(metrics)
     assert result.attempted >= 3
     assert result.failed == 0

@@ -14,7 +14,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from options import (
+from system.options import (
     RESOLUTIONS,
     Parser,
     batch_table,
@@ -145,8 +145,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     """Check the data, build network and trainer, train, and score the test split."""
-    from distributed import joined, leads
-    from run_folder import RunFolder
+    from system.processes import joined, leads
+    from training.run_folder import RunFolder
 
     with joined():
         if args.resume:
@@ -211,12 +211,12 @@ def prepare(args: argparse.Namespace, folder: Path):
 
     import torch
 
-    from devices import choose_device, choose_precision, compute_reproducibly
-    from distributed import world_size
-    from image_pyramid import open_pyramids
+    from images.pyramid import open_pyramids
+    from images.targets import target_channels
     from pap_smear_dataset import check_dataset, create_progressive_dataloaders
     from progressive_trainer import ProgressiveTrainer
-    from targets import target_channels
+    from system.devices import choose_device, choose_precision, compute_reproducibly
+    from system.processes import world_size
     from unet import build_model, count_parameters
 
     if args.deterministic:
@@ -269,7 +269,7 @@ def prepare(args: argparse.Namespace, folder: Path):
 
 def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
     """Return the fingerprint of the data; a run that is resumed refuses other data than its own."""
-    from distributed import gathered
+    from system.processes import gathered
 
     fingerprint = " ".join(pyramid.fingerprint for pyramid in pyramids.values())
     if len(set(gathered(fingerprint))) > 1:
@@ -312,8 +312,8 @@ def initialise(model, args: argparse.Namespace) -> None:
 
 def print_memory(args: argparse.Namespace, model, trainer) -> None:
     """Print parameters and expected memory of every stage."""
-    from devices import training_memory
-    from distributed import world_size
+    from system.devices import training_memory
+    from system.processes import world_size
 
     sizes = resolved_batch_sizes(args)
     print("stage  resolution  batch  epochs  parameters  memory in training")
@@ -331,7 +331,7 @@ def print_memory(args: argparse.Namespace, model, trainer) -> None:
 def test(trainer, args: argparse.Namespace) -> None:
     """Score the test split with the best stage-4 model at original size, beside Otsu's threshold; print and save."""
     from inference import Predictor
-    from scoring import score_otsu, score_pairs, score_table, scored_pairs, summarise
+    from scoring.scores import score_otsu, score_pairs, score_table, scored_pairs, summarise
 
     pairs = scored_pairs(args.data_root, "test", args.use_augmented)
     predictor = Predictor(trainer.folder.file("best_stage_4.pth"), str(trainer.device), trainer.precision)

@@ -1,0 +1,1 @@
+"""From image files to batches: reading, splits, targets, the four resolutions, augmentation."""

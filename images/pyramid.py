@@ -1,0 +1,198 @@
+"""The decoded pairs of a split at all four resolutions, kept (see image_cache.py) or decoded when asked for.
+
+The 256 pixel image is made once; each coarser one is the exact 2x2 mean of the finer one, rounded to 8 bit, image and
+mask alike. That is why growth preserves the function on real data too.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
+from images.familiarity import describe, usual_ranges
+from images.files import ImageFileError, load_image, resize
+from images.splits import DatasetError, Pair, find_splits, sizing_of
+from images.targets import MASK, load_target, target_channels
+from unet import STAGE_RESOLUTIONS
+
+FINEST = max(STAGE_RESOLUTIONS.values())
+AHEAD = 4 * (os.cpu_count() or 1)  # pairs that are decoded before they are counted
+
+
+class ImagePyramid:
+    """All images and masks of one split, as uint8, with what was counted while they were read.
+
+    Args:
+        classes: of the masks.
+        sizing: 'resize' brings every image to 256x256; 'tile' takes tiles at native scale, which have that size.
+        targets: ('mask',) or ('mask', 'boundary') (see targets.py).
+
+    Attributes:
+        pairs, names: the files, in the order of the indices.
+        sizes: (N, 2) original height and width in pixels.
+        image_mean, image_std: (C,) on the scale [0, 1], over all pixels at 256.
+        usual: name -> [low, high] of what describes the images (see familiarity.py), at 256.
+        fingerprint: hash of all names and pixels at 256, in hexadecimal.
+        target_channels: channels of the masks, one a class and one more for the boundary.
+        foreground: (N, classes) share of each mask's original pixels that belong to the class.
+    """
+
+    def __init__(self, pairs: list[Pair], in_channels: int, classes: int, sizing: str = "resize",
+                 targets: tuple[str, ...] = MASK):
+        self.sizing, self.targets = sizing, targets
+        self.pairs, self.names = pairs, [pair.name for pair in pairs]
+        self.in_channels, self.classes = in_channels, classes
+        self.target_channels = target_channels(classes, targets)
+        self.sizes = np.zeros((len(pairs), 2), dtype=int)
+        self.foreground = np.zeros((len(pairs), classes))
+        self._cache: ImageCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getstate__(self) -> dict:
+        drop = self._cache and self._cache.folder and not FILES_REACH_NEW_PROCESSES
+        return self.__dict__ | {"_cache": None} if drop else self.__dict__  # decoded, the images are the same
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Return the channels of image and mask."""
+        return self.in_channels, self.target_channels
+
+    @property
+    def cached(self) -> bool:
+        """Tell whether the decoded images are kept, in memory or in files."""
+        return self._cache is not None
+
+    @property
+    def kept(self) -> str:
+        """Say where the decoded images are."""
+        if self._cache is None:
+            return "decoded at every step"
+        return f"in memory-mapped files in {self._cache.folder}" if self._cache.folder else "in memory"
+
+    def subset(self, indices: Iterable[int]) -> "ImagePyramid":
+        """Return these images alone, decoded anew and kept in memory."""
+        own = ImagePyramid([self.pairs[i] for i in indices], self.in_channels, self.classes, self.sizing, self.targets)
+        own.read_all(ImageCache(len(own), own.channels))
+        return own
+
+    def read_all(self, cache: ImageCache | None = None) -> list[str]:
+        """Decode every file once, check it, count, and keep it if there is a cache; return the problems found."""
+        digest = hashlib.blake2b(digest_size=16)
+        sums = np.zeros((2, self.in_channels))
+        problems, descriptions = [], []
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+            for i, found in enumerate(_in_order(pool, self._describe_pair, self.pairs)):
+                if isinstance(found, list):
+                    problems += found
+                    continue
+                image, mask, self.sizes[i], self.foreground[i], description = found
+                descriptions.append(description)
+                digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
+                value = image.reshape(self.in_channels, -1) / np.float32(255)
+                sums += value.mean(axis=1), np.square(value).mean(axis=1)
+                if cache:
+                    cache.write(i, image, mask)
+        mean, square = sums / max(len(self) - len(problems), 1)
+        self.image_mean, self.image_std = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
+        self.fingerprint, self.usual = digest.hexdigest(), usual_ranges(descriptions)
+        if not problems:
+            self._cache = cache
+        return problems
+
+    def batch(self, resolution: int, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (N, C, R, R) and mask area fractions (N, K, R, R), both uint8 in 0..255."""
+        if self._cache is not None:
+            return self._cache.read(resolution, indices)
+        if not len(indices):  # the part of a process in a small batch
+            return tuple(torch.empty(0, c, resolution, resolution, dtype=torch.uint8) for c in self.channels)
+        found = [self._decode_pair(self.pairs[i])[:2] for i in indices]
+        levels = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
+        while levels[0].shape[-1] > resolution:
+            levels = tuple(halve(level) for level in levels)
+        return levels
+
+    def _decode_pair(self, pair: Pair):
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
+        found = self._try_pair(pair)
+        if isinstance(found, list):
+            raise ImageFileError("; ".join(found))
+        return found
+
+    def _try_pair(self, pair: Pair):
+        """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
+        problems, arrays = [], []
+        for read in (lambda: load_image(pair.image, self.in_channels),
+                     lambda: load_target(pair, self.classes, self.targets)):
+            try:
+                arrays.append(read())
+            except ImageFileError as error:
+                problems.append(str(error))
+        if problems:
+            return problems
+        image, mask = arrays
+        if image.shape[:2] != mask.shape[:2]:
+            return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
+                    f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's "
+                    f"size"]
+        if self.sizing == "tile" and image.shape[:2] != (FINEST, FINEST):
+            return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
+                    f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
+                    f"every image resized"]
+        image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
+        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1))
+
+    def _describe_pair(self, pair: Pair):
+        """Return what `_try_pair` does, with the description of the image at 256 at the end."""
+        found = self._try_pair(pair)
+        if isinstance(found, list):
+            return found
+        image, mask, *_ = found
+        return *found, describe(image.transpose(1, 2, 0), mask[0] >= 128)
+
+
+def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,
+                  cache_images: bool | None = None, wanted: tuple[str, ...] = ("train", "valid", "test"),
+                  targets: tuple[str, ...] = MASK) -> dict[str, ImagePyramid]:
+    """Read and check the wanted splits.
+
+    Args:
+        in_channels: 1 for luminance, 3 for RGB.
+        out_channels: 1 for binary masks, K for label images 0..K.
+        targets: ('mask',) or ('mask', 'boundary') (see targets.py).
+        cache_images: keep what was decoded, in memory if that takes less than a quarter of what is free, else in
+            memory-mapped files; None does the same, but decodes at every step where there is no space for them.
+    Raises:
+        DatasetError: one error that lists every problem of all these splits.
+        ValueError: if cache_images is True and there is no space.
+    """
+    splits, problems = find_splits(data_root, use_augmented, wanted)
+    sizing = sizing_of(data_root)
+    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing, targets)
+                for split, pairs in splits.items()}
+    # With problems nothing is kept, so that they are reported, whether there is space or not.
+    caches = open_caches([(len(p), p.channels) for p in pyramids.values()],
+                         False if problems else cache_images)
+    for pyramid, cache in zip(pyramids.values(), caches, strict=True):
+        problems += pyramid.read_all(cache)
+    if problems:
+        raise DatasetError(data_root, problems)
+    return pyramids
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable, items: list) -> Iterator:
+    """Yield function(item) in the order of the items, with few results waiting: all at once could fill the memory."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,74 @@
+"""What the network is taught of an image: the mask of each class and, if asked for, the boundaries of the nuclei.
+
+Nuclei that touch are one region in a mask. With the target `boundary` the network gets one output channel more, the
+last one, for the rim of every nucleus; where the rims of two nuclei meet, `separation.separate_nuclei` divides them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from skimage.segmentation import find_boundaries
+
+from images.files import ImageFileError, load_instances, load_mask
+from images.splits import Pair
+
+MASK, MASK_AND_BOUNDARY = ("mask",), ("mask", "boundary")
+RIM = 2 / 256  # width of the rim inside a nucleus, as a share of the image's longer side: 2 pixels at 256
+
+
+def target_channels(classes: int, targets: tuple[str, ...]) -> int:
+    """Return how many channels masks of so many classes and the boundary, if it is a target, make together."""
+    return classes + ("boundary" in targets)
+
+
+def mask_classes(channels: int, targets: tuple[str, ...]) -> int:
+    """Return how many of so many channels are classes of the mask: the reverse of `target_channels`."""
+    return channels - ("boundary" in targets)
+
+
+def load_target(pair: Pair, classes: int, targets: tuple[str, ...] = MASK) -> np.ndarray:
+    """Read what is to be learnt about one image: (H, W, K) bool, the classes first, the boundary last.
+
+    Raises:
+        ImageFileError: for a mask or an instance map that cannot serve.
+    """
+    mask = load_mask(pair.mask, classes)
+    if "boundary" not in targets:
+        return mask
+    rim = rims(drawn_nuclei(pair, mask[..., 0]), max(1.0, max(mask.shape[:2]) * RIM))
+    return np.concatenate([mask, rim[..., None]], axis=2)
+
+
+def rims(nuclei: np.ndarray, width: float) -> np.ndarray:
+    """Return the pixels (H, W) bool of nuclei that lie within `width` pixels of what is outside their nucleus.
+
+    Args:
+        nuclei: (H, W) label map, 0 for background. The image's edge is no outside: there a nucleus is cut, not ended.
+        width: at least 1.
+    """
+    outlines = find_boundaries(nuclei, mode="inner")
+    if not outlines.any():
+        return outlines
+    return (nuclei > 0) & (ndimage.distance_transform_edt(~outlines) <= width - 1)
+
+
+def instance_file(pair: Pair) -> Path | None:
+    """Return the instance map that lies in `instances` beside `images`, if there is one."""
+    folder = pair.image.parent.parent / "instances"
+    return next((path for suffix in (".png", ".tif") if (path := folder / f"{pair.name}{suffix}").is_file()), None)
+
+
+def drawn_nuclei(pair: Pair, mask: np.ndarray) -> np.ndarray:
+    """Return the drawn nuclei (H, W) as a label map: from the file, else the connected parts of the mask (H, W) bool.
+
+    Pixels hang together over edges and corners.
+    """
+    path = instance_file(pair)
+    if path is None:
+        return ndimage.label(mask, structure=np.ones((3, 3)))[0]
+    labels = load_instances(path)
+    if labels.shape != mask.shape:
+        raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but the mask {pair.mask} has "
+                             f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Prepare the data set again")
+    return labels

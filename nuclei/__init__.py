@@ -1,0 +1,1 @@
+"""From probabilities to single nuclei: separated, outlined, measured, also in images too large to hold."""

@@ -1,0 +1,1 @@
+"""From downloads and drawn annotations to data sets that can be trained on."""

@@ -1,0 +1,280 @@
+"""Write a data set in the layout that training reads, from images with instance maps or masks.
+
+    OUT/dataset.json                                what it is: sizing, source, micrometres per pixel
+    OUT/manifest.csv                                one row a written image, with its origin
+    OUT/train|valid|test/images|masks|instances     PNG; masks 0/255, instances 16 bit with labels 1..n
+    OUT/whole/valid|test/images|masks|instances     the whole images of valid and test, where the rest is tiles
+    OUT/contact_sheet.png, OUT/report.md            to look at, to read
+
+The same input gives the same bytes.
+"""
+
+import contextlib
+import csv
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from images.files import IMAGE_SUFFIXES, has_suffix, load_image, load_instances, save_instances, save_png
+from images.splits import SPLITS
+
+TILE = 256
+FORMAT = 1
+COLUMNS = ("tile", "split", "source", "group", "row", "column", "height", "width", "nuclei")
+SHEET_TILES = 24
+OUTLINES = np.array([[255, 225, 25], [60, 220, 75], [70, 240, 240], [255, 255, 255]], np.uint8)  # unlike the stains
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image that goes into a data set.
+
+    Attributes:
+        name: stem of what is written from it.
+        origin: the file it comes from, relative to the folder given.
+        group: what must not be in two splits: patient, field of view.
+    """
+
+    name: str
+    origin: str
+    group: str
+    split: str
+
+
+@dataclass
+class Count:
+    """What one split holds."""
+
+    sources: int = 0
+    groups: set = field(default_factory=set)
+    written: int = 0
+    nuclei: int = 0
+    pixels: int = 0
+    foreground: int = 0
+
+
+class PreparedData:
+    """Write one data set into a folder, and remember what was written.
+
+    Args:
+        root: an empty folder.
+        description: where the data come from, for dataset.json.
+        sizing: 'tile' (native scale) or 'resize' (the whole image becomes 256x256 in training).
+    """
+
+    def __init__(self, root: Path, description: str, sizing: str):
+        self.root, self.description, self.sizing = root, description, sizing
+        self.rows: list[dict] = []
+        self.counts = {split: Count() for split in SPLITS}
+        self.notes: list[str] = []
+
+    def note(self, name: str, *sentences: str) -> None:
+        """Remember what a user should know about a file."""
+        self.notes += [f"{name}: {sentence}" for sentence in sentences]
+
+    def add(self, source: Source, image: np.ndarray, labels: np.ndarray, overlap: int = 0) -> None:
+        """Write an image (H, W, C) uint8 with its instance map (H, W) of labels 1..n.
+
+        With sizing 'tile' it is cut up, and of valid and test the whole is kept beside the tiles.
+        """
+        self._count(source, int(labels.max(initial=0)))
+        if self.sizing == "resize":
+            self.write(source, source.split, source.name, image, labels > 0, labels)
+            return
+        if source.split != "train":
+            self.write(source, f"whole/{source.split}", source.name, image, labels > 0, labels)
+        if min(labels.shape) < TILE:
+            self.note(source.origin, f"{labels.shape[0]}x{labels.shape[1]} pixels; tiles have {TILE}, so it is padded "
+                                     f"by reflection at the right or bottom, nuclei and all")
+        for row in tile_offsets(labels.shape[0], overlap):
+            for column in tile_offsets(labels.shape[1], overlap):
+                name = f"{source.name}_{row:05d}_{column:05d}"
+                cut = np.s_[row:row + TILE, column:column + TILE]
+                self.write(source, source.split, name, *cut_tile(image[cut], labels[cut]), (row, column),
+                           labels[cut].shape, len(np.unique(labels[cut][labels[cut] > 0])))
+
+    def add_mask(self, source: Source, image: np.ndarray, mask: np.ndarray, nuclei: int) -> None:
+        """Write an image (H, W, C) uint8 with a mask (H, W), bool or the classes 0..K as uint8, and no instances."""
+        self._count(source, nuclei)
+        self.write(source, source.split, source.name, image, mask, None, nuclei=nuclei)
+
+    def write(self, source: Source, folder: str, name: str, image: np.ndarray, mask: np.ndarray,
+              labels: np.ndarray | None, offset: tuple[int, int] = (0, 0), covered: tuple[int, int] | None = None,
+              nuclei: int | None = None) -> None:
+        """Write one image with its masks and its row of the manifest.
+
+        Args:
+            folder: below the root; 'train', 'whole/test' ...
+            offset: row and column of its first pixel in the source.
+            covered: height and width of what it shows of the source; the rest is padding, which is not counted.
+            nuclei: how many there are, if it is not the highest label.
+        """
+        nuclei = int(labels.max(initial=0)) if nuclei is None else nuclei
+        for kind in ("images", "masks") if labels is None else ("images", "masks", "instances"):
+            (self.root / folder / kind).mkdir(parents=True, exist_ok=True)
+        save_png(self.root / folder / "images" / f"{name}.png", image, smallest=False)
+        save_png(self.root / folder / "masks" / f"{name}.png", mask, smallest=False)
+        if labels is not None:
+            save_instances(self.root / folder / "instances" / f"{name}.png", labels)
+        height, width = covered or image.shape[:2]
+        self.rows.append(dict(zip(COLUMNS, (name, folder, source.origin, source.group, *offset, height, width, nuclei),
+                                  strict=True)))
+        if folder == source.split:
+            count = self.counts[folder]
+            count.written += 1
+            count.pixels += height * width
+            count.foreground += int(np.count_nonzero(mask[:height, :width]))
+
+    def _count(self, source: Source, nuclei: int) -> None:
+        count = self.counts[source.split]
+        count.sources += 1
+        count.groups.add(source.group)
+        count.nuclei += nuclei
+
+    def finish(self, microns_per_pixel: float | None = None, extra: str = "") -> str:
+        """Write manifest, description, contact sheet and report; return the report.
+
+        Args:
+            extra: text that goes between the table and the notes.
+        """
+        description = {"format": FORMAT, "sizing": self.sizing, "source": self.description,
+                       "microns_per_pixel": microns_per_pixel}
+        (self.root / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        with open(self.root / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(sorted(self.rows, key=lambda row: (row["split"], row["tile"])))
+        self.draw_contact_sheet()
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        report = self.table() + (f"\n{extra}\n" if extra else "") + (f"\nTo know:\n{notes}\n" if notes else "")
+        (self.root / "report.md").write_text(report, encoding="utf-8")
+        return report
+
+    def table(self) -> str:
+        """Return what was made as a table, one row a split."""
+        written = "tiles" if self.sizing == "tile" else "written"
+        rows = [(split, c.sources, len(c.groups), c.written, c.nuclei,
+                 f"{c.foreground / c.pixels:.1%}" if c.pixels else "-") for split, c in self.counts.items()]
+        return format_table(("split", "images", "groups", written, "nuclei", "foreground"), rows)
+
+    def draw_contact_sheet(self) -> None:
+        """Draw tiles from all splits, evenly spaced, with the outline of every instance."""
+        from matplotlib.figure import Figure  # half a second, and --help does without
+
+        shown = []
+        for split in SPLITS:
+            rows = sorted((row for row in self.rows if row["split"] == split), key=lambda row: row["tile"])
+            picks = np.linspace(0, len(rows) - 1, min(SHEET_TILES // len(SPLITS), len(rows))).round().astype(int)
+            shown += [rows[i] for i in picks]
+        lines = -(-len(shown) // 6)
+        figure = Figure(figsize=(18, 3.2 * lines), layout="constrained")
+        for axis in figure.subplots(lines, 6, squeeze=False).flat:
+            axis.set_axis_off()
+        for axis, row in zip(figure.axes, shown, strict=False):
+            axis.imshow(outlined(*self._read(row)))
+            name = row["tile"] if len(row["tile"]) < 40 else f"{row['tile'][:18]}...{row['tile'][-18:]}"
+            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{name}", fontsize=8, parse_math=False)
+        figure.savefig(self.root / "contact_sheet.png", dpi=100, metadata={"Software": None})
+
+    def _read(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
+        folder, name = self.root / row["split"], f"{row['tile']}.png"
+        labels = folder / "instances" / name
+        return (load_image(folder / "images" / name, 3),
+                load_instances(labels if labels.exists() else folder / "masks" / name))
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *sources: Path):
+    """Give a temporary folder that becomes `out` if all goes well, and vanishes if not.
+
+    Raises ValueError when `out` holds anything or lies within a source.
+    """
+    out = out.resolve()  # '.' has a parent then, and an empty folder may be a link to elsewhere
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and is not empty; nothing is overwritten. Choose another --out or remove it")
+    for source in sources:
+        if out.is_relative_to(source.resolve()):
+            raise ValueError(f"{out}: lies within {source}; the source is never written to. Choose an --out elsewhere")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write to") from None
+    try:
+        made = temporary / "made"  # below, so that it has the usual permissions
+        made.mkdir()
+        yield made
+        if out.exists():
+            out.rmdir()
+        shutil.move(made, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tile_offsets(length: int, overlap: int = 0) -> list[int]:
+    """Return where tiles begin along a side of `length` pixels: all is covered, the last is shifted inwards."""
+    if not 0 <= overlap < TILE:
+        raise ValueError(f"--overlap is {overlap}; it must be 0 to {TILE - 1} pixels")
+    last = max(length - TILE, 0)
+    return [*range(0, last, TILE - overlap), last]
+
+
+def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return image (256, 256, C), mask and instance map, with labels 1..n, of a tile.
+
+    A smaller one is padded by reflection, the nuclei too: what is seen of them in the mirror is taught as nuclei.
+    """
+    missing = [(0, TILE - side) for side in labels.shape]
+    if np.any(missing):
+        from skimage.measure import label
+
+        image, labels = np.pad(image, [*missing, (0, 0)], mode="reflect"), np.pad(labels, missing, mode="reflect")
+        labels = label(labels, connectivity=2)  # each image in the mirror is a nucleus of its own
+    found, labels = np.unique(np.append(0, labels), return_inverse=True)
+    labels = labels[1:].reshape(TILE, TILE).astype(np.int32)
+    return image, labels > 0, labels
+
+
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """Return the image files of a folder by stem; raises ValueError if a stem occurs twice or there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no folder of that name. Check the path")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not has_suffix(path):
+            continue
+        if path.stem in found:
+            raise ValueError(f"{path}: same name as {found[path.stem].name}; a stem may occur once. Remove or rename "
+                             f"one")
+        found[path.stem] = path
+    if not found:
+        raise ValueError(f"{folder}: no image found ({', '.join(IMAGE_SUFFIXES)}). Check the path")
+    return found
+
+
+def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Paint the inner border of every instance onto a copy of the image (H, W, 3) uint8, in several colours."""
+    from skimage.segmentation import find_boundaries
+    image = image.copy()
+    border = find_boundaries(labels, mode="inner")
+    image[border] = OUTLINES[labels[border] % len(OUTLINES)]
+    return image
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Return a Markdown table with aligned columns; all but the first are numbers."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w)
+                                 for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |\n"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|\n"
+    return line(cells[0]) + rule + "".join(line(row) for row in cells[1:])
+

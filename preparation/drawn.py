@@ -1,0 +1,211 @@
+"""Turn images and what was drawn on them in QuPath, Fiji, napari or CVAT into a data set, instances kept.
+
+    python -m preparation.drawn --format geojson --images slides --annotations exports --out data_mine
+    python -m preparation.drawn --format label-tiff --images fields --annotations labels --out data_mine
+    python -m preparation.drawn --format coco --images images --annotations instances_default.json --out data_mine
+
+geojson and label-tiff: one file an image, with the image's stem (NAME.geojson or NAME.png.geojson; NAME.tif,
+NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, slides) are found in the names by
+--group_regex and go into one split each: 70 % of the images train, 15 % valid, 15 % test.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from images.files import IMAGE_SUFFIXES, ImageFileError, has_suffix, image_size, load_image, load_instances
+from images.splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
+from preparation.annotations import Annotation, rasterise, read_coco, read_geojson
+from preparation.data_sets import TILE, PreparedData, Source, images_by_stem, new_folder
+from system.options import Parser, command, number, regex, whole
+
+FORMATS = ("geojson", "label-tiff", "coco")
+LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask")  # what programs add to the name
+BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?")  # that predict_papsmear.py writes too
+FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
+
+Drawn = tuple[np.ndarray, list[str]]  # instance map (H, W) int32 with labels 1..n, and notes
+
+
+def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[str, Callable[[], Drawn]]:
+    """Return, for each image stem that something belongs to, how to read its instance map.
+
+    Outlines are read at once, so that faults are found before anything is written; label images when they are needed.
+
+    Raises:
+        DatasetError: with every file that cannot serve.
+    """
+    if not annotations.exists():
+        raise ValueError(f"{annotations}: no such file or folder. Check --annotations")
+    if kind == "coco":
+        found = read_coco(_only_json(annotations))
+        return {stem: _drawer(images.get(stem), annotation) for stem, annotation in found.items()}
+    drawn, problems = {}, []
+    suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
+    files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
+    files = [p for p in files if has_suffix(p, suffixes)]
+    own = {image.resolve() for image in images.values()}  # both may lie in one folder
+    predicted = {p.stem.removesuffix("_instances") for p in files if p.stem.endswith("_instances")}
+    for path in files:
+        stem, beside = _stem_of_image(path, images), BESIDE_INSTANCES.fullmatch(path.stem)
+        if path.resolve() in own or beside and beside[1] in predicted:
+            continue
+        if stem in drawn:
+            problems.append(f"{path}: a second file for {stem}. Keep one")
+            continue
+        try:
+            drawn[stem] = (_drawer(images.get(stem), read_geojson(path)) if kind == "geojson"
+                           else partial(read_label_image, path, images.get(stem)))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError(annotations, problems)
+    return drawn
+
+
+def _drawer(image: Path | None, annotation: Annotation) -> Callable[[], Drawn]:
+    def draw() -> Drawn:
+        shape = image_size(image)
+        if annotation.size and tuple(annotation.size) != shape:
+            raise ImageFileError(f"{image}: {shape[0]}x{shape[1]} pixels, but it was annotated at {annotation.size[0]}x"
+                                 f"{annotation.size[1]}; both must agree. Use the images that were annotated")
+        labels, left_out = rasterise(annotation.regions, shape)
+        return labels, annotation.notes + left_out
+    return draw
+
+
+def _only_json(path: Path) -> Path:
+    """Return the JSON file itself, or the only one in a folder or in its folder 'annotations'."""
+    if path.is_file():
+        return path
+    found = []
+    for folder in (path, path / "annotations"):
+        if folder.is_dir() and not found:
+            found = [p for p in sorted(folder.iterdir()) if has_suffix(p, (".json",))]
+    if len(found) != 1:
+        raise ValueError(f"{path}: {len(found)} JSON files found; COCO is one file for all images. Pass it as "
+                         f"--annotations")
+    return found[0]
+
+
+def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
+    """Return the stem of the image that an annotation file belongs to, or its own if there is none."""
+    by_name = {image.name: stem for stem, image in images.items()}
+    if path.stem in images or path.stem in by_name:
+        return by_name.get(path.stem, path.stem)
+    ends = [end for end in LABEL_ENDS if path.stem.endswith(end)]
+    return path.stem.removesuffix(ends[0]) if ends else path.stem
+
+
+def read_label_image(path: Path, image: Path) -> Drawn:
+    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch."""
+    labels = load_instances(path)
+    shape = image_size(image)
+    if labels.shape != shape:
+        raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but {image} has {shape[0]}x"
+                             f"{shape[1]}; both must have one size. Export the labels at the image's size")
+    values = np.unique(labels[labels > 0])
+    pieces, count = ndimage.label(labels, np.ones((3, 3))) if len(values) == 1 else (labels, 0)
+    if count > 1 or len(values) == 1 and values[0] in (255, 65535):
+        return pieces.astype(np.int32), [f"a mask of 0 and {values[0]}, not of labels: each of its {count} pieces is "
+                                         f"taken as one nucleus, also where several touch"]
+    return np.searchsorted(values, labels, side="right").astype(np.int32), []
+
+
+def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
+                 sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
+    """Write the data set and return the report; raises ValueError for what cannot be used."""
+    with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
+        data = PreparedData(root, f"own annotations ({kind})", sizing)
+        images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
+        drawn = find_drawn(kind, images, annotations)
+        data.notes += [f"{images[stem].name}: left out, as nothing is drawn for it" for stem in images
+                       if stem not in drawn]
+        data.notes += [f"{stem}: something is drawn for it, but the image is missing" for stem in drawn
+                       if stem not in images]
+        names = [stem for stem in images if stem in drawn]
+        if not names:
+            raise ValueError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
+                             f"that of an image in {image_dir} ({', '.join(list(images)[:3])}). Stems must be the same")
+        problems = []
+        for name, (group, split) in tqdm(assign(names, group_regex, seed).items(), desc="images", unit="image",
+                                         disable=None):
+            source = Source(name, images[name].name, group, split)
+            if not split:
+                data.note(source.origin, "left out, as it is a copy of an image that is not trained on")
+                continue
+            try:
+                convert(data, source, images[name], *drawn[name](), overlap)
+            except ImageFileError as error:
+                problems.append(str(error))
+        if problems:
+            raise DatasetError(image_dir, problems)
+        return data.finish(microns_per_pixel)
+
+
+def assign(names: list[str], group_regex: str | None, seed: int) -> dict[str, tuple[str, str]]:
+    """Return group and split of every image; '' for a copy (flipped_* ...) whose original is not in train."""
+    source_of = {name: COPY_PREFIX.sub("", name) for name in names}
+    group_of = group_names(sorted(set(source_of.values())), group_regex)
+    dealt = deal_groups(Counter(group_of[name] for name in names if source_of[name] == name), SHARES, seed)
+    found = {}
+    for name, source in source_of.items():
+        split = SPLITS[dealt.get(group_of[source], 0)]  # copies without any original are trained on
+        found[name] = group_of[source], split if split == "train" or source == name else ""
+    return found
+
+
+def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, notes: list[str],
+            overlap: int) -> None:
+    """Write one image with its instance map, and remember what is odd about it."""
+    data.note(source.origin, *notes)
+    areas = np.bincount(labels.reshape(-1))[1:]
+    if not len(areas):
+        data.note(source.origin, "no nucleus is drawn on it; it is kept, with an empty mask")
+    elif areas.max() > FRAME_SHARE * labels.size:
+        data.note(source.origin, f"one region covers {areas.max() / labels.size:.0%} of the image. Is it a frame "
+                                 f"around the nuclei? It hides all that come after it")
+    data.add(source, load_image(path, 3), labels, overlap)
+
+
+def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> dict[str, Path]:
+    """Leave out label images that lie in the folder of the images, such as a_cp_masks.png beside a.png."""
+    if not annotations.is_dir() or annotations.resolve() != folder.resolve():
+        return images
+    return {stem: path for stem, path in images.items()
+            if not any(stem.endswith(end) and stem.removesuffix(end) in images for end in LABEL_ENDS)}
+
+
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="preparation.drawn", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--annotations", type=Path, required=True, help="folder of one file an image, or COCO JSON")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
+    parser.add_argument("--group_regex", type=regex, help="finds patient or slide in an image's name, e.g. '^[^_]+'")
+    parser.add_argument("--sizing", choices=("tile", "resize"), default="tile",
+                        help="tile: cut into 256x256 at native scale (default); resize: keep images whole, as training "
+                             "brings each to 256x256 (single cells)")
+    parser.add_argument("--overlap", type=whole(0, TILE - 1), default=0, help="pixels that neighbours share (0)")
+    parser.add_argument("--microns_per_pixel", type=number(0, above=True), help="size of a pixel, if known")
+    parser.add_argument("--seed", type=whole(0), default=0, help="decides which groups go where (0)")
+    args = parser.parse_args(argv)
+    report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
+                          args.overlap, args.microns_per_pixel, args.seed)
+    by_group = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
+    print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
+          f"python pap_smear_dataset.py {args.out}{by_group}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From predictions and drawn masks to figures: measures, scores with intervals, pictures."""

@@ -1,0 +1,155 @@
+"""Score predictions at the original image size: the one definition for the table after training and for evaluation.
+
+A row is a dictionary for one image: `image`, `height`, `width`, the pixel metrics and `boundary_f1` as means over
+classes, with several classes `dice_1`, `dice_2`, ..., `empty` (whether the mask or one of its classes is empty),
+`foreground` (share of pixels predicted), for a network `highest` (its highest probability) and, where nuclei are
+compared, the instance metrics with `nuclei_drawn` and `nuclei_found`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from skimage.filters import threshold_otsu
+
+from images.files import ImageFileError, load_image, load_mask
+from images.splits import SPLITS_FILE, Pair, list_splits
+from images.targets import drawn_nuclei
+from inference import Predictor
+from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
+from system.processes import merged, progress, share
+
+MEASURES = (*PIXEL_METRICS, "boundary_f1", *INSTANCE_METRICS)
+RESAMPLES = 10_000
+CONFIDENCE = 95  # percent
+
+
+def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> list[Pair]:
+    """Return the pairs of a split that are scored: whole images where the data set keeps them beside its tiles.
+
+    A data set of tiles has its valid and test images once more in `whole/SPLIT`; these are taken, because a score is
+    one at the original size. A splits.csv in the data root overrides this, as it overrides the folders.
+    """
+    data_root = Path(data_root)
+    whole = data_root / "whole"
+    if (whole / split).is_dir() and not (data_root / SPLITS_FILE).is_file():
+        data_root = whole
+    return list_splits(data_root, use_augmented, (split,))[split]
+
+
+def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
+    """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too.
+
+    Several processes share the images, and each returns all rows.
+    """
+    return merged([score_pair(predictor, pair, instances)[0] for pair in progress(share(pairs), "scoring")])
+
+
+def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return the row of one image, its probabilities (H, W, K) float32 and its mask (H, W, K) bool, K the classes.
+
+    Nuclei are those of the first class, separated by `Predictor.nuclei`.
+    """
+    everything = predictor.predict(pair.image)
+    probability = everything[..., :predictor.classes]
+    mask = load_mask(pair.mask, predictor.classes)
+    row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
+    if instances:
+        found = predictor.nuclei(everything)
+        drawn = drawn_nuclei(pair, mask[..., 0])
+        row |= instance_metrics(found, drawn)
+        row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}
+    return row, probability, mask
+
+
+def score_otsu(pairs: list[Pair], classes: int) -> list[dict]:
+    """Score Otsu's threshold (Otsu 1979) on the luminance: what is darker is foreground, in every class."""
+    rows = []
+    for pair in pairs:
+        grey = load_image(pair.image, 1)[..., 0]
+        dark = grey <= threshold_otsu(grey) if grey.min() < grey.max() else np.zeros(grey.shape, bool)
+        rows.append(_row(pair, np.repeat(dark[..., None], classes, axis=2), load_mask(pair.mask, classes)))
+    return rows
+
+
+def _row(pair: Pair, prediction: np.ndarray, mask: np.ndarray) -> dict:
+    """Compare two (H, W, K) bool arrays."""
+    if prediction.shape != mask.shape:
+        raise ImageFileError(f"{pair.image}: {prediction.shape[0]}x{prediction.shape[1]} pixels, but its mask "
+                             f"{pair.mask} has {mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the "
+                             f"mask again at the image's size")
+    found, drawn = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (prediction, mask))
+    scores = pixel_metrics(found, drawn)
+    classes = range(mask.shape[2])
+    row = {"image": pair.name, "height": mask.shape[0], "width": mask.shape[1]}
+    row |= {name: float(value.mean()) for name, value in scores.items()}
+    row["boundary_f1"] = float(np.mean([boundary_f1(prediction[..., k], mask[..., k]) for k in classes]))
+    if len(classes) > 1:
+        row |= {f"dice_{k + 1}": float(scores["dice"][0, k]) for k in classes}
+    return row | {"empty": int(not mask.any(axis=(0, 1)).all()), "foreground": float(prediction.mean())}
+
+
+def summarise(rows: list[dict], seed: int = 0) -> dict:
+    """Return the number of images and empty masks, and of every measure over images: mean, std, low, high.
+
+    `low` and `high` bound the percentile bootstrap interval (Efron 1979) of the mean at 95 %, from 10000 resamples of
+    the images. Images that show the same cell or patient count as independent here, which makes it too narrow.
+    """
+    summary = {"images": len(rows), "empty_masks": sum(row["empty"] for row in rows)}
+    for name in rows[0]:
+        if name in MEASURES or name.startswith("dice_"):
+            values = np.array([row[name] for row in rows])
+            low, high = _interval(_resampled_means(values, seed))
+            summary[name] = {"mean": float(values.mean()), "std": float(values.std()), "low": low, "high": high}
+    return summary
+
+
+def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
+    """Compare two lists of rows image by image: measure -> difference, low, high, p_bootstrap, p_wilcoxon.
+
+    `difference` is the mean of the first minus the second; its interval is a paired bootstrap over images,
+    `p_bootstrap` twice the share of resampled differences on the other side of 0, and `p_wilcoxon` that of Wilcoxon's
+    signed rank test (scipy); it is 1 where no image differs.
+
+    Raises:
+        ValueError: if the rows are not of the same images in the same order.
+    """
+    if [row["image"] for row in rows] != [row["image"] for row in others]:
+        raise ValueError(f"the rows are of different images ({len(rows)} and {len(others)}); a paired comparison needs "
+                         f"the same ones in one order")
+    result = {}
+    for name in rows[0]:
+        if (name in MEASURES or name.startswith("dice_")) and name in others[0]:
+            values = np.array([a[name] - b[name] for a, b in zip(rows, others, strict=True)])
+            means = _resampled_means(values, seed)
+            low, high = _interval(means)
+            tail = min((means <= 0).mean(), (means >= 0).mean())
+            result[name] = {"difference": float(values.mean()), "low": low, "high": high,
+                            "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
+                            "p_wilcoxon": float(stats.wilcoxon(values).pvalue) if values.any() else 1.0}
+    return result
+
+
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Return the means (RESAMPLES,) of samples drawn from the values (N,) with replacement."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([values[rng.integers(0, len(values), (RESAMPLES // 10, len(values)))].mean(axis=1)
+                           for _ in range(10)])
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def score_table(summaries: dict[str, dict]) -> str:
+    """Return summaries, one a line, as text: mean and standard deviation of each measure that all have."""
+    first, *others = summaries.values()
+    names = [name for name in first if name not in ("images", "empty_masks") and all(name in s for s in others)]
+    width = max(map(len, summaries)) + 2
+    lines = [" " * width + "".join(f"{name:>16}" for name in names)]
+    for title, summary in summaries.items():
+        cells = "".join(f"{summary[name]['mean']:>9.4f} ±{summary[name]['std']:.3f}" for name in names)
+        lines.append(f"{title:<{width}}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,179 @@
+"""The folder of one run: config.json, metrics.csv, TensorBoard logs, checkpoints and pictures.
+
+It is created by the first write, so a run that is refused leaves nothing behind.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from io import TextIOWrapper
+from pathlib import Path
+
+import torch
+
+from checkpoints import atomic_write
+from images.files import load_image
+from scoring.measures import PIXEL_METRICS
+from scoring.pictures import training_curves
+
+COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "alpha", "lr", "train_loss",
+           *(f"train_{name}" for name in PIXEL_METRICS), "loss", *PIXEL_METRICS, "dice_256", "foreground",
+           "empty_masks", "seconds", "images_per_second")
+OWN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
+                       r"|stage_\d_epoch_\d+\.pth|\..*\.(pth|json|csv)\..*\.tmp|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
+
+
+class RunFolder:
+    """Write one run's records.
+
+    Args:
+        path: the folder.
+        keep: how many stage_X_epoch_Y.pth stay; the oldest go first.
+        overwrite: whether `claim` may remove what an earlier run wrote here.
+    """
+
+    def __init__(self, path: Path, keep: int = 3, overwrite: bool = False):
+        self.path, self.keep, self.overwrite = Path(path), keep, overwrite
+        self.claimed = False
+        self._writer = None
+        self._purge_step: int | None = None  # TensorBoard forgets events of an interrupted run from here on
+
+    def check(self) -> None:
+        """Raise ValueError if the folder cannot be used, or holds a run that was not asked to be replaced."""
+        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
+                             f"Choose another --output_dir or --experiment_name")
+        if not self.overwrite and self.path.is_dir() and any(OWN_FILES.fullmatch(p.name) for p in self.path.iterdir()):
+            raise ValueError(f"{self.path}: this run folder exists already. Choose another --experiment_name, continue "
+                             f"it with --resume {self.path}, or replace it with --overwrite (in Python: another "
+                             f"output_dir, resume() or overwrite=True)")
+
+    def claim(self) -> None:
+        """Check the folder and clear it, once, before the first write of a run that does not continue another."""
+        if not self.claimed:
+            self.check()
+            if self.path.is_dir():
+                self._clear()
+            self.claimed = True
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file in the folder, which is made if it is missing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path / name
+
+    def write_config(self, config: dict, name: str = "config.json") -> None:
+        """Save the settings with package versions, git commit and machine, as config.json unless told otherwise.
+
+        Args:
+            config: plain data.
+        """
+        self.write_json(name, config | {"environment": environment()})
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Save plain data as readable JSON."""
+        with atomic_write(self.file(name)) as file:
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+    def log_epoch(self, row: dict) -> None:
+        """Append one epoch to metrics.csv and TensorBoard.
+
+        Args:
+            row: a number for each of COLUMNS.
+        """
+        path = self.file("metrics.csv")
+        new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(COLUMNS)
+            writer.writerow([repr(row[c]) for c in COLUMNS])
+        for name in COLUMNS[4:]:
+            plain = name.removeprefix("train_")
+            split = "train" if plain != name else "valid"
+            tag = f"{plain}/stage_{row['stage']}_{split}" if plain in ("loss", *PIXEL_METRICS) else f"run/{name}"
+            self.tensorboard().add_scalar(tag, row[name], row["run_epoch"])
+        self.tensorboard().flush()
+
+    def rows(self) -> list[dict]:
+        """Return metrics.csv as numbers."""
+        path = self.path / "metrics.csv"
+        if not path.is_file():
+            return []
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def drop_after(self, stage: int, epoch: int, run_epoch: int) -> None:
+        """Drop what was logged beyond `epoch` finished epochs of `stage`, the `run_epoch`-th of the run."""
+        self._purge_step = run_epoch + 1
+        path = self.path / "metrics.csv"
+        if not path.is_file():
+            return
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)]
+        self.write_csv("metrics.csv", rows)
+
+    def write_csv(self, name: str, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
+        """Save rows as a CSV of these columns."""
+        with atomic_write(self.file(name)) as file:
+            text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            text.detach()
+
+    def draw_curves(self) -> None:
+        """Draw training_curves.png from metrics.csv."""
+        training_curves(self.rows(), self.file("training_curves.png"))
+
+    def show_picture(self, tag: str, name: str, step: int) -> None:
+        """Put a PNG of the folder into TensorBoard."""
+        self.tensorboard().add_image(tag, load_image(self.path / name, 3), step, dataformats="HWC")
+
+    def prune(self) -> None:
+        """Remove the oldest stage_X_epoch_Y.pth beyond the number to keep."""
+        saved = sorted(self.path.glob("stage_*_epoch_*.pth"),
+                       key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)])
+        for path in saved[:max(len(saved) - self.keep, 0)]:
+            path.unlink()
+
+    def tensorboard(self):
+        """Return the writer of logs/, opened when first needed."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # half a second, and only runs that write need it
+            self._writer = SummaryWriter(self.file("logs"), purge_step=self._purge_step)
+        return self._writer
+
+    def close(self) -> None:
+        """Finish the logs."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote here, and nothing else that lies in the folder."""
+        logs = self.path / "logs"
+        for path in (*self.path.iterdir(), *logs.glob("events.out.tfevents.*")):
+            if path.is_file() and (OWN_FILES.fullmatch(path.name) or path.parent == logs):
+                path.unlink()
+        if logs.is_dir() and not any(logs.iterdir()):
+            logs.rmdir()
+
+
+def environment() -> dict:
+    """Return versions, git commit, threads and machine, for config.json."""
+    try:
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty",
+                                 "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
+        git = commit.stdout.strip() if commit.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        git = None
+    return {"packages": {name: metadata.version(name) for name in PACKAGES}, "python": platform.python_version(),
+            "git_commit": git, "machine": platform.machine(), "system": platform.system(),
+            "cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
