@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints import save_checkpoint, untrained_checkpoint
 from images.files import save_png
+from images.recipe import MASK, DataRecipe
 
 PROJECT = Path(__file__).parent
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
@@ -35,10 +36,11 @@ def write_data_set(root: Path, counts=(6, 3, 3), side: int = 64) -> Path:
     return root
 
 
-def write_checkpoint(path: Path, model, sizing: str = "resize", targets=("mask",),
-                     usual: dict | None = None) -> Path:
+def write_checkpoint(path: Path, model, sizing: str = "resize", targets=MASK, ranges: dict | None = None) -> Path:
     """Save a network as a checkpoint that no training made."""
-    save_checkpoint(path, untrained_checkpoint(model, targets=list(targets), usual=usual or {}, sizing=sizing))
+    recipe = DataRecipe(sizing, targets, model.in_channels, model.out_channels - ("boundary" in targets),
+                        training_ranges=ranges or {})
+    save_checkpoint(path, untrained_checkpoint(model, data=recipe))
     return path
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from system.errors import UserError
 from system.options import Parser, checkpoint_list, command, flag, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
@@ -50,19 +51,19 @@ def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
     from images.targets import instance_file
     from scoring.scores import compare, score_pairs, scored_pairs, summarise
-    from system.processes import leads
+    from system.processes import is_main_process
     from training.run_folder import RunFolder
 
     first = Path(checkpoint_list(args.checkpoint)[0])
     folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
     there = [folder / name for name in OWN_FILES if (folder / name).exists()]
     if there and not args.overwrite:
-        raise ValueError(f"{there[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
+        raise UserError(f"{there[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
                          f"pass --overwrite")
     predictor = open_predictor(args, args.checkpoint)
     other = open_predictor(args, args.compare) if args.compare else None
     if other and other.classes != predictor.classes:
-        raise ValueError(f"{args.compare}: {other.classes} classes, but {args.checkpoint} has "
+        raise UserError(f"{args.compare}: {other.classes} classes, but {args.checkpoint} has "
                          f"{predictor.classes}; only checkpoints for the same masks can be compared")
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
     folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
@@ -83,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print_comparison(args, summary)
     if args.all_scales:
         summary["scales"] = score_scales(predictor, pairs)
-    if not leads():
+    if not is_main_process():
         return
     for stale in there:
         stale.unlink()
@@ -133,10 +134,10 @@ def score_scales(predictor, pairs: list) -> dict:
 
     from images.files import load_image
     from scoring.scores import score_pairs
-    from system.processes import gathered, leads
+    from system.processes import all_gather, is_main_process
 
     result = {}
-    images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]] if leads() else []
+    images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]] if is_main_process() else []
     print("\nscale       Dice   ms an image")
     for scale in predictor.models[0].scales:
         predictor.scale = scale
@@ -147,7 +148,7 @@ def score_scales(predictor, pairs: list) -> dict:
             predictor.predict(image)
             seconds.append(time.perf_counter() - start)
         # Processes other than the first measure nothing and wait here, so that they do not slow it down.
-        milliseconds, *_ = gathered(1000 * float(np.median(seconds[1:])) if leads() else None)
+        milliseconds, *_ = all_gather(1000 * float(np.median(seconds[1:])) if is_main_process() else None)
         result[scale] = {"dice": dice, "milliseconds": milliseconds}
         print(f"{scale:>5}{dice:>11.4f}{result[scale]['milliseconds']:>14.1f}")
     predictor.scale = None
@@ -172,9 +173,9 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
 @command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from system.processes import joined
+    from system.processes import process_group
 
-    with joined():
+    with process_group():
         evaluate(args)
 
 

@@ -5,7 +5,8 @@
 
 import torch
 
-from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
+from images.report import check_dataset
+from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, count_parameters
 

@@ -21,12 +21,10 @@ from images.bands import windows
 from images.cache import halve
 from images.familiarity import describe, strangest
 from images.files import load_image, resize, to_image
-from images.pyramid import FINEST
-from images.splits import SIZINGS
-from images.targets import mask_classes
+from images.resolutions import FINEST
 from nuclei.separation import separate_nuclei
 from system.devices import autocast, choose_device, choose_precision
-from system.machine import keep_freed_memory
+from system.errors import UserError
 from unet import LAST_STAGE
 from unet_parts import ConvBNReLU, upsample2x
 
@@ -50,31 +48,24 @@ class Predictor:
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
     Attributes:
         models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
-        stage, in_channels, out_channels, targets, sizing, threshold, device, precision: what was found and
-            chosen.
-        classes: output channels that are masks; one more is the boundary of nuclei, if it is a target.
+        recipe: the data recipe (see images/recipe.py) of the first checkpoint; in all but the statistics of their
+            training images the others agree with it.
+        stage, threshold, device, precision: what was found and chosen.
     Raises:
-        ValueError: for files that are no checkpoints or do not belong together, and for settings out of range.
+        UserError: for files that are no checkpoints or do not belong together, and for settings out of range.
     """
 
     def __init__(self, checkpoints, device: str = "auto", precision: str = "auto", tile: int = 1024,
                  batch_size: int | None = None, augment: bool = False, scale: int | None = None):
         paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
         if not paths:
-            raise ValueError("checkpoints is empty; give one path or a list of at least one")
+            raise UserError("checkpoints is empty; give one path or a list of at least one")
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         found = [load_checkpoint(path) for path in paths]
-        recipes = [_recipe(checkpoint, path) for checkpoint, path in zip(found, paths, strict=True)]
-        for path, recipe in zip(paths, recipes, strict=True):
-            if recipe != recipes[0]:
-                raise ValueError(f"{path}: its recipe is {recipe}, that of {paths[0]} is {recipes[0]}; checkpoints "
-                                 f"that are averaged must agree in all of it. Predict with each on its own")
-        self.stage, self.in_channels, self.out_channels, self.targets, self.sizing, self.threshold = recipes[0].values()
-        self.classes = mask_classes(self.out_channels, self.targets)
-        self.usual = found[0]["usual"]
+        for path, checkpoint in zip(paths, found, strict=True):
+            _check_agreement(checkpoint, found[0], path, paths[0])
+        self.stage, self.threshold, self.recipe = found[0]["stage"], found[0]["threshold"], found[0]["data"]
         self.models = [model_of(checkpoint, path).to(self.device, memory_format=torch.channels_last)
                        for checkpoint, path in zip(found, paths, strict=True)]
         for block in (module for model in self.models for module in model.modules()):
@@ -86,13 +77,24 @@ class Predictor:
         self.batch_size = batch_size or (4 if self.device.type == "cuda" else 1)
         self.tile, self.margin = tile, max(tile_margin(model) for model in self.models)
         smallest = -(-(2 * self.margin + BLEND + STEP) // STEP) * STEP
-        if self.sizing == "tile" and (tile % STEP or tile < smallest):
-            raise ValueError(f"tile is {tile!r}; at stage {self.stage} it must be a multiple of {STEP} and at least "
+        if self.recipe.sizing == "tile" and (tile % STEP or tile < smallest):
+            raise UserError(f"tile is {tile!r}; at stage {self.stage} it must be a multiple of {STEP} and at least "
                              f"{smallest}, because {self.margin} pixels at each side have no weight")
+
+    @property
+    def classes(self) -> int:
+        """Return how many output channels are masks; one more is the boundary of nuclei, if it is a target."""
+        return self.recipe.classes
+
+    @property
+    def in_channels(self) -> int:
+        """Return the channels of the images: 1 for luminance, 3 for RGB."""
+        return self.recipe.in_channels
 
     def __str__(self) -> str:
         count = f"{len(self.models)} checkpoints averaged, " if len(self.models) > 1 else ""
-        sizing = f"native scale in tiles of {self.tile}" if self.sizing == "tile" else f"resized to {FINEST}x{FINEST}"
+        sizing = f"native scale in tiles of {self.tile}" if self.recipe.sizing == "tile" else \
+            f"resized to {FINEST}x{FINEST}"
         return (f"{count}stage {self.stage}, {'RGB' if self.in_channels == 3 else 'luminance'}, {sizing}; device "
                 f"{self.device}, precision {self.precision}, {torch.get_num_threads()} threads"
                 + (", flips and turns averaged" if self.augment else "")
@@ -108,11 +110,11 @@ class Predictor:
             (H, W, K) float32 probabilities in [0, 1] at the image's size: the classes, then the boundary of nuclei if
             the network was taught it.
         Raises:
-            ImageFileError: a ValueError that says what is wrong with the image.
+            ImageFileError: a UserError that says what is wrong with the image.
         """
         from_file = isinstance(image, (str, Path))
         pixels = load_image(Path(image), self.in_channels) if from_file else to_image(image, self.in_channels)
-        if self.sizing == "tile":
+        if self.recipe.sizing == "tile":
             return np.concatenate(list(self.predict_bands([pixels], *pixels.shape[:2])))
         return self._predict_resized(pixels)
 
@@ -130,7 +132,7 @@ class Predictor:
         down = height + -height % STEP
         offsets, weights = plan_axis(down, self.tile, self.margin)
         spans = [(y, min(y + len(own), height)) for y, own in zip(offsets, weights, strict=True)]
-        total = np.zeros((len(weights[0]), width, self.out_channels), np.float32)
+        total = np.zeros((len(weights[0]), width, self.recipe.target_channels), np.float32)
         source = windows(bands, spans)
         for y, own, next_y in zip(offsets, weights, [*offsets[1:], down], strict=True):
             self._add_row_of_tiles(total, next(source), own)
@@ -144,7 +146,7 @@ class Predictor:
         Returns:
             (H, W) int32, numbered from 1 without gaps, 0 for background.
         """
-        boundary = probability[..., -1] if "boundary" in self.targets else None
+        boundary = probability[..., -1] if "boundary" in self.recipe.targets else None
         return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area)
 
     def unlike_training(self, pixels: np.ndarray, probability: np.ndarray) -> str | None:
@@ -155,10 +157,10 @@ class Predictor:
             probability: (H, W, K) float32, what `predict` made of it.
         """
         mask = probability[..., 0] >= self.threshold
-        if self.sizing == "resize":
+        if self.recipe.sizing == "resize":
             pixels = resize(pixels, FINEST)
             mask = resize(mask[..., None].astype(np.uint8) * 255, FINEST)[..., 0] >= 128
-        return strangest(describe(pixels, mask), self.usual)
+        return strangest(describe(pixels, mask), self.recipe.training_ranges)
 
     def _predict_resized(self, pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
@@ -255,12 +257,14 @@ def plan_axis(length: int, tile: int, margin: int) -> tuple[list[int], list[np.n
                      for offset, own in zip(offsets, weights, strict=True)]
 
 
-def _recipe(checkpoint: dict, path: Path) -> dict:
-    """Return what checkpoints that are averaged must have in common."""
-    if checkpoint["sizing"] not in SIZINGS:
-        raise ValueError(f"{path}: sizing is {checkpoint['sizing']!r}; this version knows {' and '.join(SIZINGS)}. Use "
-                         f"the version of the project that wrote it")
-    args = checkpoint["model_args"]
-    return {"stage": checkpoint["stage"], "in_channels": args["in_channels"], "out_channels": args["out_channels"],
-            "targets": tuple(checkpoint["targets"]), "sizing": checkpoint["sizing"],
-            "threshold": checkpoint["threshold"]}
+def _check_agreement(checkpoint: dict, first: dict, path: Path, first_path: Path) -> None:
+    """Raise UserError unless two checkpoints can be averaged: one stage, one threshold, one kind of data."""
+    try:
+        for name in ("stage", "threshold"):
+            if checkpoint[name] != first[name]:
+                raise UserError(f"{path}: {name} is {checkpoint[name]!r}, but {first[name]!r} in {first_path}; they "
+                                f"must agree in it")
+        checkpoint["data"].check_agreement(first["data"], str(path), str(first_path))
+    except UserError as error:
+        raise UserError(f"{error}. Checkpoints that are averaged need one stage, threshold and data recipe; predict "
+                        f"with each on its own") from None

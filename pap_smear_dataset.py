@@ -6,10 +6,8 @@
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from images.augmentation import MAX_STRENGTH, augment, sample_numbers
 from images.pyramid import ImagePyramid, open_pyramids
-from images.splits import SPLITS, groups_of, leaked, other_files, write_splits
-from images.targets import MASK
+from images.recipe import MASK, DataRecipe
+from images.report import check_dataset
+from images.resolutions import DEFAULT_BATCH_SIZES, FINEST, RESOLUTIONS
+from images.splits import SPLITS, write_splits
+from system.errors import UserError
 from system.options import command
-from system.processes import share
-from unet import STAGE_RESOLUTIONS
-
-RESOLUTIONS = tuple(STAGE_RESOLUTIONS.values())
-DEFAULT_BATCH_SIZES = {32: 64, 64: 32, 128: 16, 256: 8}
+from system.processes import shard
 
 
 class PapSmearDataset(Dataset):
@@ -46,7 +43,7 @@ class PapSmearDataset(Dataset):
         targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
         augment_strength: factor on the amounts of the random transforms, 0..3.
     Raises:
-        DatasetError (a ValueError) that lists every problem found in the files.
+        DatasetError (a UserError) that lists every problem found in the files.
     """
 
     def __init__(self, data_root="data", split: str = "train", target_size: int = 256, use_augmented: bool = True,
@@ -54,11 +51,11 @@ class PapSmearDataset(Dataset):
                  cache_images: bool | None = None, seed: int = 0, pyramid: ImagePyramid | None = None,
                  targets: tuple[str, ...] = MASK, augment_strength: float = 1.0):
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+            raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if not 0 <= augment_probability <= 1:
-            raise ValueError(f"augment_probability is {augment_probability!r}; it must lie in [0, 1]")
+            raise UserError(f"augment_probability is {augment_probability!r}; it must lie in [0, 1]")
         if not 0 <= augment_strength <= MAX_STRENGTH:
-            raise ValueError(f"augment_strength is {augment_strength!r}; it must lie in [0, {MAX_STRENGTH:g}]")
+            raise UserError(f"augment_strength is {augment_strength!r}; it must lie in [0, {MAX_STRENGTH:g}]")
         self.split, self.seed, self.augment_strength = split, seed, augment_strength
         self.augment_probability = augment_probability if split == "train" else 0.0
         # In shared memory, so that workers that live on see a change.
@@ -66,6 +63,11 @@ class PapSmearDataset(Dataset):
         self.update_target_size(target_size)
         self.pyramid = pyramid or open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images,
                                                 (split,), targets)[split]
+
+    @property
+    def recipe(self) -> DataRecipe:
+        """Return what a network must know of these images."""
+        return self.pyramid.recipe
 
     @property
     def target_size(self) -> int:
@@ -80,7 +82,7 @@ class PapSmearDataset(Dataset):
     def update_target_size(self, target_size: int) -> None:
         """Change the side of all samples from now on; a loader follows at its next `iter`."""
         if target_size not in RESOLUTIONS:
-            raise ValueError(f"target_size is {target_size!r}; it must be one of {RESOLUTIONS}")
+            raise UserError(f"target_size is {target_size!r}; it must be one of {RESOLUTIONS}")
         self._size_and_epoch[0] = target_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -121,7 +123,7 @@ class PapSmearDataset(Dataset):
         if not hasattr(self, "_index"):
             self._index = {name: i for i, name in enumerate(self.pyramid.names)}
         indices = np.array([self._index[name] for name in names], dtype=np.int64)
-        return self.pyramid.batch(RESOLUTIONS[-1], indices)[1].float().div_(255)
+        return self.pyramid.batch(FINEST, indices)[1].float().div_(255)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -164,6 +166,11 @@ class ProgressiveLoader:
         self._siblings = siblings if siblings is not None else []
         self._siblings.append(self)
 
+    @property
+    def recipe(self) -> DataRecipe:
+        """Return what a network must know of the images of this split."""
+        return self.dataset.recipe
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
         self.epoch = epoch
@@ -178,7 +185,7 @@ class ProgressiveLoader:
         order = np.arange(len(self.dataset))
         if self.training:
             np.random.default_rng([self.dataset.seed, resolution, epoch, 1]).shuffle(order)
-        self._requests[:] = [(resolution, share(order[i * self.batch_size:(i + 1) * self.batch_size]))
+        self._requests[:] = [(resolution, shard(order[i * self.batch_size:(i + 1) * self.batch_size]))
                              for i in range(len(self))]
         for raw in self._raw_batches():
             yield self.dataset.finished(raw, epoch, self.device)
@@ -220,12 +227,12 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
     Returns:
         {32: (train, valid, test), 64: ..., 128: ..., 256: ...}
     Raises:
-        DatasetError (a ValueError) that lists every problem of all three splits.
+        DatasetError (a UserError) that lists every problem of all three splits.
     """
     sizes = DEFAULT_BATCH_SIZES | (batch_sizes or {})
     for resolution, size in sizes.items():
         if resolution not in RESOLUTIONS or not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_sizes has {resolution!r}: {size!r}; keys are {RESOLUTIONS}, values whole numbers "
+            raise UserError(f"batch_sizes has {resolution!r}: {size!r}; keys are {RESOLUTIONS}, values whole numbers "
                              f"of at least 1")
     if pyramids is None:
         pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images, targets=targets)
@@ -238,75 +245,6 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
         return ProgressiveLoader(dataset, sizes[resolution], workers, device, siblings)
 
     return {r: tuple(loader(split, r) for split in SPLITS) for r in RESOLUTIONS}
-
-
-@dataclass
-class DatasetReport:
-    """What was counted in a data set; printing it shows a table and the warnings.
-
-    Attributes:
-        counts: split -> images, originals, empty masks, foreground (mean share of pixels, one a class).
-        totals: 'source images' and, with a group expression, 'groups' -> how many there are.
-        leakage: the same kinds -> split -> (in train, all).
-        warnings: sentences, one a warning.
-    """
-
-    data_root: str
-    counts: dict[str, dict]
-    totals: dict[str, int]
-    leakage: dict[str, dict[str, tuple[int, int]]]
-    warnings: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"data set {self.data_root}", "split   images  originals  empty masks  foreground"]
-        for split, c in self.counts.items():
-            share = ", ".join(f"{f:.1%}" for f in c["foreground"])
-            lines.append(f"{split:<6}  {c['images']:>6}  {c['originals']:>9}  {c['empty_masks']:>11}  {share:>10}")
-        lines += [f"{n} {kind} in all" for kind, n in self.totals.items()]
-        for kind, by_split in self.leakage.items():
-            lines += [f"leakage: {n} of {m} {kind} of {split} are in train" +
-                      (" as originals or copies" if kind == "source images" else "")
-                      for split, (n, m) in by_split.items()]
-        return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
-
-
-def check_dataset(data_root="data", group_regex: str | None = None, in_channels: int = 1, out_channels: int = 1,
-                  use_augmented: bool = True, pyramids: dict[str, ImagePyramid] | None = None) -> DatasetReport:
-    """Read every file of a data set and report images, empty masks, foreground and leakage.
-
-    Args:
-        group_regex: expression that finds the field of view or patient in a source name, e.g. '^\\d+'.
-        pyramids: the splits as already decoded; otherwise the files are read.
-    Raises:
-        DatasetError (a ValueError) that lists every problem.
-    """
-    if pyramids is None:
-        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images=False)
-    counts = {split: {"images": len(p), "originals": sum(not pair.is_copy for pair in p.pairs),
-                      "empty_masks": int((p.foreground == 0).any(axis=1).sum()),
-                      "foreground": p.foreground.mean(axis=0).tolist()} for split, p in pyramids.items()}
-    pairs = {split: p.pairs for split, p in pyramids.items()}
-    kinds = {"source images": None} | ({"groups": group_regex} if group_regex else {})
-    everything = [pair for own in pairs.values() for pair in own]
-    totals = {kind: len(groups_of(everything, regex)) for kind, regex in kinds.items()}
-    leakage = {kind: {split: leaked(pairs, split, regex) for split in SPLITS[1:]} for kind, regex in kinds.items()}
-    report = DatasetReport(str(data_root), counts, totals, leakage)
-    for kind, by_split in leakage.items():
-        shared = [f"{n} of {m} {kind} of {split}" for split, (n, m) in by_split.items() if n]
-        if shared:
-            report.warnings.append(f"{' and '.join(shared)} are in train as well, so these scores overstate what the "
-                                   f"network does on new {kind}")
-    if report.warnings:
-        regex = f" --group_regex {shlex.quote(group_regex)}" if group_regex else ""
-        report.warnings.append(f"for a split without leakage: python pap_smear_dataset.py "
-                               f"{shlex.quote(str(data_root))} --write_splits{regex}")
-    others = other_files(Path(data_root))
-    if others:
-        report.warnings.append(f"{len(others)} files are of no type that is read, and left out, e.g. {others[0]}")
-    for split, c in counts.items():
-        if c["empty_masks"] == c["images"]:
-            report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")
-    return report
 
 
 @command()

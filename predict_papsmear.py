@@ -21,11 +21,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from system.errors import UserError
 from system.options import Parser, checkpoint_list, command, number, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
-OUTLINE = (20, 230, 60)  # seen on grey smears and on pink and blue stains alike
 COLUMNS = ("image", "label", "centroid_row", "centroid_column", "area", "eccentricity", "mean_probability")
 MICROMETRE_COLUMNS = ("centroid_row_um", "centroid_column_um", "area_um2")
 
@@ -73,12 +73,12 @@ def predict(args: argparse.Namespace) -> int:
     predictor.threshold = args.threshold or predictor.threshold
     folder = Path(args.out)
     if any(path.resolve().parent == folder.resolve() for path in everything):
-        raise ValueError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
+        raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                          f"the next time. Choose another --out")
     table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
     there = [p for path in paths for p in outputs(folder, path, predictor.classes) if p.exists()]
     if not args.overwrite and (there or table.exists()):
-        raise ValueError(f"{there[0] if there else table}: exists already, and nothing is overwritten unasked. Choose "
+        raise UserError(f"{there[0] if there else table}: exists already, and nothing is overwritten unasked. Choose "
                          f"another --out, or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{args.checkpoint}: {predictor}")
@@ -116,7 +116,7 @@ def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namesp
             times = {p: p.stat().st_mtime_ns for p in there if p.exists()}
             try:
                 rows, highest = predict_one(predictor, path, table.parent, args)
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
+            except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
                 first_line = (str(error).splitlines() or ["out of memory"])[0]
                 failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
                 print(f"{path.name}: failed")
@@ -148,7 +148,7 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
 
     start = time.perf_counter()
     height, width = image_size(path, args.max_pixels)
-    streamed = predictor.sizing == "tile" and height * width > args.stream_above
+    streamed = predictor.recipe.sizing == "tile" and height * width > args.stream_above
     one = (predict_streamed if streamed else predict_in_memory)(predictor, path, folder, args)
     print(f"{path.name}: {height}x{width}, {one.nuclei} nuclei, {one.foreground:.1%} foreground, "
           f"{time.perf_counter() - start:.1f} s"
@@ -163,6 +163,7 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
 
     from images.files import load_image, save_instances, save_png, to_image
     from nuclei.measurement import NucleusSums
+    from nuclei.outlines import overlay
     from nuclei.streaming import Prediction
 
     image = load_image(path, 3, int(args.max_pixels))
@@ -185,9 +186,11 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
 
 def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespace):
     """Predict one image from file to files; return a `streaming.Prediction`."""
-    from images.bands import ImageRows, finished_files
+    from images.bands import ImageRows
     from images.files import save_png
+    from nuclei.outlines import overlay
     from nuclei.streaming import stream_prediction
+    from system.atomic import finished_files
 
     rows = ImageRows(path, 3, args.max_pixels)
     if not rows.in_parts:
@@ -223,19 +226,10 @@ def nucleus_rows(name: str, measures: dict, pixel_size: float | None) -> Iterato
         yield row
 
 
-def overlay(image, nuclei):
-    """Draw the outlines of a label map (H, W) onto an image (H, W, 3) uint8 and return the copy."""
-    from scoring.measures import boundary
-
-    drawn = image.copy()
-    drawn[boundary(nuclei)] = OUTLINE
-    return drawn
-
-
 def list_images(given: list[str]) -> list[Path]:
     """Return the files, and the images of the folders in order of their names.
 
-    Raises ValueError for what is not there and for two images whose results would have one name.
+    Raises UserError for what is not there and for two images whose results would have one name.
     """
     from images.files import IMAGE_SUFFIXES, has_suffix
 
@@ -244,17 +238,17 @@ def list_images(given: list[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if has_suffix(p) and p.is_file())
             if not inside:
-                raise ValueError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
+                raise UserError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
             paths += inside
         elif path.is_file():
             paths.append(path)
         else:
-            raise ValueError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
     paths = list(dict.fromkeys(paths))
     stem, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
         twins = [str(path) for path in paths if path.stem == stem]
-        raise ValueError(f"{' and '.join(twins[:2])}: both would be written as {stem}_mask.png. Predict them into two "
+        raise UserError(f"{' and '.join(twins[:2])}: both would be written as {stem}_mask.png. Predict them into two "
                          f"folders, or rename one")
     return paths
 

@@ -3,7 +3,8 @@
     trainer = ProgressiveTrainer(model, device="auto", epochs_per_stage=50, output_dir="outputs/my_run")
     trainer.fit(create_progressive_dataloaders("data"))
 
-or, with the same result for the same seed, the loop that `fit` runs: `set_stage`, `train_epoch`, `validate_epoch`.
+or, with the same result for the same seed, the loop that `fit` runs: `set_stage`, `train_epoch`, `validate_epoch`,
+`record`. Without `record` nothing is selected and nothing written.
 """
 
 import dataclasses
@@ -17,14 +18,18 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
-from images.targets import MASK
-from scoring.measures import PIXEL_METRICS, MeanOverImages, pixel_metrics
-from scoring.pictures import epoch_lines, predictions
+from images.recipe import DataRecipe
+from scoring.measures import PIXEL_METRICS, pixel_metrics
+from scoring.pictures import predictions
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
-from system.machine import keep_freed_memory
-from system.processes import ParallelSteps, leads, progress, synchronised, total, weight_of, world_size
+from system.errors import UserError
+from system.processes import all_reduce_sum, is_main_process, progress, world_size
+from training.batches import carried_recipe, check_batch, check_loader, recipe_for
+from training.console import epoch_lines
 from training.loss import multi_scale_loss, refuse_non_finite
+from training.means import MeanOverImages
 from training.optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
+from training.parallel import ParallelSteps, synchronised, weight_of
 from training.run_folder import RunFolder
 from training.schedule import TrainingPlan, epochs_by_stage
 from unet import LAST_STAGE, STAGE_RESOLUTIONS
@@ -50,34 +55,37 @@ class ProgressiveTrainer:
         average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
             starts anew at each stage, so that new parts do not carry their untrained start with them.
         threshold: probability from which a pixel is foreground.
+        recipe: the data recipe (see images/recipe.py), for a loader that does not carry it. Without both it is made
+            from one pass over the first loader that is trained on.
         compile: run training steps through `torch.compile`, once a stage and size of batch; not while a level fades
             in, nor in the first 10 batches of a part, whose statistics count otherwise.
         overwrite: whether a run that lies in `output_dir` may be replaced.
         config: settings to keep in checkpoints and config.json (plain types).
     Raises:
-        ValueError: for a device or precision that is not there and settings out of range.
+        UserError: for a device or precision that is not there and settings out of range.
     """
 
     def __init__(self, model, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
                  keep: int = 3, schedule: str = "run", fade_epochs: float = 0.0, old_lr_scale: float = 1.0,
-                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5, compile: bool = False,
-                 overwrite: bool = False, config: dict | None = None):
+                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5,
+                 recipe: DataRecipe | None = None, compile: bool = False, overwrite: bool = False,
+                 config: dict | None = None):
         lr, fade_epochs, old_lr_scale, weight_decay, average, threshold = map(
             float, (lr, fade_epochs, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
         for name, value, low in (("accumulate", accumulate, 1), ("save_every", save_every, 1), ("keep", keep, 0)):
             if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+                raise UserError(f"{name} is {value!r}; it must be a whole number of at least {low}")
         if not 0 <= average < 1 or not 0 < threshold < 1:
-            raise ValueError(f"average is {average!r} and threshold {threshold!r}; they must lie in [0, 1) and (0, 1)")
+            raise UserError(f"average is {average!r} and threshold {threshold!r}; they must lie in [0, 1) and (0, 1)")
+        if not 0 <= weight_decay < math.inf:
+            raise UserError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
         check_plain(config or {}, "config")
         stages = range(model.stage, LAST_STAGE + 1)
         self._whole_plan = self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule,
                                                     fade_epochs, old_lr_scale)
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         torch.manual_seed(seed)
         self.model = synchronised(model.to(self.device, memory_format=torch.channels_last), self.device)
         self._parallel = ParallelSteps(self.model, compile)
@@ -87,12 +95,11 @@ class ProgressiveTrainer:
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
-        self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and leads() else None
-        self.sizing, self.targets, self.usual = "resize", MASK, {}  # of the data that train it
+        self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
+        self.recipe = recipe           # of the data that train it; its statistics are those of the network
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
         self._steps_taken = 0          # by this trainer, resumed ones included
-        self._train_metrics: dict | None = None  # of an epoch that has not been validated yet
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -124,12 +131,14 @@ class ProgressiveTrainer:
         """Train on every batch of a loader once.
 
         Args:
-            loader: yields `image` (N, C, S, S) float in [0, 1], `mask` (N, K, S, S) in [0, 1] and `name`.
+            loader: yields `image` (N, C, S, S) float in [0, 1], `mask` (N, K, S, S) in [0, 1] and, for messages,
+                `name`; S is the resolution of the stage. It carries the recipe of its data (see images/recipe.py).
             epoch: within the stage, from 0; decides order, augmentation and learning rate.
         Returns:
             'loss' and the pixel metrics as means over images, 'lr', 'alpha', 'seconds', 'images_per_second'.
         Raises:
-            losses.NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
+            UserError: for a loader whose first batch is something else; what is wrong and what to change.
+            NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
         """
         start, batches = time.perf_counter(), len(loader)
         self._begin_epoch(loader, epoch)
@@ -138,6 +147,8 @@ class ProgressiveTrainer:
         means = MeanOverImages()
         with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
             for i, batch in enumerate(bar):
+                if i == 0:
+                    check_batch(batch, self.model)
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
                 steady = age_batchnorms(young)
@@ -150,61 +161,73 @@ class ProgressiveTrainer:
                     self.scaler.scale(loss * weight_of(len(mask)) / group).backward()
                 if last:
                     self._take_step()
-                means.add(self._measure(logits.detach(), mask, loss.detach()))
+                means.add(self._measure(logits.detach(), mask, loss.detach(), self.recipe.classes))
                 if not bar.disable:
                     so_far = means.means()
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
         means.add_up()
         seconds = time.perf_counter() - start
-        self._train_metrics = means.means() | {
+        self.finished_epochs = epoch + 1
+        return means.means() | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "alpha": self.model.alpha,
             "seconds": seconds, "images_per_second": means.images / seconds}
-        self.finished_epochs = epoch + 1
-        return dict(self._train_metrics)
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
-        """Measure on every batch of a loader; after a `train_epoch` also log it and save the checkpoints.
+        """Measure on every batch of a loader; nothing is changed, selected or written by it.
 
         Returns:
             'loss', the pixel metrics, 'dice_256' (logits enlarged to 256 pixels), 'foreground' (share predicted),
             'empty_masks' (how many).
         """
+        check_loader(loader)
         network = self.evaluated_model.eval()
+        classes = self._scored_classes(loader)
         means, empty_masks = MeanOverImages(), 0
         for i, batch in enumerate(progress(loader, "validate")):
+            if i == 0:
+                check_batch(batch, self.model)
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
-            values = self._measure(logits, mask, loss)
-            values["foreground"] = self._foreground(logits).float().mean(dim=(2, 3))
+            values = self._measure(logits, mask, loss, classes)
+            values["foreground"] = self._foreground(logits, classes).float().mean(dim=(2, 3))
             if hasattr(getattr(loader, "dataset", None), "finest_masks") and logits.shape[-1] < 256:
                 finest = loader.dataset.finest_masks(batch["name"]).to(self.device)
                 enlarged = F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False)
-                values["dice_256"] = pixel_metrics(self._foreground(enlarged), self._classes(finest) >= 0.5)["dice"]
+                values["dice_256"] = pixel_metrics(self._foreground(enlarged, classes),
+                                                   finest[:, :classes] >= 0.5)["dice"]
             else:
                 values["dice_256"] = values["dice"]
             means.add(values)
-            empty_masks += int((~(self._classes(mask) >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
+            empty_masks += int((~(mask[:, :classes] >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
         means.add_up()
-        metrics = means.means() | {"empty_masks": int(*total(empty_masks))}
-        if self._train_metrics is not None:
-            train_metrics, self._train_metrics = self._train_metrics, None
-            self._record(train_metrics, metrics, epoch)
-        return metrics
+        return means.means() | {"empty_masks": int(*all_reduce_sum(empty_masks))}
 
     def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> None:
-        """Claim the output folder, tell the loader its epoch, take the image statistics over, once."""
+        """Claim the output folder, take the recipe of the data over, and tell the loader its epoch."""
+        check_loader(loader)
         if self.folder:
             self.folder.claim()
+        self._take_recipe(loader)
         dataset = getattr(loader, "dataset", None)
         for target in (loader, dataset):  # a plain DataLoader has no epochs, our data set in it has
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
-        if pyramid := getattr(dataset, "pyramid", None):
-            self.sizing, self.targets, self.usual = pyramid.sizing, pyramid.targets, pyramid.usual
-            for network in {self.model, self.evaluated_model} if not self.model.has_image_statistics else ():
-                network.set_image_statistics(pyramid.image_mean, pyramid.image_std)
         self.model.train()
+
+    def _take_recipe(self, loader: Iterable[dict]) -> None:
+        """Take the recipe of the loader, or make one, and give the network its image statistics, once."""
+        recipe = recipe_for(self.model, loader, self.recipe)
+        if not self.model.has_image_statistics:
+            for network in {self.model, self.evaluated_model}:
+                network.set_image_statistics(recipe.mean, recipe.std)
+        mean, std = (tuple(buffer.tolist()) for buffer in (self.model.image_mean, self.model.image_std))
+        self.recipe = dataclasses.replace(recipe, mean=mean, std=std)
+
+    def _scored_classes(self, loader: Iterable[dict]) -> int:
+        """Return how many channels are classes; the rims of nuclei, the last, are not scored."""
+        recipe = self.recipe or carried_recipe(loader)
+        return recipe.classes if recipe else self.model.out_channels
 
     def fit(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
         """Run all planned stages that are not finished, saying one line an epoch.
@@ -222,7 +245,8 @@ class ProgressiveTrainer:
             for epoch in range(self.finished_epochs, epochs):
                 train = self.train_epoch(train_loader, epoch)
                 valid = self.validate_epoch(valid_loader, epoch)
-                for line in epoch_lines(stage, epoch, epochs, train, valid) if leads() else ():
+                self.record(train, valid)
+                for line in epoch_lines(stage, epoch, epochs, train, valid) if is_main_process() else ():
                     say(line)
             if self.folder:
                 self._draw_stage(valid_loader)
@@ -246,7 +270,7 @@ class ProgressiveTrainer:
     def resume(self, path) -> None:
         """Continue from a last.pth: weights, optimizer, plan, scores, random states and position.
 
-        Raises ValueError for a file of another network and for one that is not a last.pth.
+        Raises UserError for a file of another network and for one that is not a last.pth.
         """
         saved = load_resumable(path, self.model.model_args)
         self._set_network(saved["stage"], saved["alpha"])
@@ -261,7 +285,7 @@ class ProgressiveTrainer:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self._whole_plan = self.plan = TrainingPlan(**({"counted_by": "epochs"} | saved["plan"]))  # as the first files
-        self.sizing, self.targets, self.usual = saved["sizing"], tuple(saved["targets"]), saved["usual"]
+        self.recipe = saved["data"]
         self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1
         set_random_states(saved["random_states"], self.device)
@@ -300,24 +324,27 @@ class ProgressiveTrainer:
         loss = multi_scale_loss(scales, mask) if len(mask) else sum(logits.sum() for logits in scales)
         return scales[-1], mask, loss
 
-    def _classes(self, channels: torch.Tensor) -> torch.Tensor:
-        """Leave out the boundary of nuclei, which serves to separate them and is no class to be scored."""
-        return channels[:, :-1] if "boundary" in self.targets else channels
+    def _foreground(self, logits: torch.Tensor, classes: int) -> torch.Tensor:
+        return logits[:, :classes] >= math.log(self.threshold / (1 - self.threshold))
 
-    def _foreground(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._classes(logits) >= math.log(self.threshold / (1 - self.threshold))
-
-    def _measure(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = pixel_metrics(self._foreground(logits), self._classes(mask) >= 0.5)
+    def _measure(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor,
+                 classes: int) -> dict[str, torch.Tensor]:
+        values = pixel_metrics(self._foreground(logits, classes), mask[:, :classes] >= 0.5)
         return values | {"loss": loss.expand(len(mask))}
 
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
         refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
                           batch.get("name"))
 
-    def _record(self, train: dict, valid: dict, epoch: int) -> None:
-        """Keep the best score and, with an output folder, write the row and the checkpoints of an epoch."""
-        stage, finished = self.model.stage, epoch + 1
+    def record(self, train: dict[str, float], valid: dict[str, float]) -> None:
+        """Keep the best score and, with an output folder, write row and checkpoints of the epoch trained last.
+
+        Args:
+            train, valid: what `train_epoch` and `validate_epoch` returned.
+        """
+        stage, finished = self.model.stage, self.finished_epochs
+        if not finished:
+            raise UserError("there is no epoch to record; call train_epoch and validate_epoch before it")
         score = valid["dice"]
         best = self.model.alpha == 1 and score > self.best_scores.get(stage, -math.inf)
         if best:
@@ -341,7 +368,7 @@ class ProgressiveTrainer:
         """Assemble what checkpoints.py describes; the weights are those that are evaluated."""
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
                 "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
-                "targets": list(self.targets), "sizing": self.sizing, "usual": self.usual, "threshold": self.threshold,
+                "data": self.recipe, "threshold": self.threshold,
                 "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,
@@ -358,7 +385,8 @@ class ProgressiveTrainer:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
-        dice = self._measure(logits, mask, logits.new_zeros(()))["dice"].mean(dim=1).tolist()
+        measured = self._measure(logits, mask, logits.new_zeros(()), self._scored_classes(loader))
+        dice = measured["dice"].mean(dim=1).tolist()
         shown, stage = slice(SHOWN_IMAGES), self.model.stage
         name = f"predictions_stage_{stage}.png"
         arrays = [tensor[shown].cpu().numpy() for tensor in (batch["image"], mask, logits.sigmoid())]

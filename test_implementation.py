@@ -28,16 +28,22 @@ from images.augmentation import MAX_STRENGTH, augment, sample_numbers
 from images.cache import halve
 from images.files import ImageFileError, image_size, load_image, load_mask, resize, save_png
 from images.pyramid import ImagePyramid, open_pyramids
+from images.recipe import DataRecipe
+from images.report import check_dataset
 from images.splits import DatasetError, leaked, list_splits, write_splits
 from inference import Predictor
-from pap_smear_dataset import PapSmearDataset, check_dataset, create_progressive_dataloaders
+from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 from preparation.sample import make_field
 from progressive_trainer import ProgressiveTrainer
-from scoring.measures import MeanOverImages, pixel_metrics
+from scoring.measures import pixel_metrics
 from scoring.scores import score_otsu, score_pairs, scored_pairs, summarise
-from system.devices import choose_device, choose_precision, training_memory
+from system.devices import choose_device, choose_precision
+from system.errors import NonFiniteLossError, UserError
 from system.options import command
-from training.loss import NonFiniteLossError, bce_dice_loss, multi_scale_loss
+from training import settings
+from training.loss import bce_dice_loss, multi_scale_loss
+from training.means import MeanOverImages
+from training.memory import training_memory
 from training.schedule import TrainingPlan, epochs_by_stage
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model, count_parameters
 from unet_parts import mean2x2, upsample2x
@@ -683,7 +689,7 @@ def test_cheap_epochs_do_not_use_the_rate_up():
 def test_a_run_begun_when_epochs_counted_alike_goes_on_as_planned(shared_root, tmp_path):
     trainer, loaders = make_trainer(shared_root, tmp_path)
     trainer.train_epoch(loaders[32][0], 0)
-    trainer.validate_epoch(loaders[32][1], 0)
+    trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
     saved = load_checkpoint(tmp_path / "last.pth")
     assert saved["plan"].pop("counted_by") == "work"
     save_checkpoint(tmp_path / "last.pth", saved)
@@ -729,8 +735,8 @@ def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path, 
     for stage, resolution in STAGE_RESOLUTIONS.items():
         loop.set_stage(stage)
         for epoch in range(loop.plan.epochs[stage]):
-            loop.train_epoch(loaders[resolution][0], epoch)
-            loop.validate_epoch(loaders[resolution][1], epoch)
+            loop.record(loop.train_epoch(loaders[resolution][0], epoch),
+                        loop.validate_epoch(loaders[resolution][1], epoch))
             finished += 1
             if finished == 2:  # inside the fade, if there is one
                 assert (loop.model.alpha < 1) == (fade_epochs > 0)
@@ -763,7 +769,7 @@ def test_the_loop_writes_nothing_without_a_folder(shared_root, tmp_path, monkeyp
     assert {"loss", "dice", "iou", "accuracy", "precision", "recall"} <= set(train) & set(valid)
     assert {"dice_256", "empty_masks", "foreground"} <= set(valid)
     assert torch.allclose(trainer.model.image_mean, torch.tensor(
-        loaders[32][0].dataset.pyramid.image_mean, dtype=torch.float32))
+        loaders[32][0].recipe.mean, dtype=torch.float32))
 
 
 def test_unborn_and_retired_parts_have_no_optimizer_state(shared_root):
@@ -796,12 +802,11 @@ def test_fade_begins_only_one_stage_above_a_trained_network(shared_root):
     assert trainer.model.alpha == 0
     trainer.set_stage(2)
     assert trainer.model.alpha == 0
-    trainer.train_epoch(loaders[64][0], 0)
+    train = trainer.train_epoch(loaders[64][0], 0)
     assert 0 < trainer.model.alpha < 1
-    trainer.validate_epoch(loaders[64][1], 0)
+    trainer.record(train, trainer.validate_epoch(loaders[64][1], 0))
     assert 2 not in trainer.best_scores, "a network that still fades is no best one"
-    trainer.train_epoch(loaders[64][0], 1)
-    trainer.validate_epoch(loaders[64][1], 1)
+    trainer.record(trainer.train_epoch(loaders[64][0], 1), trainer.validate_epoch(loaders[64][1], 1))
     assert trainer.model.alpha == 1
     assert 2 in trainer.best_scores
 
@@ -893,7 +898,7 @@ def test_image_statistics_are_taken_once_whatever_ran_before(shared_root):
     trainer, loaders = make_trainer(shared_root)
     trainer.model(torch.rand(2, 1, 32, 32))  # a forward pass in train mode, as in a notebook
     trainer.train_epoch(loaders[32][0], 0)
-    expected = loaders[32][0].dataset.pyramid.image_mean
+    expected = loaders[32][0].recipe.mean
     assert trainer.model.image_mean.item() == pytest.approx(expected[0], abs=1e-6)
 
 
@@ -919,8 +924,7 @@ def test_going_back_before_training_keeps_the_plan(shared_root):
 
 def test_settings_of_other_types_are_converted_or_refused_at_once(shared_root, tmp_path):
     trainer, loaders = make_trainer(shared_root, tmp_path / "a", lr=np.float64(1e-3), epochs_per_stage=np.int64(1))
-    trainer.train_epoch(loaders[32][0], 0)
-    trainer.validate_epoch(loaders[32][1], 0)
+    trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
     assert load_checkpoint(tmp_path / "a/last.pth")["plan"]["lr"] == 1e-3
     with pytest.raises(ValueError, match=r"config\['root'\]"):
         make_trainer(shared_root, config={"root": Path("x")})
@@ -973,7 +977,8 @@ def test_a_checkpoint_is_plain_and_whole(trained_run):
     for stage, r in STAGE_RESOLUTIONS.items():
         checkpoint = torch.load(folder / f"best_stage_{stage}.pth", weights_only=True)
         assert set(checkpoint) == set(FIELDS)
-        assert (checkpoint["stage"], checkpoint["alpha"], checkpoint["sizing"]) == (stage, 1.0, "resize")
+        assert (checkpoint["stage"], checkpoint["alpha"], checkpoint["data"]["sizing"]) == (stage, 1.0, "resize")
+        assert checkpoint["data"]["mean"] == tuple(checkpoint["model"]["image_mean"].tolist())
         assert f"decoder.{r}.conv.0.0.weight" in checkpoint["model"]
         names = checkpoint["model"]
         assert not any(f".{2 * r}." in name or name.startswith(("module.", "_orig_mod.")) for name in names)
@@ -1083,29 +1088,36 @@ def test_wrong_options_are_refused(options, words, tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+def as_option(value) -> str:
+    """Write a setting as the command line takes it."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{number}" for key, number in value.items())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def test_defaults_are_those_documented_and_presets_yield_to_options():
-    args = train_papsmear.parse([])
-    documented = {"data_root": "data", "progressive": True, "epochs_per_stage": "50", "lr": 1e-3,
-                  "batch_sizes": "32:64,64:32,128:16,256:8", "output_dir": "outputs", "in_channels": 1,
+    args = settings.parse([])
+    documented = {"data_root": "data", "progressive": True, "epochs_per_stage": (50,), "lr": 1e-3,
+                  "batch_sizes": {32: 64, 64: 32, 128: 16, 256: 8}, "output_dir": "outputs", "in_channels": 1,
                   "out_channels": 1, "model": "pgunet", "seed": 0, "init_from": None, "start_stage": 1,
                   "augment_probability": 0.5, "device": "auto", "num_workers": None, "use_augmented": True,
                   "accumulate": 1, "base_channels": 64, "precision": "auto", "resume": None, "overwrite": False,
                   "save_every": 10, "keep": 3, "dry_run": False, "preset": None, "deterministic": False}
     assert {key: getattr(args, key) for key in documented} == documented
-    assert train_papsmear.parse(["--progressive"]).progressive is True
-    assert train_papsmear.parse(["--progressive", "false"]).progressive is False
-    quick = train_papsmear.parse(["--preset", "quick", "--lr", "0.5"])
+    assert settings.parse(["--progressive"]).progressive is True
+    assert settings.parse(["--progressive", "false"]).progressive is False
+    quick = settings.parse(["--preset", "quick", "--lr", "0.5"])
     assert quick.lr == 0.5
-    assert quick.base_channels == train_papsmear.PRESETS["quick"]["base_channels"] != 64
-    assert train_papsmear.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == "24"
-    for name, preset in train_papsmear.PRESETS.items():  # their values are such as the options themselves take
-        by_hand = [word for key, value in preset.items() for word in (f"--{key}", str(value))]
-        settings = vars(train_papsmear.parse(["--preset", name, "--experiment_name", "a"]))
-        assert settings == vars(train_papsmear.parse([*by_hand, "--experiment_name", "a"])) | {"preset": name}
+    assert quick.base_channels == settings.PRESETS["quick"]["base_channels"] != 64
+    assert settings.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == (24,)
+    for name, preset in settings.PRESETS.items():  # their values are such as the options themselves take
+        by_hand = [word for key, value in preset.items() for word in (f"--{key}", as_option(value))]
+        found = vars(settings.parse(["--preset", name, "--experiment_name", "a"]))
+        assert found == vars(settings.parse([*by_hand, "--experiment_name", "a"])) | {"preset": name}
 
 
 @pytest.mark.parametrize(("error", "code", "said"), [
-    (ValueError("seed is x"), 2, "error: seed is x\n"), (OSError(28, "full"), 2, "error: [Errno 28] full\n"),
+    (UserError("seed is x"), 2, "error: seed is x\n"), (OSError(28, "full"), 2, "error: [Errno 28] full\n"),
     (NonFiniteLossError("nan found"), 1, "error: nan found\n"),
     (KeyboardInterrupt(), 130, "\ninterrupted; nothing was written\n")])
 def test_what_goes_wrong_becomes_an_exit_code(error, code, said, capsys):
@@ -1115,12 +1127,14 @@ def test_what_goes_wrong_becomes_an_exit_code(error, code, said, capsys):
     assert main([]) == code
     assert capsys.readouterr().err == said
     assert [command()(lambda argv, value=value: value)() for value in (None, 1)] == [0, 1]
-    with pytest.raises(ZeroDivisionError):
-        command()(lambda argv: 1 / 0)()
+    for fault in (lambda argv: 1 / 0, lambda argv: list(zip([1], [], strict=True)),
+                  lambda argv: Path("no/such/file").read_text()):
+        with pytest.raises((ZeroDivisionError, ValueError, FileNotFoundError)):  # faults of ours keep their traceback
+            command()(fault)()
 
 
 def test_help_needs_no_torch():
-    code = "import sys, train_papsmear; train_papsmear.build_parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys, train_papsmear; train_papsmear.parse(['--lr', '1']); print('torch' in sys.modules)"
     assert run_script("-c", code).stdout.strip() == "False"
     assert run_script("train_papsmear.py", "--help").returncode == 0
 
@@ -1135,7 +1149,7 @@ def test_a_run_leaves_the_documented_tree(trained_run, shared_root):
     config = json.loads((folder / "config.json").read_text())
     assert config["base_channels"] == 4
     assert config["resolved"]["precision"] in ("float32", "bfloat16")
-    assert config["resolved"]["batch_sizes"] == "32:4,64:4,128:4,256:4"
+    assert config["resolved"]["batch_sizes"] == {"32": 4, "64": 4, "128": 4, "256": 4}
     assert config["environment"]["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [row["stage"] for row in metric_rows(folder)] == ["1", "2", "3", "4"]
     with open(folder / "test_scores.csv", newline="") as file:
@@ -1271,7 +1285,7 @@ def test_sample_data_is_what_the_generator_makes():
     pair = splits["valid"][3]
     assert np.abs(load_image(pair.image, 1)[..., 0].astype(int) - image).mean() < 0.5
     assert (load_mask(pair.mask)[..., 0] != mask).mean() < 0.001
-    pyramid = ImagePyramid(splits["test"], 1, 1)
+    pyramid = ImagePyramid(splits["test"], DataRecipe())
     assert pyramid.read_all() == []
     assert summarise(score_otsu(pyramid.pairs, 1))["dice"]["mean"] < 0.5, "thresholding must not solve it"
 
@@ -1289,7 +1303,7 @@ def test_readme_names_files_and_options_that_exist():
     text = (PROJECT / "README.md").read_text()
     for name in set(re.findall(r"\b([\w/-]+\.(?:py|txt))\b", text)):
         assert (PROJECT / name).exists(), name
-    known = set(re.findall(r"--\w+", train_papsmear.build_parser().format_help()))
+    known = set(re.findall(r"--\w+", settings.build_parser().format_help()))
     for line in re.findall(r"python train_papsmear\.py.*", text):
         assert set(re.findall(r"--\w+", line)) <= known, line
 

@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from images.resolutions import RESOLUTIONS
+from system.errors import UserError
 from unet_parts import DecoderLevel, DoubleConv, EncoderLevel, ToLogits, join, mean2x2, upsample2x
 
-STAGE_RESOLUTIONS = {1: 32, 2: 64, 3: 128, 4: 256}
-LAST_STAGE = 4
+STAGE_RESOLUTIONS = dict(enumerate(RESOLUTIONS, start=1))  # 1: 32, 2: 64, 3: 128, 4: 256
+LAST_STAGE = len(RESOLUTIONS)
 COARSEST = 16  # the encoder's bottom level, below the first stage
 
 # Channels in units of base_channels.
@@ -35,7 +37,7 @@ class _Network(nn.Module):
         for key, value in (("in_channels", in_channels), ("out_channels", out_channels),
                            ("base_channels", base_channels)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
+                raise UserError(f"{key} is {value!r}; it must be a whole number of at least 1")
         self.in_channels, self.out_channels, self.base_channels = in_channels, out_channels, base_channels
         self.register_buffer("image_mean", torch.zeros(in_channels))
         self.register_buffer("image_std", torch.ones(in_channels))
@@ -57,9 +59,9 @@ class _Network(nn.Module):
         return [r for r in STAGE_RESOLUTIONS.values() if r <= self.resolution]
 
     def checked_scale(self, scale: int | None) -> int:
-        """Return the scale, or the finest for None; raises ValueError where the network has no logits."""
+        """Return the scale, or the finest for None; raises UserError where the network has no logits."""
         if scale is not None and scale not in self.scales:
-            raise ValueError(f"scale is {scale!r}; at stage {self.stage} this network has logits at "
+            raise UserError(f"scale is {scale!r}; at stage {self.stage} this network has logits at "
                              f"{', '.join(map(str, self.scales))}")
         return scale or self.resolution
 
@@ -80,12 +82,12 @@ class _Network(nn.Module):
 
     def _checked_and_normalised(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"the input has shape {tuple(x.shape)}; this network takes (N, {self.in_channels}, H, W)")
+            raise UserError(f"the input has shape {tuple(x.shape)}; this network takes (N, {self.in_channels}, H, W)")
         multiple = 2 ** self.stage
         height, width = x.shape[-2:]
         if height % multiple or width % multiple or not height * width:
             pad_h, pad_w = -height % multiple, -width % multiple
-            raise ValueError(
+            raise UserError(
                 f"the input is {height}x{width} pixels; at stage {self.stage} both sides must be multiples of "
                 f"{multiple}. Pad it, e.g. torch.nn.functional.pad(x, (0, {pad_w}, 0, {pad_h}), mode='replicate'), "
                 f"and crop the logits back to [..., :{height}, :{width}]")
@@ -159,9 +161,9 @@ class ProgressiveUNet(_Network):
                 reads it, reduced by 2x2 means; at 0 the network computes exactly what it did one stage below.
         """
         if stage not in STAGE_RESOLUTIONS:
-            raise ValueError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
+            raise UserError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
         if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha is {alpha!r}; it must lie in [0, 1]")
+            raise UserError(f"alpha is {alpha!r}; it must lie in [0, 1]")
         self.stage, self.alpha = stage, 1.0 if stage == 1 else float(alpha)
 
     def parts(self) -> dict[str, int]:
@@ -248,7 +250,7 @@ class UNet(_Network):
     def set_stage(self, stage: int, alpha: float = 1.0) -> None:
         """Accept stage 4, the only one of a network that does not grow."""
         if stage != LAST_STAGE or alpha != 1:
-            raise ValueError(f"stage is {stage!r} with alpha {alpha!r}; the classic U-Net does not grow and knows "
+            raise UserError(f"stage is {stage!r} with alpha {alpha!r}; the classic U-Net does not grow and knows "
                              f"stage {LAST_STAGE} alone. Use ProgressiveUNet to grow")
 
     @property
@@ -285,12 +287,12 @@ MODELS = {model.name: model for model in (ProgressiveUNet, UNet)}
 def build_model(model_args: dict) -> _Network:
     """Make the network that `model_args` describes (see `model_args` of a network): the only place that does.
 
-    Raises ValueError for a name other than 'pgunet' and 'unet'.
+    Raises UserError for a name other than 'pgunet' and 'unet'.
     """
     kwargs = dict(model_args)
     name = kwargs.pop("model", None)
     if name not in MODELS:
-        raise ValueError(f"model is {name!r}; it must be one of {sorted(MODELS)}")
+        raise UserError(f"model is {name!r}; it must be one of {sorted(MODELS)}")
     return MODELS[name](**kwargs)
 
 

@@ -16,11 +16,13 @@ import argparse
 import contextlib
 import io
 import math
+import re
 import sys
 import time
 from pathlib import Path
 
-from system.options import Parser, command, count_list, number, whole
+from system.errors import UserError
+from system.options import Parser, command, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -32,6 +34,15 @@ MARGIN = 0.01  # of Dice, within which two precisions count as equal
 DECIDED = ("precision", "seed", "output_dir", "experiment_name", "resume", "overwrite", "dry_run")
 
 
+def count_list(text: str) -> tuple[int, ...]:
+    """Read rising numbers joined by commas: '5,10,20'."""
+    counts = tuple(map(int, text.split(","))) if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) else ()
+    if not counts or sorted(set(counts)) != list(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not rising whole numbers of at least 1 joined by commas, e.g. "
+                                         f"5,10,20")
+    return counts
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
     parser = Parser(prog="benchmarks.experiments", description=__doc__, allow_abbrev=False,
@@ -40,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     finetune = experiments.add_parser("finetune", allow_abbrev=False)
     finetune.add_argument("checkpoint", help="of stage 4; its network, classes and targets are used")
     finetune.add_argument("--data_root", required=True, help="folder with train|valid|test / images|masks")
-    finetune.add_argument("--counts", type=count_list, default="5,10,20", help="training images, in turn (5,10,20)")
+    finetune.add_argument("--counts", type=count_list, default=(5, 10, 20), help="training images, in turn (5,10,20)")
     finetune.add_argument("--seeds", type=whole(1), default=3, help="trainings at each count, with other images (3)")
     finetune.add_argument("--steps", type=whole(1), default=150, help="of the optimizer, at least, a training (150)")
     finetune.add_argument("--batch_size", type=whole(1), default=8)
@@ -58,13 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def results_folder(out: str, *names: str):
-    """Return the folder for results; raises ValueError if one of these is in it already."""
+    """Return the folder for results; raises UserError if one of these is in it already."""
     from training.run_folder import RunFolder
 
     folder = RunFolder(Path(out))
     for name in names:
         if (folder.path / name).exists():
-            raise ValueError(f"{folder.path / name}: exists already, and nothing is overwritten unasked. Choose "
+            raise UserError(f"{folder.path / name}: exists already, and nothing is overwritten unasked. Choose "
                              f"another --out")
     return folder
 
@@ -73,34 +84,31 @@ def measure_finetuning(args: argparse.Namespace) -> None:
     """Train at every count, seed and start; print, save and draw the test Dice."""
     import numpy as np
 
+    from benchmarks.pictures import curves_over_counts
     from checkpoints import load_checkpoint
     from images.pyramid import open_pyramids
-    from images.targets import mask_classes
     from inference import Predictor
-    from scoring.pictures import curves_over_counts
     from scoring.scores import score_pairs, scored_pairs, summarise
 
     checkpoint = load_checkpoint(Path(args.checkpoint))
     if checkpoint["stage"] != 4:
-        raise ValueError(f"{args.checkpoint}: its stage is {checkpoint['stage']}; the curve is measured at stage 4. "
+        raise UserError(f"{args.checkpoint}: its stage is {checkpoint['stage']}; the curve is measured at stage 4. "
                          f"Take a best_stage_4.pth")
     folder = results_folder(args.out, TABLE)
-    counts = [int(n) for n in args.counts.split(",")]
-    targets = tuple(checkpoint["targets"])
-    model_args = checkpoint["model_args"]
-    classes = mask_classes(model_args["out_channels"], targets)
-    train = open_pyramids(args.data_root, model_args["in_channels"], classes, use_augmented=False, cache_images=False,
-                          wanted=("train",), targets=targets)["train"]
-    if max(counts) > len(train):
-        raise ValueError(f"--counts {args.counts}: {args.data_root} has {len(train)} training images that are no "
+    recipe = checkpoint["data"]
+    train = open_pyramids(args.data_root, recipe.in_channels, recipe.classes, use_augmented=False, cache_images=False,
+                          wanted=("train",), targets=recipe.targets)["train"]
+    if max(args.counts) > len(train):
+        raise UserError(f"--counts {max(args.counts)}: {args.data_root} has {len(train)} training images that are no "
                          f"copies. Ask for fewer")
     pairs = scored_pairs(Path(args.data_root), "test", use_augmented=False)
-    print(f"{len(counts) * args.seeds * len(STARTS)} trainings of about {args.steps} steps; {len(pairs)} test images")
+    trainings = len(args.counts) * args.seeds * len(STARTS)
+    print(f"{trainings} trainings of about {args.steps} steps; {len(pairs)} test images")
     untouched = summarise(score_pairs(Predictor(args.checkpoint, args.device), pairs))["dice"]
     rows = [{"images": 0, "seed": 0, "start": STARTS[1], "dice": untouched["mean"], "std": untouched["std"],
              "seconds": 0}]
     print(f"   0 images, the checkpoint as it is      test Dice {untouched['mean']:.4f}")
-    for count in counts:
+    for count in args.counts:
         for seed in range(args.seeds):
             chosen = np.random.default_rng(seed).permutation(len(train))[:count]  # larger counts contain the smaller
             few = train.subset(chosen)
@@ -147,12 +155,12 @@ def train_and_score(args: argparse.Namespace, checkpoint: dict, start: str, trai
 
 def measure_precision(args: argparse.Namespace, options: list[str]) -> None:
     """Train with these options of train_papsmear.py in both precisions for each seed; print and save the test Dice."""
-    from train_papsmear import parse
+    from training.settings import parse
 
     given = {word.split("=")[0] for word in options}
     for name in DECIDED:
         if f"--{name}" in given:
-            raise ValueError(f"--{name} is decided by the experiment: both precisions are trained for each of --seeds, "
+            raise UserError(f"--{name} is decided by the experiment: both precisions are trained for each of --seeds, "
                              f"in folders of --out. Leave it out")
     runs = [(seed, precision, parse([*options, "--seed", str(seed), "--precision", precision, "--output_dir", args.out,
                                      "--experiment_name", f"seed_{seed}_{precision}"]))

@@ -25,8 +25,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from system.errors import UserError
 from system.options import Parser, command, whole
-from train_papsmear import PRESETS
+from training.settings import PRESETS
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -130,7 +131,7 @@ def stage_rounds(setting) -> dict[str, list[float]]:
 
 def batch_size(stage: int) -> int:
     """Return the default batch size of a stage."""
-    from pap_smear_dataset import DEFAULT_BATCH_SIZES
+    from images.resolutions import DEFAULT_BATCH_SIZES
     from unet import STAGE_RESOLUTIONS
 
     return DEFAULT_BATCH_SIZES[STAGE_RESOLUTIONS[stage]]
@@ -192,8 +193,8 @@ def growth(setting, record: dict) -> Iterator:
     yield Measure("the same by wall-clock", by_time, "%")
     yield Measure("the second over the first", by_time / by_operations, "x", bar=1.1, at_most=True)
     for name, preset in PRESETS.items():
-        epochs = [int(n) for n in preset["epochs_per_stage"].split(",")]
-        yield Measure(f"epochs of --preset {name} ({preset['epochs_per_stage']}) against as many at stage 4, by "
+        epochs = preset["epochs_per_stage"]
+        yield Measure(f"epochs of --preset {name} ({','.join(map(str, epochs))}) against as many at stage 4, by "
                       f"wall-clock", median([growth_ratio(epochs, cost) for cost in seconds]), "%", bar=0.5,
                       at_most=True)
         yield Measure(f"epochs of --preset {name}, by operations", growth_ratio(epochs, operations), "%")
@@ -290,8 +291,8 @@ def described(results: dict) -> str:
 
 def write_results(results: dict, folder: Path) -> None:
     """Write what has been measured so far."""
-    from checkpoints import atomic_write
-    from scoring.pictures import scaling_curves
+    from benchmarks.pictures import scaling_curves
+    from system.atomic import atomic_write
     from training.run_folder import RunFolder
 
     RunFolder(folder).write_json("benchmark.json", results)
@@ -302,10 +303,10 @@ def write_results(results: dict, folder: Path) -> None:
 
 
 def prepared_folder(folder: Path, overwrite: bool) -> Path:
-    """Make the folder of the results; raises ValueError for results that are there and were not to be replaced."""
+    """Make the folder of the results; raises UserError for results that are there and were not to be replaced."""
     existing = [folder / name for name in RESULTS if (folder / name).exists()]
     if existing and not overwrite:
-        raise ValueError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
+        raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
                          f"replace it with --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     for path in existing:

@@ -20,14 +20,16 @@ from checkpoints import save_checkpoint, untrained_checkpoint
 from images.cache import ImageCache
 from images.files import load_image, resize, save_png
 from images.pyramid import ImagePyramid
+from images.recipe import DataRecipe
+from images.resolutions import DEFAULT_BATCH_SIZES
 from images.splits import list_splits
 from inference import Predictor, plan_axis
-from pap_smear_dataset import DEFAULT_BATCH_SIZES, create_progressive_dataloaders
+from pap_smear_dataset import create_progressive_dataloaders
 from preparation.sample import make_field
 from progressive_trainer import ProgressiveTrainer
 from system.devices import autocast
 from system.machine import peak_memory
-from system.processes import joined, leads
+from system.processes import is_main_process, process_group
 from training.loss import multi_scale_loss
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model
 
@@ -68,7 +70,7 @@ def write_fields(root: Path, count: int) -> None:
 
 def pyramid_of(root: Path, count: int, cached: bool = True) -> ImagePyramid:
     """Open the first images of the data set, decoded once and kept or decoded at every step."""
-    pyramid = ImagePyramid(list_splits(root, wanted=("train",))["train"][:count], in_channels=1, classes=1)
+    pyramid = ImagePyramid(list_splits(root, wanted=("train",))["train"][:count], DataRecipe())
     pyramid.read_all(ImageCache(len(pyramid), pyramid.channels) if cached else None)
     return pyramid
 
@@ -228,7 +230,7 @@ def new_predictor(base_channels: int, device: str, precision: str) -> Predictor:
     model.set_stage(LAST_STAGE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.pth"
-        save_checkpoint(path, untrained_checkpoint(model, sizing="tile"))
+        save_checkpoint(path, untrained_checkpoint(model, data=DataRecipe(sizing="tile")))
         return Predictor(path, device, precision)
 
 
@@ -282,12 +284,12 @@ def training_in_processes(root: str, base_channels: int, precision: str, steps: 
 
     Of several processes all but the first return None.
     """
-    with joined():
+    with process_group():
         setting = Setting(Path(root), base_channels, steps, True, torch.device("cpu"), precision)
         trainer, epoch = training_of(setting)
         seconds = [epoch() for _ in range(1 + steps)]
         trainer.leave_group()
-        return seconds[1:] if leads() else None
+        return seconds[1:] if is_main_process() else None
 
 
 def scaled_costs(setting: Setting) -> Iterator[tuple]:

@@ -9,12 +9,10 @@ that the pixels are those of `images.load_image`. Any other file is decoded whol
 """
 
 import io
-import os
 import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,21 +236,3 @@ def write_tiff(path: Path, bands: Iterable[np.ndarray], height: int, width: int,
     with tifffile.TiffWriter(path, bigtiff=large) as file:
         file.write(tiles(), shape=(height, width), dtype=dtype, tile=(TILE, TILE), photometric="minisblack",
                    compression="adobe_deflate", metadata=None)
-
-
-@contextmanager
-def finished_files() -> Iterator:
-    """Give a function from a path to the one to write to; all are renamed at the end, and removed after an error."""
-    unfinished: dict[Path, Path] = {}
-
-    def partial(path: Path) -> Path:
-        unfinished[path] = path.with_name(f"{path.name}.unfinished")
-        return unfinished[path]
-
-    try:
-        yield partial
-        for path, written in unfinished.items():
-            os.replace(written, path)
-    finally:
-        for written in unfinished.values():
-            written.unlink(missing_ok=True)

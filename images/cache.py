@@ -15,9 +15,10 @@ from multiprocessing import reduction
 import numpy as np
 import torch
 
+from images.resolutions import RESOLUTIONS
+from system.errors import UserError
 from system.machine import free_memory
 from system.processes import local_world_size
-from unet import STAGE_RESOLUTIONS
 
 CACHE_SHARE = 0.25  # of the memory that is free, all processes of a machine together
 DISK_SHARE = 0.9    # of the space that is free in the folder of the files, likewise
@@ -47,7 +48,7 @@ class ImageCache:
         """Store an image (C, 256, 256) and its mask (K, 256, 256), both uint8, and their 2x2 means below."""
         for kind, array in enumerate((image, mask)):
             level = torch.from_numpy(array)[None]
-            for resolution in sorted(STAGE_RESOLUTIONS.values(), reverse=True):
+            for resolution in sorted(RESOLUTIONS, reverse=True):
                 level = halve(level) if level.shape[-1] > resolution else level
                 self._arrays[resolution, kind][index] = level[0]
 
@@ -58,7 +59,7 @@ class ImageCache:
 
     def _shapes(self) -> dict[tuple[int, int], tuple[int, ...]]:
         """Return (resolution, 0 for images and 1 for masks) -> shape."""
-        return {(r, kind): (self.images, c, r, r) for r in STAGE_RESOLUTIONS.values()
+        return {(r, kind): (self.images, c, r, r) for r in RESOLUTIONS
                 for kind, c in enumerate(self.channels)}
 
     def _open_arrays(self) -> dict[tuple[int, int], torch.Tensor]:
@@ -89,7 +90,7 @@ def open_caches(splits: list[tuple[int, tuple[int, int]]], wanted: bool | None) 
         wanted: False for no cache. Where the folder for temporary files has too little space, True is an error, and
             with None the reason for decoding is printed.
     Raises:
-        ValueError: if there is too little space for a cache that was asked for.
+        UserError: if there is too little space for a cache that was asked for.
     """
     if wanted is False:
         return [None] * len(splits)
@@ -109,7 +110,7 @@ def open_caches(splits: list[tuple[int, tuple[int, int]]], wanted: bool | None) 
               f"({amount(memory)} free, of which {CACHE_SHARE:.0%} may be taken)"
     remedy = "Set TMPDIR to a folder with more space"
     if wanted:
-        raise ValueError(f"{problem}. {remedy}, or decode at every step with --cache_images false (in Python: "
+        raise UserError(f"{problem}. {remedy}, or decode at every step with --cache_images false (in Python: "
                          f"cache_images=False)")
     print(f"{problem}. So they are decoded at every step, which is slow. {remedy}")
     return [None] * len(splits)
@@ -124,7 +125,7 @@ def folder_for_files() -> str:
 
 def cache_bytes(images: int, channels: tuple[int, int]) -> int:
     """Return the bytes that all four levels take."""
-    return sum(images * sum(channels) * r * r for r in STAGE_RESOLUTIONS.values())
+    return sum(images * sum(channels) * r * r for r in RESOLUTIONS)
 
 
 def amount(count: int) -> str:

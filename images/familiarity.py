@@ -4,16 +4,18 @@ A network answers for any image, and badly for one of another stain, exposure or
 plain numbers over the training images goes into the checkpoint, and an image far outside of it is named.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from scipy import ndimage
 
 COLOURS = ("red", "green", "blue")
-PERCENTILES = (1, 99)  # of the training images, between which a number is usual
+PERCENTILES = (1, 99)  # of the training images, between which their range lies
 SMALLEST = 10          # pixels; smaller specks of a mask are no nuclei
 
-# How far beyond the usual range a number must lie to be named, as a share of the width of that range, and at least so
-# much: levels on the scale [0, 1], areas in powers of two. With the nuclei as they are drawn, at most 3 % of Pap smear
-# cells and MoNuSeg images are named against training images of their own kind.
+# How far beyond the range of training a number must lie to be named, as a share of the width of that range, and at
+# least so much: levels on the scale [0, 1], areas in powers of two. With the nuclei as they are drawn, at most 3 % of
+# Pap smear cells and MoNuSeg images are named against training images of their own kind.
 MARGIN = 0.25
 LEAST_MARGIN = {"level": 0.05, "area": 1.0}
 
@@ -50,28 +52,28 @@ def describe_parts(pixels: np.ndarray, areas: np.ndarray) -> dict[str, float]:
     return found | ({"area of nuclei": float(np.median(areas))} if len(areas) else {})
 
 
-def usual_ranges(descriptions: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Return name -> [low, high] over the descriptions of the training images."""
+def ranges_over(descriptions: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Return name -> (low, high) over the descriptions of the training images."""
     names = dict.fromkeys(name for description in descriptions for name in description)
-    return {name: [float(v) for v in np.percentile([d[name] for d in descriptions if name in d], PERCENTILES)]
+    return {name: tuple(np.percentile([d[name] for d in descriptions if name in d], PERCENTILES).tolist())
             for name in names}
 
 
-def strangest(description: dict[str, float], usual: dict[str, list[float]]) -> str | None:
-    """Say by which number an image lies farthest outside the usual ranges, or return None if it lies in or near them.
+def strangest(description: dict[str, float], ranges: Mapping[str, tuple[float, float]]) -> str | None:
+    """Say by which number an image lies farthest outside the ranges of training; None if it lies in or near them.
 
-    >>> strangest({"brightness": 0.1}, {"brightness": [0.5, 0.6]})
+    >>> strangest({"brightness": 0.1}, {"brightness": (0.5, 0.6)})
     'brightness 0.10, in training 0.50 to 0.60'
     """
     excess = {}
-    for name in description.keys() & usual.keys():
+    for name in description.keys() & ranges.keys():
         is_area = name.startswith("area")
-        low, value, high = (np.log2(v) if is_area else v for v in (usual[name][0], description[name], usual[name][1]))
+        low, value, high = (np.log2(v) if is_area else v for v in (ranges[name][0], description[name], ranges[name][1]))
         margin = max(MARGIN * (high - low), LEAST_MARGIN["area" if is_area else "level"])
         excess[name] = max(low - value, value - high) / margin
     name = max(sorted(excess), key=excess.get, default=None)
     if name is None or excess[name] <= 1:
         return None
     digits = 0 if name.startswith("area") else 2
-    low, value, high = (f"{v:.{digits}f}" for v in (usual[name][0], description[name], usual[name][1]))
+    low, value, high = (f"{v:.{digits}f}" for v in (ranges[name][0], description[name], ranges[name][1]))
     return f"{name} {value}, in training {low} to {high}"

@@ -16,6 +16,8 @@ import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+from system.errors import UserError
+
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by an error
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -26,7 +28,7 @@ READER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, struc
 MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
 
 
-class ImageFileError(ValueError):
+class ImageFileError(UserError):
     """A file that cannot serve as image or mask."""
 
 
@@ -172,7 +174,7 @@ def resize(image: np.ndarray, side: int) -> np.ndarray:
 def _in_channels(name: Path | str, raw: np.ndarray, channels: int) -> np.ndarray:
     """Turn (H, W) or (H, W, 3) pixels of any type that is read into (H, W, channels) uint8."""
     if channels not in (1, 3):
-        raise ValueError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
+        raise UserError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
     if raw.dtype != np.uint8:
         raw = _to_8_bit(name, raw)
     image = Image.fromarray(raw)

@@ -9,19 +9,20 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
-from images.familiarity import describe, usual_ranges
+from images.familiarity import describe, ranges_over
 from images.files import ImageFileError, load_image, resize
+from images.recipe import MASK, DataRecipe
+from images.resolutions import FINEST
 from images.splits import DatasetError, Pair, find_splits, sizing_of
-from images.targets import MASK, load_target, target_channels
-from unet import STAGE_RESOLUTIONS
+from images.targets import load_target
 
-FINEST = max(STAGE_RESOLUTIONS.values())
 AHEAD = 4 * (os.cpu_count() or 1)  # pairs that are decoded before they are counted
 
 
@@ -29,28 +30,21 @@ class ImagePyramid:
     """All images and masks of one split, as uint8, with what was counted while they were read.
 
     Args:
-        classes: of the masks.
-        sizing: 'resize' brings every image to 256x256; 'tile' takes tiles at native scale, which have that size.
-        targets: ('mask',) or ('mask', 'boundary') (see targets.py).
+        pairs: the files, in the order of the indices.
+        recipe: what is to be read: sizing, targets, channels and classes; its statistics come from the images.
 
     Attributes:
-        pairs, names: the files, in the order of the indices.
+        names: of the pairs.
+        recipe: the same with mean, standard deviation and ranges of all images at 256, once they were read.
         sizes: (N, 2) original height and width in pixels.
-        image_mean, image_std: (C,) on the scale [0, 1], over all pixels at 256.
-        usual: name -> [low, high] of what describes the images (see familiarity.py), at 256.
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
-        target_channels: channels of the masks, one a class and one more for the boundary.
         foreground: (N, classes) share of each mask's original pixels that belong to the class.
     """
 
-    def __init__(self, pairs: list[Pair], in_channels: int, classes: int, sizing: str = "resize",
-                 targets: tuple[str, ...] = MASK):
-        self.sizing, self.targets = sizing, targets
-        self.pairs, self.names = pairs, [pair.name for pair in pairs]
-        self.in_channels, self.classes = in_channels, classes
-        self.target_channels = target_channels(classes, targets)
+    def __init__(self, pairs: list[Pair], recipe: DataRecipe):
+        self.pairs, self.names, self.recipe = pairs, [pair.name for pair in pairs], recipe
         self.sizes = np.zeros((len(pairs), 2), dtype=int)
-        self.foreground = np.zeros((len(pairs), classes))
+        self.foreground = np.zeros((len(pairs), recipe.classes))
         self._cache: ImageCache | None = None
 
     def __len__(self) -> int:
@@ -63,7 +57,7 @@ class ImagePyramid:
     @property
     def channels(self) -> tuple[int, int]:
         """Return the channels of image and mask."""
-        return self.in_channels, self.target_channels
+        return self.recipe.in_channels, self.recipe.target_channels
 
     @property
     def cached(self) -> bool:
@@ -79,14 +73,15 @@ class ImagePyramid:
 
     def subset(self, indices: Iterable[int]) -> "ImagePyramid":
         """Return these images alone, decoded anew and kept in memory."""
-        own = ImagePyramid([self.pairs[i] for i in indices], self.in_channels, self.classes, self.sizing, self.targets)
-        own.read_all(ImageCache(len(own), own.channels))
-        return own
+        chosen = ImagePyramid([self.pairs[i] for i in indices], self.recipe)
+        chosen.read_all(ImageCache(len(chosen), chosen.channels))
+        return chosen
 
     def read_all(self, cache: ImageCache | None = None) -> list[str]:
         """Decode every file once, check it, count, and keep it if there is a cache; return the problems found."""
         digest = hashlib.blake2b(digest_size=16)
-        sums = np.zeros((2, self.in_channels))
+        channels = self.recipe.in_channels
+        sums = np.zeros((2, channels))
         problems, descriptions = [], []
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
             for i, found in enumerate(_in_order(pool, self._describe_pair, self.pairs)):
@@ -96,13 +91,15 @@ class ImagePyramid:
                 image, mask, self.sizes[i], self.foreground[i], description = found
                 descriptions.append(description)
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
-                value = image.reshape(self.in_channels, -1) / np.float32(255)
+                value = image.reshape(channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
                 if cache:
                     cache.write(i, image, mask)
         mean, square = sums / max(len(self) - len(problems), 1)
-        self.image_mean, self.image_std = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
-        self.fingerprint, self.usual = digest.hexdigest(), usual_ranges(descriptions)
+        std = np.sqrt(np.maximum(square - mean ** 2, 0))
+        self.recipe = replace(self.recipe, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
+                              training_ranges=ranges_over(descriptions))
+        self.fingerprint = digest.hexdigest()
         if not problems:
             self._cache = cache
         return problems
@@ -129,8 +126,8 @@ class ImagePyramid:
     def _try_pair(self, pair: Pair):
         """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
         problems, arrays = [], []
-        for read in (lambda: load_image(pair.image, self.in_channels),
-                     lambda: load_target(pair, self.classes, self.targets)):
+        for read in (lambda: load_image(pair.image, self.recipe.in_channels),
+                     lambda: load_target(pair, self.recipe.classes, self.recipe.targets)):
             try:
                 arrays.append(read())
             except ImageFileError as error:
@@ -142,12 +139,12 @@ class ImagePyramid:
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
                     f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's "
                     f"size"]
-        if self.sizing == "tile" and image.shape[:2] != (FINEST, FINEST):
+        if self.recipe.sizing == "tile" and image.shape[:2] != (FINEST, FINEST):
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
         image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-        return image256, mask256, mask.shape[:2], mask[..., :self.classes].mean(axis=(0, 1))
+        return image256, mask256, mask.shape[:2], mask[..., :self.recipe.classes].mean(axis=(0, 1))
 
     def _describe_pair(self, pair: Pair):
         """Return what `_try_pair` does, with the description of the image at 256 at the end."""
@@ -174,9 +171,8 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
         ValueError: if cache_images is True and there is no space.
     """
     splits, problems = find_splits(data_root, use_augmented, wanted)
-    sizing = sizing_of(data_root)
-    pyramids = {split: ImagePyramid(pairs, in_channels, out_channels, sizing, targets)
-                for split, pairs in splits.items()}
+    recipe = DataRecipe(sizing_of(data_root), targets, in_channels, out_channels)
+    pyramids = {split: ImagePyramid(pairs, recipe) for split, pairs in splits.items()}
     # With problems nothing is kept, so that they are reported, whether there is space or not.
     caches = open_caches([(len(p), p.channels) for p in pyramids.values()],
                          False if problems else cache_images)

@@ -16,16 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from images.files import IMAGE_SUFFIXES, has_suffix
+from images.recipe import SIZINGS
+from system.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
-SIZINGS = ("resize", "tile")
 SHARES = (0.70, 0.15, 0.15)
 COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_-?\d+(?:\.\d+)?_)+")
 TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A data set that cannot be trained on; the message lists every problem."""
 
     def __init__(self, data_root: Path, problems: list[str]):
@@ -112,18 +113,18 @@ def sizing_of(data_root: Path) -> str:
 def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:
     """Return the group of every name: itself, or what `group_regex` finds in it (its group 1 if it has one).
 
-    Raises ValueError when the expression is invalid or finds nothing in some name.
+    Raises UserError when the expression is invalid or finds nothing in some name.
     """
     if not group_regex:
         return {name: name for name in names}
     try:
         pattern = re.compile(group_regex)
     except re.error as error:
-        raise ValueError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
+        raise UserError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
     found = {name: pattern.search(name) for name in names}
     missed = [name for name, match in found.items() if not match or match.group(pattern.groups and 1) is None]
     if missed:
-        raise ValueError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
+        raise UserError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
                          f"must match every source name. Widen it, e.g. '^\\d+' for leading digits, '^[^_]+' for all "
                          f"before the first underscore")
     return {name: match.group(pattern.groups and 1) for name, match in found.items()}
@@ -157,10 +158,10 @@ def deal_groups(contents: Mapping[str, int | Sequence[int]], shares: Sequence[fl
     Returns:
         The number of the part of every group.
     Raises:
-        ValueError: for fewer groups than parts.
+        UserError: for fewer groups than parts.
     """
     if len(contents) < len(shares):
-        raise ValueError(f"{len(contents)} group(s) (patients, fields of view) found; {len(shares)} parts need at "
+        raise UserError(f"{len(contents)} group(s) (patients, fields of view) found; {len(shares)} parts need at "
                          f"least one each. Add images, or group otherwise")
     keys = sorted(contents)
     np.random.default_rng(seed).shuffle(keys)
@@ -211,14 +212,14 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0)
     data_root = Path(data_root)
     path = data_root / SPLITS_FILE
     if path.exists():
-        raise ValueError(f"{path}: exists already. Move or delete it first; it is never overwritten")
+        raise UserError(f"{path}: exists already. Move or delete it first; it is never overwritten")
     dealt = split_by_group(data_root, group_regex, seed)
     rows = [(pair.image.relative_to(data_root).as_posix(), split) for split in SPLITS for pair in dealt[split]]
     try:
         with open(path, "x", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("path", "split"), *sorted(rows)])
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "
+        raise UserError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "
                          f"yours") from None
     return path
 

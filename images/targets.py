@@ -11,20 +11,10 @@ from scipy import ndimage
 from skimage.segmentation import find_boundaries
 
 from images.files import ImageFileError, load_instances, load_mask
+from images.recipe import MASK
 from images.splits import Pair
 
-MASK, MASK_AND_BOUNDARY = ("mask",), ("mask", "boundary")
 RIM = 2 / 256  # width of the rim inside a nucleus, as a share of the image's longer side: 2 pixels at 256
-
-
-def target_channels(classes: int, targets: tuple[str, ...]) -> int:
-    """Return how many channels masks of so many classes and the boundary, if it is a target, make together."""
-    return classes + ("boundary" in targets)
-
-
-def mask_classes(channels: int, targets: tuple[str, ...]) -> int:
-    """Return how many of so many channels are classes of the mask: the reverse of `target_channels`."""
-    return channels - ("boundary" in targets)
 
 
 def load_target(pair: Pair, classes: int, targets: tuple[str, ...] = MASK) -> np.ndarray:

@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from images.bands import even_spans, windows
-from scoring.measures import overlaps
+from nuclei.overlaps import overlaps
 
 BLOCK = 1024       # side in pixels
 HALO = 128         # pixels; nuclei of stained sections measure 20 to 60 at 40x, large ones of smears about 100

@@ -95,7 +95,7 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
         for path, store in zip(probabilities, deep_bands, strict=True):
             write_tiff(path, store, *size, np.uint16)
         overview_labels = np.concatenate([final[part] for part in view.every_label(label_bands)])
-    strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.usual)
+    strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.recipe.training_ranges)
     prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,
                             provisional.joined(final))
     return prediction, view.overview(), overview_labels

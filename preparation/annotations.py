@@ -15,8 +15,10 @@ from xml.parsers import expat
 import numpy as np
 from skimage.draw import polygon
 
+from system.errors import UserError
 
-class AnnotationError(ValueError):
+
+class AnnotationError(UserError):
     """A file of annotations that cannot be read; the message names it."""
 
 
@@ -168,8 +170,8 @@ def read_geojson(path: Path) -> Annotation:
     if isinstance(content, dict):
         content = content.get("features") if content.get("type") == "FeatureCollection" else [content]
     if not isinstance(content, list) or not all(isinstance(f, dict) and f.get("type") == "Feature" for f in content):
-        raise ValueError(f"{path}: no GeoJSON features found; a FeatureCollection or a list of features is needed. "
-                         f"Export it from QuPath with 'Export objects as GeoJSON'")
+        raise AnnotationError(f"{path}: no GeoJSON features found; a FeatureCollection or a list of features is "
+                              f"needed. Export it from QuPath with 'Export objects as GeoJSON'")
     found, cells = Annotation(), 0
     for number, feature in enumerate(content, 1):
         cells += bool(feature.get("nucleusGeometry"))
@@ -183,7 +185,7 @@ def read_geojson(path: Path) -> Annotation:
         try:
             rings = [[_ring(ring) for ring in rings] for rings in polygons]
         except (TypeError, ValueError, LookupError, OverflowError):
-            raise ValueError(f"{path}: feature {number} has {kind} coordinates that are no lists of finite (x, y) "
+            raise AnnotationError(f"{path}: feature {number} has {kind} coordinates that are no lists of finite (x, y) "
                              f"pairs. Export it again") from None
         found.regions.append(Region(str(number), rings))
     if cells:
@@ -201,22 +203,22 @@ def read_coco(path: Path) -> dict[str, Annotation]:
     """
     content = _read_json(path)
     if not isinstance(content, dict) or not all(_dictionaries(content.get(k)) for k in ("images", "annotations")):
-        raise ValueError(f"{path}: no COCO annotation; the lists 'images' and 'annotations' are needed. Export it from "
-                         f"CVAT as 'COCO 1.0'")
+        raise AnnotationError(f"{path}: no COCO annotation; the lists 'images' and 'annotations' are needed. "
+                              f"Export it from CVAT as 'COCO 1.0'")
     by_id, by_stem, kinds = {}, {}, {}
     for image in content["images"]:
         stem = Path(str(image.get("file_name", "")).replace("\\", "/")).stem
         if not stem or stem in by_stem:
-            raise ValueError(f"{path}: image {image.get('id')!r} has file_name {image.get('file_name')!r}; every image "
-                             f"needs a name whose stem occurs once. Rename it and export again")
+            raise AnnotationError(f"{path}: image {image.get('id')!r} has file_name {image.get('file_name')!r}; every "
+                                  f"image needs a name whose stem occurs once. Rename it and export again")
         size = (image.get("height"), image.get("width"))
         by_stem[stem] = by_id[str(image.get("id"))] = Annotation(
             size=size if all(isinstance(side, int) and side > 0 for side in size) else None)
     for number, entry in enumerate(content["annotations"], 1):
         name = str(entry.get("id", number))
         if str(entry.get("image_id")) not in by_id:
-            raise ValueError(f"{path}: annotation {name} is for image {entry.get('image_id')!r}, which the file does "
-                             f"not list. Export it again")
+            raise AnnotationError(f"{path}: annotation {name} is for image {entry.get('image_id')!r}, which the file "
+                                  f"does not list. Export it again")
         annotation, segmentation = by_id[str(entry["image_id"])], entry.get("segmentation")
         if not segmentation:
             annotation.notes.append(f"region {name} left out: it has no outline (a box alone?)")
@@ -224,7 +226,7 @@ def read_coco(path: Path) -> dict[str, Annotation]:
         try:
             annotation.regions.append(_coco_region(name, segmentation, annotation))
         except (TypeError, ValueError, LookupError, OverflowError) as error:
-            raise ValueError(f"{path}: annotation {name} has a segmentation that cannot be read ({error}); lists "
+            raise AnnotationError(f"{path}: annotation {name} has a segmentation that cannot be read ({error}); lists "
                              f"x, y, x, y ... or run lengths are needed. Export it again") from None
         kinds.setdefault(str(entry["image_id"]), set()).add(str(entry.get("category_id")))
     _note_categories(content.get("categories"), {by_id[image]: kinds[image] for image in kinds})
@@ -299,7 +301,7 @@ def _read_json(path: Path):
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON that can be read ({error}). Export it again") from None
+        raise AnnotationError(f"{path}: no JSON that can be read ({error}). Export it again") from None
 
 
 def _dictionaries(entries) -> bool:

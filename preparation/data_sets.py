@@ -22,6 +22,7 @@ import numpy as np
 
 from images.files import IMAGE_SUFFIXES, has_suffix, load_image, load_instances, save_instances, save_png
 from images.splits import SPLITS
+from system.errors import UserError
 
 TILE = 256
 FORMAT = 1
@@ -192,19 +193,19 @@ class PreparedData:
 def new_folder(out: Path, *sources: Path):
     """Give a temporary folder that becomes `out` if all goes well, and vanishes if not.
 
-    Raises ValueError when `out` holds anything or lies within a source.
+    Raises UserError when `out` holds anything or lies within a source.
     """
     out = out.resolve()  # '.' has a parent then, and an empty folder may be a link to elsewhere
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not empty; nothing is overwritten. Choose another --out or remove it")
+        raise UserError(f"{out}: exists and is not empty; nothing is overwritten. Choose another --out or remove it")
     for source in sources:
         if out.is_relative_to(source.resolve()):
-            raise ValueError(f"{out}: lies within {source}; the source is never written to. Choose an --out elsewhere")
+            raise UserError(f"{out}: lies within {source}; the source is never written to. Choose an --out elsewhere")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     except OSError as error:
-        raise ValueError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write to") from None
+        raise UserError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write to") from None
     try:
         made = temporary / "made"  # below, so that it has the usual permissions
         made.mkdir()
@@ -219,7 +220,7 @@ def new_folder(out: Path, *sources: Path):
 def tile_offsets(length: int, overlap: int = 0) -> list[int]:
     """Return where tiles begin along a side of `length` pixels: all is covered, the last is shifted inwards."""
     if not 0 <= overlap < TILE:
-        raise ValueError(f"--overlap is {overlap}; it must be 0 to {TILE - 1} pixels")
+        raise UserError(f"--overlap is {overlap}; it must be 0 to {TILE - 1} pixels")
     last = max(length - TILE, 0)
     return [*range(0, last, TILE - overlap), last]
 
@@ -241,19 +242,19 @@ def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def images_by_stem(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by stem; raises ValueError if a stem occurs twice or there is none."""
+    """Return the image files of a folder by stem; raises UserError if a stem occurs twice or there is none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no folder of that name. Check the path")
+        raise UserError(f"{folder}: no folder of that name. Check the path")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if not has_suffix(path):
             continue
         if path.stem in found:
-            raise ValueError(f"{path}: same name as {found[path.stem].name}; a stem may occur once. Remove or rename "
+            raise UserError(f"{path}: same name as {found[path.stem].name}; a stem may occur once. Remove or rename "
                              f"one")
         found[path.stem] = path
     if not found:
-        raise ValueError(f"{folder}: no image found ({', '.join(IMAGE_SUFFIXES)}). Check the path")
+        raise UserError(f"{folder}: no image found ({', '.join(IMAGE_SUFFIXES)}). Check the path")
     return found
 
 

@@ -25,6 +25,7 @@ from images.files import IMAGE_SUFFIXES, ImageFileError, has_suffix, image_size,
 from images.splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
 from preparation.annotations import Annotation, rasterise, read_coco, read_geojson
 from preparation.data_sets import TILE, PreparedData, Source, images_by_stem, new_folder
+from system.errors import UserError
 from system.options import Parser, command, number, regex, whole
 
 FORMATS = ("geojson", "label-tiff", "coco")
@@ -44,7 +45,7 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
         DatasetError: with every file that cannot serve.
     """
     if not annotations.exists():
-        raise ValueError(f"{annotations}: no such file or folder. Check --annotations")
+        raise UserError(f"{annotations}: no such file or folder. Check --annotations")
     if kind == "coco":
         found = read_coco(_only_json(annotations))
         return {stem: _drawer(images.get(stem), annotation) for stem, annotation in found.items()}
@@ -64,7 +65,7 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
         try:
             drawn[stem] = (_drawer(images.get(stem), read_geojson(path)) if kind == "geojson"
                            else partial(read_label_image, path, images.get(stem)))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
         raise DatasetError(annotations, problems)
@@ -91,7 +92,7 @@ def _only_json(path: Path) -> Path:
         if folder.is_dir() and not found:
             found = [p for p in sorted(folder.iterdir()) if has_suffix(p, (".json",))]
     if len(found) != 1:
-        raise ValueError(f"{path}: {len(found)} JSON files found; COCO is one file for all images. Pass it as "
+        raise UserError(f"{path}: {len(found)} JSON files found; COCO is one file for all images. Pass it as "
                          f"--annotations")
     return found[0]
 
@@ -122,7 +123,7 @@ def read_label_image(path: Path, image: Path) -> Drawn:
 
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
                  sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
-    """Write the data set and return the report; raises ValueError for what cannot be used."""
+    """Write the data set and return the report; raises UserError for what cannot be used."""
     with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
         data = PreparedData(root, f"own annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
@@ -133,7 +134,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
                        if stem not in images]
         names = [stem for stem in images if stem in drawn]
         if not names:
-            raise ValueError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
+            raise UserError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
                              f"that of an image in {image_dir} ({', '.join(list(images)[:3])}). Stems must be the same")
         problems = []
         for name, (group, split) in tqdm(assign(names, group_regex, seed).items(), desc="images", unit="image",

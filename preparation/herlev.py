@@ -21,6 +21,7 @@ from tqdm import tqdm
 from images.files import ImageFileError, has_suffix, image_size, load_image
 from images.splits import SHARES, SPLITS, DatasetError, deal_groups
 from preparation.data_sets import PreparedData, Source, format_table, new_folder
+from system.errors import UserError
 from system.options import Parser, command, whole
 
 CLASSES = ("normal_superficiel", "normal_intermediate", "normal_columnar", "light_dysplastic", "moderate_dysplastic",
@@ -42,7 +43,7 @@ def find_cells(src: Path, notes: list[str]) -> dict[str, tuple[Path, Path]]:
     Args:
         notes: takes a sentence for each class folder that is absent and each file that has no partner.
     Raises:
-        ValueError: where there is no class folder, or a name occurs twice.
+        UserError: where there is no class folder, or a name occurs twice.
     """
     folders = _class_folders(src)
     notes += [f"{name}: no such class folder" for name in CLASSES if name not in folders]
@@ -57,35 +58,35 @@ def find_cells(src: Path, notes: list[str]) -> dict[str, tuple[Path, Path]]:
             elif stem + MASK_END not in files:
                 notes.append(f"{origin}: left out, as its mask {path.stem}{MASK_END}.bmp is missing")
             elif path.stem in cells:
-                raise ValueError(f"{path}: {cells[path.stem][0]} has the same name; names must be unique. Remove or "
+                raise UserError(f"{path}: {cells[path.stem][0]} has the same name; names must be unique. Remove or "
                                  f"rename one, its mask alike")
             else:
                 cells[path.stem] = path, files[stem + MASK_END]
     if not cells:
-        raise ValueError(f"{src}: no cell found; the class folders hold NAME.BMP and NAME{MASK_END}.bmp. Check --src")
+        raise UserError(f"{src}: no cell found; the class folders hold NAME.BMP and NAME{MASK_END}.bmp. Check --src")
     return dict(sorted(cells.items()))
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Return images and masks of a class folder by stem in small letters; raises ValueError if one occurs twice."""
+    """Return images and masks of a class folder by stem in small letters; raises UserError if one occurs twice."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if has_suffix(path, (".bmp", ".png")):
             first = files.setdefault(path.stem.lower(), path)
             if first is not path:
-                raise ValueError(f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove one")
+                raise UserError(f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove one")
     return files
 
 
 def _class_folders(src: Path) -> dict[str, Path]:
     """Return the class folders by name; `src` may hold them one level deeper."""
     if not src.is_dir():
-        raise ValueError(f"{src}: no such folder. Check --src")
+        raise UserError(f"{src}: no such folder. Check --src")
     for place in (src, *sorted(p for p in src.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))):
         found = {p.name.lower(): p for p in sorted(place.iterdir()) if p.is_dir()}
         if any(name in found for name in CLASSES):
             return {name: found[name] for name in CLASSES if name in found}
-    raise ValueError(f"{src}: no class folder found; expected: {', '.join(CLASSES)}. Check --src")
+    raise UserError(f"{src}: no class folder found; expected: {', '.join(CLASSES)}. Check --src")
 
 
 def read_parts(path: Path) -> np.ndarray:
@@ -154,9 +155,9 @@ def write_folds(root: Path, classes: dict[str, str], split_of: dict[str, str], f
 
 
 def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed: int = 0) -> str:
-    """Write the data set and return the report; raises ValueError for what cannot be used."""
+    """Write the data set and return the report; raises UserError for what cannot be used."""
     if folds and folds < 3:
-        raise ValueError(f"--folds is {folds}; at least 3 are needed, one part each for train, valid and test")
+        raise UserError(f"--folds is {folds}; at least 3 are needed, one part each for train, valid and test")
     with new_folder(out, src) as root:
         data = PreparedData(root, f"Herlev, target {target}", "resize")
         cells = find_cells(src, data.notes)

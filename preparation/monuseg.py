@@ -21,6 +21,7 @@ from images.files import ImageFileError, has_suffix, load_image
 from images.splits import DatasetError, deal_groups
 from preparation.annotations import Annotation, rasterise, read_imagescope
 from preparation.data_sets import TILE, PreparedData, Source, images_by_stem, new_folder
+from system.errors import UserError
 from system.options import Parser, command, number, whole
 
 PATIENT = r"^TCGA-\w+-\w+"  # the first three parts of a TCGA name
@@ -35,13 +36,13 @@ def patient_of(name: str) -> str:
 def find_folders(folder: Path) -> tuple[Path, Path]:
     """Return the folders of images and of XML files; `folder` may hold the download one level deeper."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Expected: {LAYOUTS}")
+        raise UserError(f"{folder}: no such folder. Expected: {LAYOUTS}")
     below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
     found = [_layout(folder)] if _layout(folder) else [pair for place in below if (pair := _layout(place))]
     if len(found) != 1:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         several = ", several of them data sets" if found else ""
-        raise ValueError(f"{folder}: {names} found{several}; expected: {LAYOUTS}. Check the path")
+        raise UserError(f"{folder}: {names} found{several}; expected: {LAYOUTS}. Check the path")
     return found[0]
 
 
@@ -72,12 +73,12 @@ def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]
         if stem in drawn:
             try:
                 pairs.append((images[stem], read_imagescope(drawn[stem])))
-            except ValueError as error:
+            except UserError as error:
                 problems.append(str(error))
     if problems:
         raise DatasetError(folder, problems)
     if not pairs:
-        raise ValueError(f"{folder}: none of {len(images)} images has an XML file of its name. Expected: {LAYOUTS}")
+        raise UserError(f"{folder}: none of {len(images)} images has an XML file of its name. Expected: {LAYOUTS}")
     return pairs
 
 
@@ -85,7 +86,7 @@ def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> 
     """Return the split of every image name; valid is dealt from the training patients."""
     both = sorted(set(train) & set(test))
     if both:
-        raise ValueError(f"{len(both)} image(s) are in --train_dir and in --test_dir, e.g. {both[0]}; a test image "
+        raise UserError(f"{len(both)} image(s) are in --train_dir and in --test_dir, e.g. {both[0]}; a test image "
                          f"must not be trained on. Remove them from one of the folders")
     dealt = deal_groups(Counter(map(patient_of, train)), (1 - valid_share, valid_share), seed)
     return {name: ("train", "valid")[dealt[patient_of(name)]] for name in train} | dict.fromkeys(test, "test")
@@ -93,7 +94,7 @@ def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> 
 
 def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_share: float = 0.2,
             seed: int = 0) -> str:
-    """Write the data set and return the report; raises ValueError for what cannot be used."""
+    """Write the data set and return the report; raises UserError for what cannot be used."""
     with new_folder(out, train_dir, test_dir) as root:
         data = PreparedData(root, "MoNuSeg 2018", "tile")
         folders = {"train": train_dir, "test": test_dir}

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from images.files import save_png
+from system.errors import UserError
 from system.options import command
 
 SIDE = 256
@@ -117,10 +118,10 @@ def make_field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_sample(out: Path, counts: dict[str, int], seed: int) -> int:
-    """Write the data set; returns its size in bytes. Raises ValueError when `out` is not empty."""
+    """Write the data set; returns its size in bytes. Raises UserError when `out` is not empty."""
     for split in counts:
         if (out / split).exists():
-            raise ValueError(f"{out / split} exists already; nothing is overwritten. Choose another --out")
+            raise UserError(f"{out / split} exists already; nothing is overwritten. Choose another --out")
     size = 0
     for number, (split, count) in enumerate(counts.items()):
         for kind in ("images", "masks"):
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in COUNTS}
     if min(counts.values()) < 1:
-        raise ValueError(f"--train, --valid and --test are {list(counts.values())}; each must be at least 1")
+        raise UserError(f"--train, --valid and --test are {list(counts.values())}; each must be at least 1")
     size = make_sample(args.out, counts, args.seed)
     print(f"wrote {sum(counts.values())} images with masks to {args.out} ({size / 2 ** 20:.1f} MiB)")
 

@@ -5,13 +5,12 @@ Dice, IoU, precision and recall are 0, and so are all instance measures and the 
 images first, then over classes.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from scipy import ndimage
 
-from system.processes import total
+from nuclei.outlines import boundary
+from nuclei.overlaps import Overlaps, overlaps
 
 PIXEL_METRICS = ("dice", "iou", "precision", "recall", "accuracy")
 INSTANCE_METRICS = ("aji", "pq", "dq", "sq", "f1")
@@ -51,60 +50,6 @@ def pixel_metrics(prediction: torch.Tensor, mask: torch.Tensor) -> dict[str, tor
         "recall": ratio(both, drawn),
         "accuracy": (area - found - drawn + 2 * both) / area,
     }
-
-
-@dataclass(frozen=True)
-class Overlaps:
-    """What two label maps share: areas of all nuclei and the pairs of nuclei that overlap.
-
-    Attributes:
-        found_areas, drawn_areas: (F,) and (D,) int64 pixels, in ascending order of the labels.
-        found, drawn: (P,) positions in those arrays of the two nuclei of each overlapping pair.
-        shared: (P,) int64 pixels that the pair has in common, at least 1.
-    """
-
-    found_areas: np.ndarray
-    drawn_areas: np.ndarray
-    found: np.ndarray
-    drawn: np.ndarray
-    shared: np.ndarray
-
-    @property
-    def unions(self) -> np.ndarray:
-        """Return the pixels (P,) that belong to either nucleus of each pair."""
-        return self.found_areas[self.found] + self.drawn_areas[self.drawn] - self.shared
-
-    @property
-    def ious(self) -> np.ndarray:
-        """Return intersection over union (P,) float64 of each pair."""
-        return self.shared / self.unions
-
-
-def overlaps(found: np.ndarray, drawn: np.ndarray) -> Overlaps:
-    """Count areas and overlaps of two label maps in one pass.
-
-    Args:
-        found, drawn: (H, W) integers of at least 0, 0 for background; labels need not be consecutive, and a label is
-            one nucleus even where its pixels do not hang together.
-    Raises:
-        ValueError: for other shapes, types and negative labels.
-    """
-    for title, labels in (("found", found), ("drawn", drawn)):
-        if labels.ndim != 2 or labels.dtype.kind not in "iub" or labels.shape != found.shape:
-            raise ValueError(f"{title} is {labels.shape} {labels.dtype}; both label maps must be whole numbers of one "
-                             f"shape (H, W)")
-        if labels.size and labels.min() < 0:
-            raise ValueError(f"{title} holds the label {labels.min()}; labels are at least 0, 0 for background")
-    either = (found != 0) | (drawn != 0)
-    found_labels, found_at = np.unique(np.append(found[either], 0).astype(np.int64), return_inverse=True)
-    drawn_labels, drawn_at = np.unique(np.append(drawn[either], 0).astype(np.int64), return_inverse=True)
-    # The 0 appended stands for the background, so that position 0 is the background in both.
-    pairs, counts = np.unique((found_at * len(drawn_labels) + drawn_at)[:-1], return_counts=True)
-    first, second = np.divmod(pairs, len(drawn_labels))
-    areas = [np.bincount(at, counts, len(labels)).astype(np.int64)[1:]
-             for at, labels in ((first, found_labels), (second, drawn_labels))]
-    both = (first > 0) & (second > 0)
-    return Overlaps(*areas, first[both] - 1, second[both] - 1, counts[both])
 
 
 def instance_metrics(found: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
@@ -168,38 +113,3 @@ def boundary_f1(found: np.ndarray, drawn: np.ndarray, tolerance: float = BOUNDAR
     shares = [float((ndimage.distance_transform_edt(~other)[own] <= tolerance).mean())
               for own, other in (outlines, outlines[::-1])]
     return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
-
-
-def boundary(labels: np.ndarray) -> np.ndarray:
-    """Return the pixels (H, W) bool of nuclei that have a neighbour of another label above, below, left or right.
-
-    What lies outside the image is background, so a mask without a boundary is an empty mask.
-    """
-    framed = np.pad(labels, 1)
-    inner = framed[1:-1, 1:-1]
-    neighbours = (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:])
-    return (inner != 0) & np.logical_or.reduce([inner != neighbour for neighbour in neighbours])
-
-
-class MeanOverImages:
-    """Collect per-image numbers and give their mean: no mean of batch means anywhere."""
-
-    def __init__(self):
-        self._sums: dict[str, torch.Tensor] = {}
-        self.images = 0
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Add one batch: name -> (N, C) or (N,) tensor, one row an image."""
-        self.images += len(next(iter(values.values())))
-        for name, value in values.items():
-            summed = value.cpu().double().sum(dim=0).mean()  # over classes last
-            self._sums[name] = self._sums.get(name, 0.0) + summed
-
-    def add_up(self) -> None:
-        """Take over, once and at the end, what all other processes collected; each of them added some batch."""
-        self.images, *sums = total(self.images, *self._sums.values())
-        self._sums = dict(zip(self._sums, sums, strict=True))
-
-    def means(self) -> dict[str, float]:
-        """Return name -> mean over all images (and classes)."""
-        return {name: float(value) / self.images for name, value in self._sums.items()}

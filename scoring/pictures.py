@@ -7,8 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from unet import STAGE_RESOLUTIONS
-
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
 
 
@@ -50,68 +48,6 @@ def training_curves(rows: list[dict], path: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("epoch of the run (dotted: a stage begins, with its resolution)")
     figure.savefig(path, dpi=110)
-
-
-def curves_over_counts(rows: list[dict], path: Path) -> None:
-    """Draw test Dice against the number of training images, one line for each way to start.
-
-    Args:
-        rows: one a training, with `images` (0 for a checkpoint as it is), `start` and `dice`.
-    """
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axis = figure.subplots()
-    for row in rows:
-        if row["images"] == 0:
-            axis.axhline(row["dice"], color="grey", linestyle=":", label="the checkpoint as it is")
-    counts = sorted({row["images"] for row in rows} - {0})
-    for k, start in enumerate(dict.fromkeys(row["start"] for row in rows)):
-        scores = [[row["dice"] for row in rows if (row["images"], row["start"]) == (count, start)] for count in counts]
-        axis.plot(counts, [np.mean(own) for own in scores], color=f"C{k}", label=f"{start} (mean)")
-        axis.scatter([count for count, own in zip(counts, scores, strict=True) for _ in own], sum(scores, []),
-                     color=f"C{k}", s=14, label="one training each")
-    axis.set_xscale("log")
-    axis.set_xticks(counts, [str(count) for count in counts])
-    axis.minorticks_off()
-    axis.set_xlabel("training images")
-    axis.set_ylabel("test Dice, mean over images")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def scaling_curves(series: list[dict], path: Path) -> None:
-    """Draw how costs grow: cost against size, each relative to the first, on logarithmic axes, with the fitted powers.
-
-    Args:
-        series: `cost` and `size` (words), `sizes`, `seconds` (medians) and `power` (the fitted exponent).
-    """
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axis = figure.subplots()
-    for k, one in enumerate(series):
-        x, y = (np.array(one[key], float) / one[key][0] for key in ("sizes", "seconds"))
-        axis.plot(x, y, color=f"C{k}", marker="osD^v"[k % 5],
-                  label=f"{one['cost']}, against {one['size']} from {one['sizes'][0]:g}: power {one['power']:.2f}")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("size, relative to the smallest")
-    axis.set_ylabel("seconds, relative to the smallest")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def epoch_lines(stage: int, epoch: int, epochs: int, train: dict, valid: dict) -> list[str]:
-    """Return what is said at the end of an epoch (from 0) of a stage: one line, and a warning where it is due."""
-    side = STAGE_RESOLUTIONS[stage]
-    lines = [f"stage {stage} ({side}x{side}) epoch {epoch + 1}/{epochs}  loss {train['loss']:.4f}  "
-             f"dice {train['dice']:.4f}  | valid loss {valid['loss']:.4f}  dice {valid['dice']:.4f}  "
-             f"dice_256 {valid['dice_256']:.4f}  | lr {train['lr']:.1e}  {train['images_per_second']:.0f} images/s"]
-    if valid["foreground"] == 0 and epoch + 1 == epochs:
-        lines.append(f"warning: stage {stage} ends predicting no foreground at all. Train longer, lower --lr, or check "
-                     f"that the masks are not empty")
-    return lines
 
 
 def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], probabilities: Sequence[np.ndarray],

@@ -18,7 +18,7 @@ from images.splits import SPLITS_FILE, Pair, list_splits
 from images.targets import drawn_nuclei
 from inference import Predictor
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
-from system.processes import merged, progress, share
+from system.processes import progress, shard, unshard
 
 MEASURES = (*PIXEL_METRICS, "boundary_f1", *INSTANCE_METRICS)
 RESAMPLES = 10_000
@@ -43,7 +43,7 @@ def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False
 
     Several processes share the images, and each returns all rows.
     """
-    return merged([score_pair(predictor, pair, instances)[0] for pair in progress(share(pairs), "scoring")])
+    return unshard([score_pair(predictor, pair, instances)[0] for pair in progress(shard(pairs), "scoring")])
 
 
 def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:

@@ -1,13 +1,12 @@
-"""Choose device and precision, keep random states, and say what a stage will need of memory."""
+"""Choose device and precision, and keep the states of the random generators."""
 
 import os
 
 import torch
 
+from system.errors import UserError
 from system.machine import processor_has_bfloat16
 from system.processes import local_rank, local_world_size
-from training.loss import multi_scale_loss
-from unet import STAGE_RESOLUTIONS
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
@@ -18,7 +17,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Of several processes on a machine each takes a CUDA device of its own for 'auto' and 'cuda'.
 
-    Raises ValueError for a device that is unknown or not present.
+    Raises UserError for a device that is unknown or not present.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -27,12 +26,12 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     kind = name.split(":")[0]
     if kind not in present:
-        raise ValueError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}")
+        raise UserError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}")
     if not present[kind]:
-        raise ValueError(f"device is {name!r}, but this machine or this build of torch {torch.__version__} has no "
+        raise UserError(f"device is {name!r}, but this machine or this build of torch {torch.__version__} has no "
                          f"{kind.upper()}. Use 'cpu', or 'auto' to take the best device present")
     if kind == "cuda" and ":" in name and name.removeprefix("cuda:") not in map(str, range(torch.cuda.device_count())):
-        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+        raise UserError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return torch.device(name)
 
 
@@ -46,16 +45,16 @@ def bfloat16_pays(device: torch.device) -> bool:
 def choose_precision(name: str, device: torch.device) -> str:
     """Return 'bfloat16', 'float16' or 'float32'; 'auto' takes bfloat16 where it pays, else float32.
 
-    Raises ValueError for an unknown name and for float16 anywhere but on CUDA.
+    Raises UserError for an unknown name and for float16 anywhere but on CUDA.
     """
     if name not in PRECISIONS:
-        raise ValueError(f"precision is {name!r}; it must be one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision is {name!r}; it must be one of {', '.join(PRECISIONS)}")
     if name == "auto":
         return "bfloat16" if bfloat16_pays(device) else "float32"
     if name == "float16" and device.type != "cuda":
-        raise ValueError(f"precision is 'float16' on {device.type}; it is for CUDA alone. Use 'auto'")
+        raise UserError(f"precision is 'float16' on {device.type}; it is for CUDA alone. Use 'auto'")
     if name != "float32" and device.type == "mps":
-        raise ValueError(f"precision is {name!r} on mps; use 'float32' or 'auto'")
+        raise UserError(f"precision is {name!r} on mps; use 'float32' or 'auto'")
     return name
 
 
@@ -83,38 +82,3 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def training_memory(model, batch_size: int, precision: str) -> int:
-    """Estimate the bytes that training takes at the model's current stage.
-
-    What autograd keeps is counted on one and on two blank images and continued to the batch (copies of the weights in
-    low precision do not grow with it); weights, gradients and the two moments of AdamW are added. Work space of the
-    convolutions and the Python process are not in it.
-    """
-    one, two = (_kept_for_backward(model, n, precision) for n in (1, 2))
-    live = sum(tensor.nbytes for tensor in model.live_state().values())
-    return one + (batch_size - 1) * (two - one) + 4 * live
-
-
-def _kept_for_backward(model, batch_size: int, precision: str) -> int:
-    """Count the bytes that one forward pass keeps for the backward pass, parameters not included."""
-    device = next(model.parameters()).device
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    side = STAGE_RESOLUTIONS[model.stage]
-    image = torch.zeros(batch_size, model.in_channels, side, side, device=device)
-    target = torch.zeros(batch_size, model.out_channels, side, side, device=device)
-    was_training = model.training
-    model.eval()  # so that no running statistic changes
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, precision):
-        multi_scale_loss(model(image, return_all_scales=True), target)
-    model.train(was_training)
-    return sum(storage.nbytes() for storage in kept.values())

@@ -8,6 +8,7 @@ import doctest
 import json
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,13 +26,15 @@ import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import PROJECT, TINY, draw_pair, run_script, write_checkpoint, write_data_set
 from images.bands import ImageRows
-from images.familiarity import describe, usual_ranges
+from images.familiarity import describe, ranges_over
 from images.files import ImageFileError, image_size, load_image, load_instances, load_mask, resize, save_png, to_image
-from images.pyramid import FINEST
+from images.resolutions import FINEST
 from images.targets import drawn_nuclei
 from inference import REACH, STEP, Predictor, plan_axis, tile_margin
+from nuclei.outlines import OUTLINE, boundary
+from nuclei.overlaps import overlaps
 from nuclei.separation import separate_nuclei
-from scoring.measures import INSTANCE_METRICS, boundary, boundary_f1, instance_metrics, overlaps
+from scoring.measures import INSTANCE_METRICS, boundary_f1, instance_metrics
 from scoring.scores import compare, scored_pairs, summarise
 from unet import MODELS, ProgressiveUNet, UNet
 from unet_parts import ToLogits
@@ -368,7 +371,7 @@ def test_tiles_equal_the_whole_image(stage, kind, scale, tile, size, tmp_path):
 
 def test_tiles_equal_the_whole_image_with_trained_weights(trained_run, tmp_path):
     checkpoint = load_checkpoint(trained_run[0] / "best_stage_4.pth")
-    save_checkpoint(tmp_path / "tile.pth", checkpoint | {"sizing": "tile"})
+    save_checkpoint(tmp_path / "tile.pth", checkpoint | {"data": replace(checkpoint["data"], sizing="tile")})
     image = np.vstack([draw_pair(np.random.default_rng(i), 360)[0] for i in range(2)])[:450]
     whole, tiled = (Predictor(tmp_path / "tile.pth", "cpu", "float32", tile=side).predict(image)
                     for side in (1024, 304))
@@ -431,8 +434,10 @@ def test_predictor_refuses(tmp_path):
     grey = write_checkpoint(tmp_path / "grey.pth", lively_model())
     rgb = write_checkpoint(tmp_path / "rgb.pth", lively_model(in_channels=3))
     tile = write_checkpoint(tmp_path / "tile.pth", lively_model(), "tile")
-    odd = write_checkpoint(tmp_path / "odd.pth", lively_model(), "stretch")
-    for arguments, words in [(([grey, rgb],), "must agree"), (([],), "empty"), ((odd,), "sizing is 'stretch'"),
+    odd = torch.load(grey, weights_only=True)
+    torch.save(odd | {"data": odd["data"] | {"sizing": "stretch"}}, tmp_path / "odd.pth")
+    for arguments, words in [(([grey, rgb],), "must agree"), (([],), "empty"),
+                             ((tmp_path / "odd.pth",), "sizing is 'stretch'"),
                              ((tmp_path / "none.pth",), "no such file")]:
         with pytest.raises(ValueError, match=words):
             Predictor(*arguments)
@@ -454,13 +459,13 @@ def stained(purple: float, radius: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_what_is_unlike_the_training_images_is_said(tmp_path):
-    usual = usual_ranges([describe(*stained(purple, radius)) for purple in (0.2, 0.3) for radius in (7, 9)])
-    assert usual["area of nuclei"][0] == pytest.approx(149, abs=3), "149 pixels in a disc of radius 7"
-    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), usual=usual)
+    ranges = ranges_over([describe(*stained(purple, radius)) for purple in (0.2, 0.3) for radius in (7, 9)])
+    assert ranges["area of nuclei"][0] == pytest.approx(149, abs=3), "149 pixels in a disc of radius 7"
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), ranges=ranges)
     predictor = Predictor(path, "cpu")
 
     def verdict(image, mask):
-        predictor.sizing = "tile"  # at the scale of these numbers
+        predictor.recipe = replace(predictor.recipe, sizing="tile")  # at the scale of these numbers
         return predictor.unlike_training(image, mask[..., None].astype(np.float32))
 
     assert verdict(*stained(0.25, 8)) is None
@@ -469,15 +474,15 @@ def test_what_is_unlike_the_training_images_is_said(tmp_path):
     assert "area of nuclei 12" in verdict(image, stained(0.25, 20)[1]), "discs of radius 20 have 1257 pixels"
     assert "brightness" in verdict(image // 8, mask)
     assert verdict(image, np.zeros_like(mask)) is None, "no nucleus has no size"
-    predictor.usual = {}
+    predictor.recipe = replace(predictor.recipe, training_ranges={})
     assert verdict(image // 8, mask) is None, "a checkpoint from before says nothing"
 
 
 def test_nuclei_are_compared_at_the_scale_of_the_network(tmp_path):
     image, mask = stained(0.25, 8)
     large = resize(mask[..., None].astype(np.uint8) * 255, 256)[..., 0] > 127
-    usual = usual_ranges([describe(resize(image, 256), large)])
-    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), usual=usual), "cpu")
+    ranges = ranges_over([describe(resize(image, 256), large)])
+    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3), ranges=ranges), "cpu")
     twice = np.kron(image, np.ones((2, 2, 1), np.uint8)), np.kron(mask, np.ones((2, 2), bool))
     for pixels, nuclei in ((image, mask), twice):
         assert predictor.unlike_training(pixels, nuclei[..., None].astype(np.float32)) is None
@@ -607,7 +612,7 @@ def test_tiles_train_and_whole_images_are_predicted_at_native_scale(tmp_path, ca
     save_png(root / "whole/test/masks/large.png", mask)
     assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "tiles",
                                 *TINY]) == 0
-    assert load_checkpoint(tmp_path / "tiles/best_stage_4.pth")["sizing"] == "tile"
+    assert load_checkpoint(tmp_path / "tiles/best_stage_4.pth")["data"].sizing == "tile"
     assert Predictor(tmp_path / "tiles/best_stage_4.pth").predict(image).shape == (300, 300, 1)
     assert "large" in (tmp_path / "tiles/test_scores.csv").read_text()
     save_png(root / "train/images/train_0.png", image)
@@ -691,7 +696,7 @@ def test_the_files_of_a_prediction(trained_run, tmp_path, capsys):
         assert float(row["centroid_row"]) == pytest.approx(np.nonzero(own)[0].mean(), abs=0.01)
         assert float(row["centroid_column_um"]) == pytest.approx(np.nonzero(own)[1].mean() * 0.5, abs=0.01)
         assert float(row["mean_probability"]) == pytest.approx(probability[own].mean(), abs=1e-3)
-    assert np.array_equal((load_image(out / "cell_overlay.png", 3) == predict_papsmear.OUTLINE).all(axis=2),
+    assert np.array_equal((load_image(out / "cell_overlay.png", 3) == OUTLINE).all(axis=2),
                           boundary(nuclei))
     assert predict_papsmear.main(command) == 2
     assert "nothing is overwritten unasked" in capsys.readouterr().err

@@ -19,15 +19,17 @@ from skimage.measure import regionprops_table
 import predict_papsmear
 from conftest import write_checkpoint
 from images import bands as image_bands
-from images.bands import BandStore, ImageRows, TiffLayout, even_spans, finished_files, small_tiff, windows, write_tiff
+from images.bands import BandStore, ImageRows, TiffLayout, even_spans, small_tiff, windows, write_tiff
 from images.files import ImageFileError, load_image, load_instances, save_png
 from inference import Predictor, plan_axis
 from nuclei import blocks as block_separation
 from nuclei import streaming
 from nuclei.blocks import BlockSeparation
 from nuclei.measurement import NucleusSums
+from nuclei.outlines import OUTLINE, boundary
 from nuclei.separation import separate_nuclei
-from scoring.measures import boundary, instance_metrics
+from scoring.measures import instance_metrics
+from system.atomic import finished_files
 from tests.test_inference import lively_model, noisy_image, random_nuclei, read_rows
 
 # ---- files in bands
@@ -313,7 +315,7 @@ def test_files_of_a_large_image_are_those_of_the_whole(targets, small_parts, tmp
     assert read_rows(bands / "nuclei.csv") == read_rows(whole / "nuclei.csv")
     overview = load_image(bands / "slide_overlay.png", 3)
     assert overview.shape == (234, 204, 3), "reduced by 3"
-    outlined = (overview == predict_papsmear.OUTLINE).all(axis=2)
+    outlined = (overview == OUTLINE).all(axis=2)
     assert np.array_equal(outlined, boundary(nuclei[::3, ::3]))
     assert np.abs(overview[~outlined].mean() - image.mean()) < 5
     assert predict_papsmear.main([*command, str(tmp_path / "bands")]) == 2

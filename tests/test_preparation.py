@@ -17,8 +17,8 @@ from PIL import Image
 from conftest import PROJECT, run_script
 from images.files import ImageFileError, load_image, load_instances, load_mask, save_instances, save_png
 from images.pyramid import open_pyramids
+from images.report import check_dataset
 from images.splits import deal_groups, group_names, leaked, list_splits
-from pap_smear_dataset import check_dataset
 from preparation.annotations import Region, decode_run_lengths, rasterise, read_coco, read_geojson, read_imagescope
 from preparation.data_sets import COLUMNS, cut_tile, tile_offsets
 from preparation.drawn import import_drawn

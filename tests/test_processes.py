@@ -22,9 +22,10 @@ from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from system import options
 from system.devices import choose_device
-from system.processes import GlobalBatchNorm2d, gathered, leads, merged, share, synchronised, total, weight_of
-from training.loss import NonFiniteLossError
+from system.errors import NonFiniteLossError, UserError
+from system.processes import all_gather, all_reduce_sum, is_main_process, shard, unshard
 from training.optimization import age_batchnorms, young_batchnorms
+from training.parallel import GlobalBatchNorm2d, synchronised, weight_of
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
 LIMIT = 240  # seconds after which processes that wait for each other are given up
@@ -37,10 +38,10 @@ class Recorder(ProgressiveTrainer):
         super().__init__(*args, **kwargs)
         self.losses = []
 
-    def _measure(self, logits, mask, loss):
-        sums, images = total(float(loss) * len(mask), len(mask))
+    def _measure(self, logits, mask, loss, classes):
+        sums, images = all_reduce_sum(float(loss) * len(mask), len(mask))
         self.losses.append(sums / images)
-        return super()._measure(logits, mask, loss)
+        return super()._measure(logits, mask, loss, classes)
 
 
 def trainer_of(dtype=torch.float64, epochs=1, device="cpu", **kwargs) -> Recorder:
@@ -59,10 +60,11 @@ def train(trainer: Recorder, loaders: dict, epochs: dict[int, int]) -> dict:
     for stage, count in epochs.items():
         trainer.set_stage(stage)
         for epoch in range(trainer.finished_epochs, count):
-            for pass_of, loader in zip((trainer.train_epoch, trainer.validate_epoch),
-                                       loaders[STAGE_RESOLUTIONS[stage]], strict=False):
-                rows.append({name: value for name, value in pass_of(loader, epoch).items()
-                             if name not in ("seconds", "images_per_second")})
+            train_loader, valid_loader, _ = loaders[STAGE_RESOLUTIONS[stage]]
+            both = trainer.train_epoch(train_loader, epoch), trainer.validate_epoch(valid_loader, epoch)
+            trainer.record(*both)
+            rows += [{name: value for name, value in metrics.items() if name not in ("seconds", "images_per_second")}
+                     for metrics in both]
     live = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     return {"losses": trainer.losses, "rows": rows, "state": trainer.evaluated_model.state_dict(), "live": live}
 
@@ -133,8 +135,9 @@ def everything(root: Path, own: Path, other: Path) -> dict:
     """Do all that is tested inside a group, so that the processes are started once."""
     return scenarios(root, own) | {"continued": continued(root, other), "refusal": refusal(root),
                                    "wrappers left": wrappers_left(root),
-                                   "shares": (list(share(range(5))), merged(share(range(5))), gathered(leads())),
-                                   "statistics": normalised(share(numbers())), "weights": [weight_of(len(share([1])))],
+                                   "shards": (list(shard(range(5))), unshard(shard(range(5))),
+                                              all_gather(is_main_process())),
+                                   "statistics": normalised(shard(numbers())), "weights": [weight_of(len(shard([1])))],
                                    "devices": [refused_device(name) for name in ("mps", "cuda:0")]}
 
 
@@ -248,12 +251,12 @@ def test_batch_normalisation_of_parts_is_that_of_the_whole(results):
 
 def test_lists_are_shared_and_put_together_again(results):
     _, together, _ = results
-    assert together[0]["shares"] == ([0, 2, 4], [0, 1, 2, 3, 4], [True, False])
-    assert together[1]["shares"] == ([1, 3], [0, 1, 2, 3, 4], [True, False])
+    assert together[0]["shards"] == ([0, 2, 4], [0, 1, 2, 3, 4], [True, False])
+    assert together[1]["shards"] == ([1, 3], [0, 1, 2, 3, 4], [True, False])
     assert [own["weights"] for own in together] == [[2.0], [0.0]], "the mean over processes is that over images"
-    assert share([1, 2]) == [1, 2]
-    assert merged([1, 2]) == [1, 2]
-    assert total(3) == [3]
+    assert shard([1, 2]) == [1, 2]
+    assert unshard([1, 2]) == [1, 2]
+    assert all_reduce_sum(3) == [3]
     assert weight_of(0) == 1
 
 
@@ -376,7 +379,7 @@ def test_torchrun_evaluates_and_predicts_as_one_process_does(trained_run, shared
 def test_an_error_of_a_later_process_alone_is_said_too(monkeypatch, capsys):
     @options.command()
     def main(argv=None):
-        raise ValueError("no such file")
+        raise UserError("no such file")
 
     waited = []
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -4,6 +4,7 @@
 """
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from conftest import TINY, run_script, write_checkpoint, write_data_set
 from images.augmentation import MAX_STAIN, augment, sample_numbers
 from images.files import save_instances, save_png
 from images.pyramid import open_pyramids
+from images.recipe import MASK_AND_BOUNDARY, DataRecipe
 from images.splits import Pair
-from images.targets import MASK_AND_BOUNDARY, load_target, rims
+from images.targets import load_target, rims
 from inference import Predictor
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
+from system.errors import UserError
 from unet import ProgressiveUNet
 
 
@@ -91,10 +94,9 @@ def test_only_classes_are_scored(data_root, tmp_path):
     """A network that finds every rim and no nucleus has Dice 0."""
     loader = create_progressive_dataloaders(data_root, targets=MASK_AND_BOUNDARY, augment_probability=0)[32][0]
     trainer = ProgressiveTrainer(ProgressiveUNet(out_channels=2, base_channels=4), "cpu", epochs_per_stage=1)
-    trainer.targets = MASK_AND_BOUNDARY
     logits = torch.stack([torch.full((1, 32, 32), -9.0), torch.full((1, 32, 32), 9.0)], dim=1)
     mask = next(iter(loader))["mask"][:1]
-    values = trainer._measure(logits, mask, torch.zeros(()))
+    values = trainer._measure(logits, mask, torch.zeros(()), trainer._scored_classes(loader))
     assert values["dice"].shape == (1, 1)
     assert values["dice"].item() == 0
 
@@ -103,7 +105,7 @@ def test_the_boundary_of_a_checkpoint_parts_nuclei_that_touch(tmp_path):
     model = ProgressiveUNet(out_channels=2, base_channels=4)
     path = write_checkpoint(tmp_path / "a.pth", model, targets=MASK_AND_BOUNDARY)
     predictor = Predictor(path, "cpu")
-    assert (predictor.classes, predictor.out_channels) == (1, 2)
+    assert (predictor.classes, predictor.recipe.target_channels) == (1, 2)
     labels = np.zeros((40, 40), np.int32)
     labels[10:22, 5:18], labels[10:22, 18:31] = 1, 2  # a bar without a waist: its shape tells nothing
     probability = np.stack([labels > 0, rims(labels, 2)], axis=-1).astype(np.float32)
@@ -111,18 +113,22 @@ def test_the_boundary_of_a_checkpoint_parts_nuclei_that_touch(tmp_path):
     assert nuclei.max() == 2
     assert np.array_equal(nuclei > 0, labels > 0), "rims are part of their nuclei"
     assert (nuclei == nuclei[12, 10])[10:22, 5:17].all()
-    predictor.targets = ("mask",)
+    predictor.recipe = replace(predictor.recipe, targets=("mask",))
     assert predictor.nuclei(probability).max() == 1
 
 
-def test_a_checkpoint_from_before_targets_were_a_choice_has_a_mask(tmp_path):
+def test_a_checkpoint_of_format_1_is_refused_with_a_reason(tmp_path):
     path = write_checkpoint(tmp_path / "a.pth", ProgressiveUNet(base_channels=4))
-    checkpoint = load_checkpoint(path)
-    del checkpoint["targets"], checkpoint["usual"]
-    torch.save(checkpoint, tmp_path / "old.pth")
-    assert load_checkpoint(tmp_path / "old.pth")["targets"] == ["mask"]
+    stored = torch.load(path, weights_only=True)
+    recipe = stored.pop("data")
+    torch.save(stored | {"format": 1, "sizing": "resize", "targets": ["mask"], "usual": {}}, tmp_path / "old.pth")
+    with pytest.raises(UserError, match=r"old.pth: checkpoint format 1; this version reads 2, because"):
+        load_checkpoint(tmp_path / "old.pth")
+    torch.save(stored | {"data": recipe | {"colours": 3}}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"odd.pth: its data recipe has .*colours"):
+        load_checkpoint(tmp_path / "odd.pth")
     with pytest.raises(AssertionError):
-        save_checkpoint(tmp_path / "new.pth", checkpoint)
+        save_checkpoint(tmp_path / "new.pth", stored | {"data": DataRecipe(), "extra": 1})
 
 
 def test_training_evaluation_and_prediction_with_a_boundary(shared_root, tmp_path):
@@ -131,9 +137,9 @@ def test_training_evaluation_and_prediction_with_a_boundary(shared_root, tmp_pat
     assert done.returncode == 0, done.stderr
     path = tmp_path / "rims/best_stage_4.pth"
     checkpoint = load_checkpoint(path)
-    assert checkpoint["targets"] == ["mask", "boundary"]
+    assert checkpoint["data"].targets == ("mask", "boundary")
     assert checkpoint["model_args"]["out_channels"] == 2
-    assert checkpoint["usual"]["brightness"][0] < checkpoint["usual"]["brightness"][1]
+    assert checkpoint["data"].training_ranges["brightness"][0] < checkpoint["data"].training_ranges["brightness"][1]
     done = run_script("evaluate_papsmear.py", path, "--data_root", shared_root, "--instances")
     assert done.returncode == 0, done.stderr
     assert "dice_1" not in done.stdout, "one class"

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from system.processes import gathered, total
+from system.errors import NonFiniteLossError
+from system.processes import all_gather, all_reduce_sum
 from unet_parts import mean2x2
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became infinite or not a number; the message says where."""
 
 
 def bce_dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -56,10 +53,10 @@ def refuse_non_finite(value: torch.Tensor, what: str, names: Sequence[str] | Non
         what: what it is and where it was met.
         names: this process's images of the batch, if the loader names them.
     """
-    everywhere, = total(value.item())
+    everywhere, = all_reduce_sum(value.item())
     if not math.isfinite(everywhere):
         own = ["(not named by the loader)"] if names is None else list(names)
-        every = [name for part in gathered(own) for name in part]
+        every = [name for part in all_gather(own) for name in part]
         raise NonFiniteLossError(f"{everywhere} found as {what}; its images: {', '.join(every)}. No weight was "
                                  f"changed by it, and what finished epochs have saved is whole. Try a lower --lr or "
                                  f"--precision float32, and look at these images")

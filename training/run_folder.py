@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import atomic_write
 from images.files import load_image
 from scoring.measures import PIXEL_METRICS
 from scoring.pictures import training_curves
+from system.atomic import atomic_write
+from system.errors import UserError
 
 COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "alpha", "lr", "train_loss",
            *(f"train_{name}" for name in PIXEL_METRICS), "loss", *PIXEL_METRICS, "dice_256", "foreground",
@@ -44,13 +45,13 @@ class RunFolder:
         self._purge_step: int | None = None  # TensorBoard forgets events of an interrupted run from here on
 
     def check(self) -> None:
-        """Raise ValueError if the folder cannot be used, or holds a run that was not asked to be replaced."""
+        """Raise UserError if the folder cannot be used, or holds a run that was not asked to be replaced."""
         above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise ValueError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
+            raise UserError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
                              f"Choose another --output_dir or --experiment_name")
         if not self.overwrite and self.path.is_dir() and any(OWN_FILES.fullmatch(p.name) for p in self.path.iterdir()):
-            raise ValueError(f"{self.path}: this run folder exists already. Choose another --experiment_name, continue "
+            raise UserError(f"{self.path}: this run folder exists already. Choose another --experiment_name, continue "
                              f"it with --resume {self.path}, or replace it with --overwrite (in Python: another "
                              f"output_dir, resume() or overwrite=True)")
 

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from system.errors import UserError
 from unet import LAST_STAGE
 
 # Operations of an image at each stage, relative to one another (GFLOP, forward and backward, at 64 channels).
@@ -28,7 +29,7 @@ def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]
     if len(given) == LAST_STAGE and len(stages) < LAST_STAGE:
         given = [given[stage - 1] for stage in stages]
     if len(given) != len(stages) or any(not isinstance(n, int) or n < 1 for n in given):
-        raise ValueError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
+        raise UserError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
                          f"for each of the stages {list(stages)}")
     return dict(zip(stages, given, strict=True))
 
@@ -55,13 +56,13 @@ class TrainingPlan:
 
     def __post_init__(self):
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr is {self.lr!r}; it must be a number above 0, e.g. 1e-3")
+            raise UserError(f"lr is {self.lr!r}; it must be a number above 0, e.g. 1e-3")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+            raise UserError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
         if not (math.isfinite(self.fade_epochs) and self.fade_epochs >= 0):
-            raise ValueError(f"fade_epochs is {self.fade_epochs!r}; it must be a number of at least 0")
+            raise UserError(f"fade_epochs is {self.fade_epochs!r}; it must be a number of at least 0")
         if not (math.isfinite(self.old_lr_scale) and self.old_lr_scale >= 0):
-            raise ValueError(f"old_lr_scale is {self.old_lr_scale!r}; it must be a number of at least 0")
+            raise UserError(f"old_lr_scale is {self.old_lr_scale!r}; it must be a number of at least 0")
 
     def with_epochs(self, stage: int, epochs: int) -> "TrainingPlan":
         """Return the plan with another number of epochs at one stage."""

@@ -1,0 +1,75 @@
+"""The data recipe: what a network must know of its data, as one frozen object.
+
+It is made when a data set is read and carried by loaders, trainer, checkpoint and Predictor. Nothing here imports
+numpy or torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from system.errors import UserError
+
+SIZINGS = ("resize", "tile")
+MASK, MASK_AND_BOUNDARY = ("mask",), ("mask", "boundary")
+TARGETS = (MASK, MASK_AND_BOUNDARY)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What a network must know of its data.
+
+    Attributes:
+        sizing: 'resize': the whole image becomes 256x256, logits go back to the original size; 'tile': native scale.
+        targets: what the channels of a mask are: ('mask',), one channel a class, or ('mask', 'boundary'), one more, the
+            last, for the rims of nuclei (see targets.py).
+        in_channels: of the images, 1 for luminance or 3 for RGB.
+        classes: of the masks; 1 for a binary mask.
+        mean, std: of the training images, a number a channel on the scale [0, 1]; empty until they are known.
+        training_ranges: name -> (low, high) of what describes the training images (see familiarity.py).
+    """
+
+    sizing: str = "resize"
+    targets: tuple[str, ...] = MASK
+    in_channels: int = 1
+    classes: int = 1
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    training_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, known in (("sizing", SIZINGS), ("targets", TARGETS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of "
+                                f"{' and '.join(map(repr, known))}")
+        if not len(self.mean) == len(self.std) or self.mean and len(self.mean) != self.in_channels:
+            raise UserError(f"mean is {self.mean} and std {self.std}; each must have one number a channel, here "
+                            f"{self.in_channels}")
+
+    @property
+    def target_channels(self) -> int:
+        """Return how many channels a mask has: one a class, and one for the boundary if it is a target."""
+        return self.classes + ("boundary" in self.targets)
+
+    def check_agreement(self, other: "DataRecipe", this: str, that: str) -> None:
+        """Raise UserError with the first field in which two recipes for one network differ.
+
+        Mean, standard deviation and ranges may differ: each network has those of its own training images.
+
+        Args:
+            this, that: what the two belong to, for the message.
+        """
+        for name in ("sizing", "targets", "in_channels", "classes"):
+            if getattr(self, name) != getattr(other, name):
+                raise UserError(f"{this}: {name} is {getattr(self, name)!r}, but {getattr(other, name)!r} in {that}; "
+                                f"they must agree in it")
+
+
+def recipe_from_plain(stored: Mapping) -> DataRecipe:
+    """Return the recipe of a dictionary that `dataclasses.asdict` made; raises UserError for any other content."""
+    names = {f.name for f in fields(DataRecipe)}
+    if not isinstance(stored, Mapping) or set(stored) != names:
+        found = ", ".join(map(str, stored)) if isinstance(stored, Mapping) else repr(stored)
+        raise UserError(f"its data recipe has {found}; expected: {', '.join(sorted(names))}")
+    ranges = {name: tuple(bounds) for name, bounds in stored["training_ranges"].items()}
+    return DataRecipe(**stored | {"training_ranges": ranges, "targets": tuple(stored["targets"]),
+                                  "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})

@@ -1,0 +1,43 @@
+"""Files that are either whole or not there: written beside their place, then renamed."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour of `path` for writing; on leaving without an error it takes the place of `path`."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def finished_files() -> Iterator[Callable[[Path], Path]]:
+    """Give a function from a path to the one to write to; all are renamed at the end, and removed after an error."""
+    unfinished: dict[Path, Path] = {}
+
+    def partial(path: Path) -> Path:
+        unfinished[path] = path.with_name(f"{path.name}.unfinished")
+        return unfinished[path]
+
+    try:
+        yield partial
+        for path, written in unfinished.items():
+            os.replace(written, path)
+    finally:
+        for written in unfinished.values():
+            written.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""The settings of a training as a command line gives them: options, presets, and what contradicts what.
+
+Options are parsed to their real types here and nowhere else. Nothing here imports torch, so that --help and wrong
+options answer at once.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from datetime import datetime
+
+from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
+from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
+from system.errors import UserError
+from system.options import Parser, flag, folder_name, number, regex, whole
+
+# An option given by hand beats a preset, a preset beats a default. Presets deal about 57, 8, 5 and 30 % of the epochs
+# to the stages: less than half the operations of as many epochs at 256 pixels, and as much of them at 256 as that
+# allows.
+PRESETS = {
+    # The bundled sample in all four stages: 1.3 minutes on 2 cores of a server CPU in bfloat16, test Dice 0.96.
+    "quick": {"epochs_per_stage": (44, 6, 4, 24), "base_channels": 16, "lr": 2e-3,
+              "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}},
+    # Figures, times and machine of these two are in docs/herlev.md and docs/monuseg.md.
+    "herlev": {"in_channels": 3, "epochs_per_stage": (20, 2, 2, 10), "base_channels": 32,
+               "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}, "group_regex": r"^\d+"},
+    "monuseg": {"in_channels": 3, "targets": MASK_AND_BOUNDARY, "epochs_per_stage": (100, 16, 8, 52),
+                "base_channels": 32, "batch_sizes": {32: 32, 64: 32, 128: 16, 256: 8}, "augment_strength": 2.0,
+                "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
+}
+BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
+CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images", "compile")
+
+
+def epoch_list(text: str) -> tuple[int, ...]:
+    """Read '50', for every stage, or one number a stage: '10,10,20,60'."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor such numbers joined "
+                                         f"by commas, one a stage, e.g. 10,10,20,60")
+    return tuple(int(n) for n in text.split(","))
+
+
+def batch_table(text: str) -> dict[int, int]:
+    """Read 'RESOLUTION:BATCH' joined by commas."""
+    sizes = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) and [tuple(map(int, e.split(":"))) for e in text.split(",")]
+    if not sizes or any(r not in RESOLUTIONS or n < 1 for r, n in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not RESOLUTION:BATCH joined by commas, with resolutions out of "
+                                         f"32, 64, 128, 256 and batches of at least 1, e.g. 32:64,64:32,128:16,256:8")
+    if len(dict(sizes)) < len(sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} names a resolution twice")
+    return dict(sizes)
+
+
+def target_list(text: str) -> tuple[str, ...]:
+    """Read 'mask' or 'mask,boundary'."""
+    if tuple(text.split(",")) not in TARGETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither mask nor mask,boundary")
+    return tuple(text.split(","))
+
+
+def build_parser(description: str = "", defaults: bool = True) -> argparse.ArgumentParser:
+    """Return the parser; every option is read and checked by its type, before anything is loaded.
+
+    Args:
+        defaults: False leaves out what was not given by hand.
+    """
+    parser = Parser(prog="train_papsmear.py", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add_options, title in ((_add_data_options, "data"), (_add_network_options, "network"),
+                               (_add_training_options, "training"), (_add_machine_options, "machine"),
+                               (_add_output_options, "output")):
+        group = parser.add_argument_group(title)
+
+        def add(name: str, default=None, group=group, **kwargs) -> None:
+            group.add_argument(name, default=default if defaults else argparse.SUPPRESS, **kwargs)
+
+        add_options(add)
+    return parser
+
+
+def _add_data_options(add: Callable) -> None:
+    add("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
+    add("--use_augmented", default=True, help="take flipped_*, mirrored_*, rotated_X_* (true)", **BOOLEAN)
+    add("--augment_probability", type=number(0, 1), default=0.5, help="of each transform (0.5)")
+    add("--augment_strength", type=number(0, 3), default=1.0, help="factor on their amounts (1)")
+    add("--group_regex", type=regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
+    add("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
+    add("--out_channels", type=whole(1), default=1, help="classes; above 1 masks are label images 0..K (1)")
+    add("--targets", type=target_list, default=MASK, metavar="mask[,boundary]",
+        help="mask,boundary: learn the rims of nuclei too, which separates those that touch (mask)")
+    add("--cache_images", default=None, **BOOLEAN, help="false: decode at every step, instead of once into memory or, "
+        "if large, into memory-mapped files (true where there is space)")
+    add("--num_workers", type=whole(0), help="decoding processes (0 with a cache, else up to 4)")
+    add("--overfit", type=whole(0), default=0, metavar="N",
+        help="smoke run: train and validate on the first N training images, not augmented")
+
+
+def _add_network_options(add: Callable) -> None:
+    add("--model", choices=("pgunet", "unet"), default="pgunet", help="unet: the classic one (pgunet)")
+    add("--progressive", default=True, help="false: stage 4 from the start (true)", **BOOLEAN)
+    add("--base_channels", type=whole(1), default=64, help="channels at 256 pixels (64)")
+    add("--init_from", metavar="CHECKPOINT", help="start from its weights")
+    add("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
+
+
+def _add_training_options(add: Callable) -> None:
+    add("--preset", choices=sorted(PRESETS), help="a tried set of options, for the data set named")
+    add("--epochs_per_stage", type=epoch_list, default=(50,), help="50, or one a stage: 10,10,20,60 (50)")
+    add("--batch_sizes", type=batch_table, default=DEFAULT_BATCH_SIZES,
+        help="images a batch at each resolution (32:64,64:32,128:16,256:8)")
+    add("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
+    add("--schedule", choices=("run", "stage"), default="run", help="one for the run, or one a stage (run)")
+    add("--fade_epochs", type=number(0), default=0.0, help="length of the fade at a growth (0)")
+    add("--old_lr_scale", type=number(0), default=1.0, help="factor on the rate of older parts (1)")
+    add("--weight_decay", type=number(0), default=1e-2, help="of convolutions (0.01)")
+    add("--average", type=number(0, 1, below=True), default=0.0, help="decay of averaged weights, e.g. 0.99 (0: off)")
+    add("--accumulate", type=whole(1), default=1, help="batches a step (1)")
+
+
+def _add_machine_options(add: Callable) -> None:
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    add("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="(auto)")
+    add("--compile", default=False, help="training steps by torch.compile, once a stage (false)", **BOOLEAN)
+    add("--seed", type=whole(0), default=0, help="of weights, order and augmentation (0)")
+    add("--deterministic", default=False, action="store_true", help="the same weights to the last bit on CUDA too")
+
+
+def _add_output_options(add: Callable) -> None:
+    add("--output_dir", default="outputs", help="folder of the run folders (outputs)")
+    add("--experiment_name", type=folder_name, help="name of the run folder (date and time)")
+    add("--save_every", type=whole(1), default=10, help="epochs between stage_X_epoch_Y.pth (10)")
+    add("--keep", type=whole(0), default=3, help="how many of them stay (3)")
+    add("--resume", metavar="RUN_FOLDER", help="continue a run with its own settings")
+    add("--overwrite", default=False, action="store_true", help="replace what an earlier run of that name wrote")
+    add("--dry_run", default=False, action="store_true", help="print settings, data report and memory, and stop")
+
+
+def parse(argv: list[str] | None, description: str = "") -> argparse.Namespace:
+    """Return checked settings; raises UserError for what is wrong in itself or contradicts another option.
+
+    Of a run that is resumed only what was given by hand is known here: `resume`, `dry_run` and `by_hand`.
+    """
+    by_hand = vars(build_parser(description, defaults=False).parse_args(argv))
+    defaults = vars(build_parser().parse_args([]))
+    if "resume" in by_hand:
+        refused = sorted(set(by_hand) - {"resume", "dry_run", *CHANGEABLE_AT_RESUME})
+        if refused:
+            raise UserError(f"--{refused[0]} cannot change at --resume; a run continues with its own settings, of "
+                            f"which {', '.join(CHANGEABLE_AT_RESUME)} alone may differ. Leave it out, or start "
+                            f"another run with --init_from")
+        changed = {key: by_hand[key] for key in CHANGEABLE_AT_RESUME if key in by_hand}
+        return argparse.Namespace(**(defaults | by_hand), by_hand=changed)
+    args = argparse.Namespace(**(defaults | PRESETS.get(by_hand.get("preset"), {}) | by_hand))
+    _check_stages(args, epochs_by_hand="epochs_per_stage" in by_hand)
+    args.experiment_name = args.experiment_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return args
+
+
+def _check_stages(args: argparse.Namespace, epochs_by_hand: bool) -> None:
+    """Check the stages that are trained against the epochs; of a preset, direct training takes those of stage 4."""
+    grows = args.model == "pgunet" and args.progressive
+    if not grows and args.start_stage != 1:
+        raise UserError("--start_stage is for a network that grows; leave it out with --progressive false or "
+                        "--model unet")
+    if not grows and not epochs_by_hand:
+        args.epochs_per_stage = args.epochs_per_stage[-1:]
+    first = args.start_stage if grows else len(RESOLUTIONS)
+    trained = len(RESOLUTIONS) + 1 - first
+    if len(args.epochs_per_stage) > 1 and (not grows or len(args.epochs_per_stage) not in {len(RESOLUTIONS), trained}):
+        rule = f"stages {first}..4 are trained, so give one number, or {trained} joined by commas" if trained > 1 else \
+            "stage 4 alone is trained, so give one number"
+        raise UserError(f"--epochs_per_stage {','.join(map(str, args.epochs_per_stage))}: {rule}")
+
+
+def run_settings(config: dict, args: argparse.Namespace) -> argparse.Namespace:
+    """Return the settings with which a run goes on: those of its checkpoint, with what `--resume` may change and did.
+
+    Args:
+        config: of a last.pth; options that are younger than the run have their defaults.
+        args: what `parse` returned for --resume.
+    """
+    defaults = vars(build_parser().parse_args([]))
+    fixed = {"resume": args.resume, "dry_run": args.dry_run, "overwrite": False}
+    return argparse.Namespace(**(defaults | config | args.by_hand | fixed))
