@@ -140,15 +140,17 @@ class ProgressiveTrainer:
             UserError: for a loader whose first batch is something else; what is wrong and what to change.
             NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
         """
-        start, batches = time.perf_counter(), len(loader)
+        start = time.perf_counter()
         self._begin_epoch(loader, epoch)
-        young = young_batchnorms(self.model)
+        batches, young = len(loader), young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
         means = MeanOverImages()
         with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
             for i, batch in enumerate(bar):
                 if i == 0:
                     check_batch(batch, self.model)
+                    if self.folder:
+                        self.folder.claim()
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
                 steady = age_batchnorms(young)
@@ -204,10 +206,8 @@ class ProgressiveTrainer:
         return means.means() | {"empty_masks": int(*all_reduce_sum(empty_masks))}
 
     def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> None:
-        """Claim the output folder, take the recipe of the data over, and tell the loader its epoch."""
+        """Take the recipe of the data over, and tell the loader its epoch."""
         check_loader(loader)
-        if self.folder:
-            self.folder.claim()
         self._take_recipe(loader)
         dataset = getattr(loader, "dataset", None)
         for target in (loader, dataset):  # a plain DataLoader has no epochs, our data set in it has
@@ -284,7 +284,7 @@ class ProgressiveTrainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
-        self._whole_plan = self.plan = TrainingPlan(**({"counted_by": "epochs"} | saved["plan"]))  # as the first files
+        self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
         self.recipe = saved["data"]
         self.best_scores = dict(saved["best_scores"])
         self.finished_epochs, self._steps_taken = saved["epoch"], 1

@@ -44,7 +44,6 @@ class TrainingPlan:
         schedule: 'run', one schedule over the whole run, or 'stage', one that restarts at each stage.
         fade_epochs: length of the fade at a growth, in epochs.
         old_lr_scale: factor on the rate of parts born before the current stage.
-        counted_by: 'work', or 'epochs' for runs that were begun when all epochs counted alike.
     """
 
     epochs: dict[int, int]
@@ -52,7 +51,6 @@ class TrainingPlan:
     schedule: str = "run"
     fade_epochs: float = 0.0
     old_lr_scale: float = 1.0
-    counted_by: str = "work"
 
     def __post_init__(self):
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -78,8 +76,7 @@ class TrainingPlan:
 
     def work(self, stage: int, epochs: float) -> float:
         """Return what is done of the run after so many epochs of a stage, in the units of WORK times epochs."""
-        unit = WORK if self.counted_by == "work" else dict.fromkeys(WORK, 1)
-        return sum(unit[s] * n for s, n in self.epochs.items() if s < stage) + unit[stage] * epochs
+        return sum(WORK[s] * n for s, n in self.epochs.items() if s < stage) + WORK[stage] * epochs
 
     def alpha(self, stage: int, epoch: int, step: int, steps: int) -> float:
         """Decide the alpha of one optimizer step of a stage that fades in.
