@@ -1,15 +1,21 @@
 """Small data sets with masks known by construction, and one tiny trained run for all tests."""
 
+import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from checkpoints import save_checkpoint, untrained_checkpoint
 from images.files import save_png
 from images.recipe import MASK, DataRecipe
+from pap_smear_dataset import create_progressive_dataloaders
+from progressive_trainer import ProgressiveTrainer
+from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
 PROJECT = Path(__file__).parent
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
@@ -69,3 +75,52 @@ def trained_run(shared_root, tmp_path_factory) -> tuple[Path, str]:
                       "tiny", *TINY)
     assert done.returncode == 0, done.stderr
     return output / "tiny", done.stdout
+
+
+def tensors_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def roughly_trained(in_channels: int, out_channels: int = 1, seed: int = 0) -> ProgressiveUNet:
+    """A network whose weights, heads and running statistics are all away from their start."""
+    torch.manual_seed(seed)
+    model = ProgressiveUNet(in_channels, out_channels, base_channels=4)
+    model.set_image_statistics([0.4] * in_channels, [0.2] * in_channels)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        for stage in STAGE_RESOLUTIONS:
+            model.set_stage(stage)
+            for _ in range(3):
+                model(torch.rand(2, in_channels, 32, 48))
+    model.set_stage(1)
+    return model.eval()
+
+
+def disc(side=64, radius=20):
+    rows, columns = np.mgrid[:side, :side] - side / 2 + 0.5
+    return np.hypot(rows, columns) <= radius
+
+
+def copy_pair(root, split, name, new):
+    for kind in ("images", "masks"):
+        shutil.copy(root / split / kind / f"{name}.png", root / split / kind / f"{new}.png")
+
+
+def move_pair(root, split, name, to, new):
+    for kind in ("images", "masks"):
+        shutil.copy(root / split / kind / f"{name}.png", root / to / kind / f"{new}.png")
+
+
+def make_trainer(root, output=None, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = ProgressiveUNet(base_channels=2)
+    trainer = ProgressiveTrainer(model, device="cpu", precision="float32", output_dir=output, seed=seed,
+                                 **({"epochs_per_stage": [2, 1, 1, 1]} | kwargs))
+    return trainer, create_progressive_dataloaders(root, dict.fromkeys((32, 64, 128, 256), 2))
+
+
+def metric_rows(folder):
+    timing = ("seconds", "images_per_second")
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]

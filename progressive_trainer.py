@@ -141,16 +141,14 @@ class ProgressiveTrainer:
             NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
         """
         start = time.perf_counter()
-        self._begin_epoch(loader, epoch)
+        recipe = self._begin_epoch(loader, epoch)
         batches, young = len(loader), young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
         means = MeanOverImages()
         with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
             for i, batch in enumerate(bar):
                 if i == 0:
-                    check_batch(batch, self.model)
-                    if self.folder:
-                        self.folder.claim()
+                    self._begin_steps(batch, recipe)
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
                 steady = age_batchnorms(young)
@@ -205,19 +203,22 @@ class ProgressiveTrainer:
         means.add_up()
         return means.means() | {"empty_masks": int(*all_reduce_sum(empty_masks))}
 
-    def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> None:
-        """Take the recipe of the data over, and tell the loader its epoch."""
+    def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> DataRecipe:
+        """Tell the loader its epoch and return the recipe of its data."""
         check_loader(loader)
-        self._take_recipe(loader)
+        recipe = recipe_for(self.model, loader, self.recipe)
         dataset = getattr(loader, "dataset", None)
         for target in (loader, dataset):  # a plain DataLoader has no epochs, our data set in it has
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
         self.model.train()
+        return recipe
 
-    def _take_recipe(self, loader: Iterable[dict]) -> None:
-        """Take the recipe of the loader, or make one, and give the network its image statistics, once."""
-        recipe = recipe_for(self.model, loader, self.recipe)
+    def _begin_steps(self, batch: dict, recipe: DataRecipe) -> None:
+        """Check the first batch; then claim the output folder and give the network its image statistics, once."""
+        check_batch(batch, self.model)
+        if self.folder:
+            self.folder.claim()
         if not self.model.has_image_statistics:
             for network in {self.model, self.evaluated_model}:
                 network.set_image_statistics(recipe.mean, recipe.std)

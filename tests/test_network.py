@@ -1,0 +1,65 @@
+"""Tests of the network beyond its contract: cost, growth on real images."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import roughly_trained, write_checkpoint, write_data_set
+from images.files import load_mask, save_png
+from images.pyramid import open_pyramids
+from inference import Predictor
+from pap_smear_dataset import create_progressive_dataloaders
+from progressive_trainer import ProgressiveTrainer
+from scoring.scores import score_pairs, scored_pairs
+from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, count_parameters
+from unet_parts import mean2x2, upsample2x
+
+
+def test_growth_on_images_differs_by_their_rounding_alone(shared_root):
+    pyramid = open_pyramids(shared_root, wanted=("valid",))["valid"]
+    model = roughly_trained(1)
+    everything = np.arange(len(pyramid))
+    for stage in (1, 2, 3):
+        coarse, fine = (pyramid.batch(STAGE_RESOLUTIONS[s], everything)[0].float() / 255 for s in (stage, stage + 1))
+        assert (coarse - mean2x2(fine)).abs().max() <= 0.5 / 255 + 1e-6
+        model.set_stage(stage)
+        with torch.no_grad():
+            rounding = (model(coarse) - model(mean2x2(fine))).abs().max()
+            before = upsample2x(model(coarse))
+            model.set_stage(stage + 1, alpha=0.0)
+            model.heads[str(model.resolution)].conv.weight.zero_()
+            model.heads[str(model.resolution)].conv.bias.zero_()
+            assert (model(fine) - before).abs().max() <= rounding + 1e-5
+
+
+def test_cost_and_size_are_those_of_the_design():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+    with FakeTensorMode():  # shapes alone, nothing is computed
+        model = ProgressiveUNet()
+        for stage, expected in zip(STAGE_RESOLUTIONS, (40, 80, 120, 185), strict=True):
+            model.set_stage(stage)
+            with FlopCounterMode(display=False) as counter:
+                model(torch.rand(1, 1, model.resolution, model.resolution)).sum().backward()
+            assert counter.get_total_flops() / 1e9 == pytest.approx(expected, rel=0.01)
+        assert count_parameters(UNet()) == pytest.approx(31.0e6, rel=0.01)
+
+
+def test_two_classes_train_and_are_scored(tmp_path):
+    root = write_data_set(tmp_path / "data", counts=(4, 2, 2))
+    for path in root.glob("*/masks/*.png"):
+        drawn = load_mask(path)[..., 0]
+        labels = drawn.astype(np.uint8)
+        labels[:8] = 2
+        save_png(path, labels)
+    pyramids = open_pyramids(root, out_channels=2)
+    loaders = create_progressive_dataloaders(pyramids=pyramids, batch_sizes={32: 2})
+    trainer = ProgressiveTrainer(ProgressiveUNet(1, 2, 4), epochs_per_stage=1, device="cpu")
+    metrics = trainer.train_epoch(loaders[32][0], 0)
+    assert math.isfinite(metrics["loss"])
+    trainer.set_stage(4)
+    path = write_checkpoint(tmp_path / "two.pth", trainer.model)
+    rows = score_pairs(Predictor(path, "cpu", "float32"), scored_pairs(root, "test"))
+    assert rows[0]["dice"] == pytest.approx((rows[0]["dice_1"] + rows[0]["dice_2"]) / 2)

@@ -1,0 +1,395 @@
+"""Tests of training: the plan, the trainer, and what a loader may give to it."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from checkpoints import load_checkpoint, save_checkpoint
+from conftest import draw_pair, make_trainer, metric_rows, write_data_set
+from images.recipe import MASK_AND_BOUNDARY, DataRecipe
+from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
+from progressive_trainer import ProgressiveTrainer
+from scoring.measures import pixel_metrics
+from system.errors import UserError
+from training.memory import training_memory
+from training.schedule import TrainingPlan, epochs_by_stage
+from unet import STAGE_RESOLUTIONS, ProgressiveUNet
+
+
+def test_alpha_rises_in_optimizer_steps_and_is_done_in_time():
+    plan = TrainingPlan({1: 3, 2: 3, 3: 1}, fade_epochs=1.0)
+    alphas = [plan.alpha(2, e, s, 4) for e in range(3) for s in range(4)]
+    assert alphas[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert alphas[4:] == [1.0] * 8
+    long = TrainingPlan({1: 3, 2: 3}, fade_epochs=99)
+    assert [long.alpha(2, e, s, 4) == 1 for e in range(3) for s in range(4)] == [False] * 8 + [True] * 4
+    assert [plan.alpha(3, 0, s, 6) == 1 for s in range(6)] == [False] * 3 + [True] * 3
+    assert TrainingPlan({1: 1, 2: 5}).alpha(2, 0, 0, 10) == 1.0
+
+
+def test_one_rate_for_the_whole_run():
+    plan = TrainingPlan({1: 10, 2: 10, 3: 10, 4: 20}, lr=1.0)
+    assert plan.rate(2, 5, 0, 10, born=1) == 1.0
+    assert plan.rate(4, 19, 9, 10, born=1) == pytest.approx(0.01)
+    assert plan.rate(4, 90, 0, 10, born=1) == pytest.approx(0.01)
+    assert plan.rate(1, 0, 4, 10, born=1) == pytest.approx(0.5), "half of a warm-up of 2 % of 50 epochs"
+    assert plan.rate(2, 0, 1, 10, born=2) == pytest.approx(0.2), "a new part warms up"
+    assert plan.rate(2, 0, 1, 10, born=1) == 1.0, "an old one goes on"
+    work = 10 * 40 + 10 * 80 + 10 * 120 + 5 * 185, 10 * 40 + 10 * 80 + 10 * 120 + 20 * 185
+    falling = (work[0] / work[1] - 0.4) / 0.6
+    assert plan.rate(4, 4, 9, 10, born=1) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2)
+    slow = TrainingPlan({1: 10, 2: 10, 3: 10, 4: 20}, lr=1.0, old_lr_scale=0.1)
+    assert [slow.rate(2, 5, 0, 10, born) for born in (1, 2)] == pytest.approx([0.1, 1.0])
+    assert TrainingPlan({1: 10, 2: 10}, lr=1.0, schedule="stage").rate(2, 1, 9, 10, born=1) == 1.0
+
+
+def test_cheap_epochs_do_not_use_the_rate_up():
+    plan = TrainingPlan({1: 36, 2: 28, 3: 18, 4: 18}, lr=1.0)
+    assert plan.rate(2, 26, 9, 10, born=1) == 1.0, "63 % of the epochs, 39 % of the work"
+    assert plan.rate(4, 0, 0, 10, born=1) > 0.6
+
+
+def test_epochs_per_stage():
+    assert epochs_by_stage(5, [3, 4]) == {3: 5, 4: 5}
+    assert epochs_by_stage([1, 2, 3, 4], [3, 4]) == {3: 3, 4: 4}
+    assert epochs_by_stage([7, 8], [3, 4]) == {3: 7, 4: 8}
+    for wrong in ([1, 2, 3], [0, 1], -1, 0):
+        with pytest.raises(ValueError, match="epochs_per_stage"):
+            epochs_by_stage(wrong, [3, 4])
+
+
+def test_unborn_and_retired_parts_have_no_optimizer_state(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    trainer.train_epoch(loaders[32][0], 0)
+    unborn = trainer.model.decoder["64"].conv[0][0].weight
+    before = unborn.clone()
+    trainer.train_epoch(loaders[32][0], 1)
+    assert unborn not in trainer.optimizer.state
+    assert torch.equal(unborn, before)
+    trainer.set_stage(2)
+    retired = trainer.model.encoder["32"].from_image[0].weight
+    before = retired.clone()
+    trainer.train_epoch(loaders[64][0], 0)
+    assert torch.equal(retired, before), "no decay either"
+    steps = {group["part"]: trainer.optimizer.state[group["params"][0]]["step"].item()
+             for group in trainer.optimizer.param_groups if group["params"][0] in trainer.optimizer.state}
+    assert steps["decoder.64"] == 3, "bias correction counts from birth"
+    assert steps["decoder.32"] == 9
+    assert all((g["weight_decay"] == 0) == (g["params"][0].ndim <= 1) for g in trainer.optimizer.param_groups)
+
+
+def test_fade_begins_only_one_stage_above_a_trained_network(shared_root):
+    trainer, loaders = make_trainer(shared_root, fade_epochs=1.0, epochs_per_stage=3)
+    trainer.set_stage(2)
+    assert trainer.model.alpha == 1, "nothing to preserve in a network that was never trained"
+    trainer.set_stage(1)
+    trainer.train_epoch(loaders[32][0], 0)
+    trainer.set_stage(2)
+    assert trainer.model.alpha == 0
+    trainer.set_stage(2)
+    assert trainer.model.alpha == 0
+    train = trainer.train_epoch(loaders[64][0], 0)
+    assert 0 < trainer.model.alpha < 1
+    trainer.record(train, trainer.validate_epoch(loaders[64][1], 0))
+    assert 2 not in trainer.best_scores, "a network that still fades is no best one"
+    trainer.record(trainer.train_epoch(loaders[64][0], 1), trainer.validate_epoch(loaders[64][1], 1))
+    assert trainer.model.alpha == 1
+    assert 2 in trainer.best_scores
+
+
+def test_batchnorm_statistics_are_a_plain_mean_at_first(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    layer, seen = trainer.model.encoder["32"].from_image[1], []
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().mean(dim=(0, 2, 3))))
+    for epoch in range(3):
+        trainer.train_epoch(loaders[32][0], epoch)
+    assert len(seen) == 9
+    assert torch.allclose(layer.running_mean, torch.stack(seen).mean(0), atol=1e-5)
+
+
+def test_accumulated_gradients_make_one_step(shared_root):
+    trainer, _ = make_trainer(shared_root, accumulate=4)
+    loader = create_progressive_dataloaders(shared_root, {32: 1})[32][0]
+    trainer.train_epoch(loader, 0)  # 6 batches of one: steps of 4 and 2
+    weight = trainer.model.encoder["32"].refine[0].weight
+    assert trainer.optimizer.state[weight]["step"].item() == 2
+
+
+def test_a_split_smaller_than_a_batch_trains_even_with_one_image(tmp_path):
+    root = write_data_set(tmp_path / "data", counts=(1, 1, 1))
+    trainer, loaders = make_trainer(root)
+    assert math.isfinite(trainer.train_epoch(loaders[32][0], 0)["loss"])
+
+
+def test_compiled_steps_give_the_losses_of_plain_ones(shared_root, monkeypatch):
+    graphs = []
+
+    def traced_alone(graph, inputs):  # not translated to C++, which takes a minute
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced_alone))
+
+    def losses(**more) -> list[float]:
+        trainer, loaders = make_trainer(shared_root, fade_epochs=0.5, epochs_per_stage=5, **more)  # of 3 batches
+        found = []
+        for stage, resolution in ((1, 32), (2, 64)):
+            trainer.set_stage(stage)
+            found += [trainer.train_epoch(loaders[resolution][0], epoch)["loss"] for epoch in range(5)]
+        return found
+
+    assert losses(compile=True) == pytest.approx(losses(), abs=1e-4)
+    assert len(graphs) == 2, "once a stage, after the first 10 batches and the fade"
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no_compiler_of_this_name")
+    with pytest.raises(ValueError, match="'no_compiler_of_this_name' is not found"):
+        ProgressiveTrainer(ProgressiveUNet(base_channels=2), "cpu", compile=True)
+
+
+def test_averaged_weights_do_not_drag_the_untrained_start_of_new_parts(shared_root):
+    trainer, loaders = make_trainer(shared_root, average=0.999)
+    for _ in range(2):
+        trainer.train_epoch(loaders[32][0], 0)
+    trainer.set_stage(2)
+    start = trainer.model.decoder["64"].conv[0][0].weight.clone()
+    for epoch in range(3):
+        trainer.train_epoch(loaders[64][0], epoch)
+    now, mean = (m.decoder["64"].conv[0][0].weight for m in (trainer.model, trainer.evaluated_model))
+    assert (mean - now).norm() < 0.7 * (now - start).norm()
+    norm, own = (m.decoder["64"].conv[0][1] for m in (trainer.model, trainer.evaluated_model))
+    assert torch.equal(norm.running_var, own.running_var)
+
+
+def test_image_statistics_are_taken_once_whatever_ran_before(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    trainer.model(torch.rand(2, 1, 32, 32))  # a forward pass in train mode, as in a notebook
+    trainer.train_epoch(loaders[32][0], 0)
+    expected = loaders[32][0].recipe.mean
+    assert trainer.model.image_mean.item() == pytest.approx(expected[0], abs=1e-6)
+
+
+def test_a_plain_loader_gets_new_augmentation_each_epoch(shared_root):
+    dataset = PapSmearDataset(shared_root, "train", target_size=32, augment_probability=1.0)
+    trainer, _ = make_trainer(shared_root)
+    loader = DataLoader(dataset, batch_size=6)
+    trainer.train_epoch(loader, 0)
+    first = next(iter(loader))["image"]
+    trainer.train_epoch(loader, 1)
+    assert not torch.equal(first, next(iter(loader))["image"])
+
+
+def test_going_back_before_training_keeps_the_plan(shared_root):
+    trainer, _ = make_trainer(shared_root)
+    trainer.set_stage(4)
+    assert trainer.plan.epochs == {4: 1}
+    trainer.set_stage(1)
+    assert trainer.plan.epochs == {1: 2, 2: 1, 3: 1, 4: 1}
+    trainer.set_stage(1, epochs=7)
+    assert trainer.plan.epochs[1] == 7
+
+
+def test_settings_of_other_types_are_converted_or_refused_at_once(shared_root, tmp_path):
+    trainer, loaders = make_trainer(shared_root, tmp_path / "a", lr=np.float64(1e-3), epochs_per_stage=np.int64(1))
+    trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
+    assert load_checkpoint(tmp_path / "a/last.pth")["plan"]["lr"] == 1e-3
+    with pytest.raises(ValueError, match=r"config\['root'\]"):
+        make_trainer(shared_root, config={"root": Path("x")})
+
+
+def test_validation_enlarges_logits_to_256(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    trainer.train_epoch(loaders[32][0], 0)
+    metrics = trainer.validate_epoch(loaders[32][1], 0)
+    valid = loaders[32][1].dataset.pyramid
+    with torch.no_grad():
+        logits = trainer.model.eval()(valid.batch(32, np.arange(3))[0].float() / 255)
+    enlarged = torch.nn.functional.interpolate(logits, (256, 256), mode="bilinear") >= 0
+    expected = pixel_metrics(enlarged, valid.batch(256, np.arange(3))[1] >= 127.5)["dice"].mean().item()
+    assert metrics["dice_256"] == pytest.approx(expected)
+
+
+def test_expected_memory_grows_with_batch_and_stage():
+    model = ProgressiveUNet(base_channels=4)
+    needed = []
+    for stage in STAGE_RESOLUTIONS:
+        model.set_stage(stage)
+        needed.append(training_memory(model, 4, "float32"))
+    assert needed == sorted(needed)
+    activations = training_memory(model, 8, "float32") - needed[-1]
+    # The finest level alone keeps the input of both convolutions, normalisations and rectifiers of two DoubleConvs.
+    assert activations > 4 * 4 * 256 * 256 * 4 * 6
+    assert not model.trained
+
+
+def test_a_failed_save_leaves_the_old_file(trained_run, tmp_path, monkeypatch):
+    checkpoint = load_checkpoint(trained_run[0] / "best_stage_1.pth")
+    path = tmp_path / "best.pth"
+    save_checkpoint(path, checkpoint)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="hold None, bool"):
+        save_checkpoint(path, checkpoint | {"config": Path("x")})
+
+    def fill_the_disk(content, file):
+        file.write(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(path, checkpoint)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "can be read"), (b"hello", "can be read"), (None, "no such")])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
+    path = tmp_path / "x.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+
+
+# ---- what a loader gives
+
+
+def plain_batches(channels: int = 1, side: int = 32, count: int = 3, images: int = 4) -> list[dict]:
+    """Batches of dark discs as a loader of one's own makes them, without a recipe."""
+    rng = np.random.default_rng(0)
+    pairs = [[draw_pair(rng, side) for _ in range(images)] for _ in range(count)]
+    images, masks = (torch.from_numpy(np.array([[pair[k] for pair in batch] for batch in pairs])) for k in (0, 1))
+    return [{"image": image[:, None].expand(-1, channels, -1, -1).float() / 255, "mask": mask[:, None].float()}
+            for image, mask in zip(images, masks, strict=True)]
+
+
+def test_statistics_of_a_loader_without_a_recipe_are_measured_and_said(tmp_path, capsys):
+    """The network normalises as if the data had carried them, and prediction from its checkpoint agrees."""
+    batches = plain_batches(channels=3)
+    torch.manual_seed(0)
+    trainer = ProgressiveTrainer(ProgressiveUNet(3, 1, base_channels=4), "cpu", 1, precision="float32",
+                                 output_dir=tmp_path / "run")
+    train = trainer.train_epoch(batches, 0)
+    pixels = torch.cat([batch["image"] for batch in batches]).double()
+    assert trainer.model.image_mean.tolist() == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-6)
+    assert trainer.model.image_std.tolist() == pytest.approx(
+        pixels.std(dim=(0, 2, 3), correction=0).tolist(), abs=1e-6)
+    said = capsys.readouterr().out
+    assert "computed from one pass" in said
+    assert f"mean {trainer.recipe.mean[0]:.4f}" in said
+    trainer.record(train, trainer.validate_epoch(batches, 0))
+    recipe = load_checkpoint(tmp_path / "run/best_stage_1.pth")["data"]
+    assert recipe == trainer.recipe == DataRecipe(in_channels=3, mean=recipe.mean, std=recipe.std)
+    trainer.train_epoch(batches, 1)
+    assert "computed" not in capsys.readouterr().out, "once"
+
+
+def test_a_recipe_given_to_the_trainer_is_used(capsys):
+    recipe = DataRecipe(targets=MASK_AND_BOUNDARY, mean=(0.5,), std=(0.25,), training_ranges={"brightness": (0.4, 0.6)})
+    trainer = ProgressiveTrainer(ProgressiveUNet(1, 2, base_channels=4), "cpu", 1, recipe=recipe)
+    batches = [batch | {"mask": batch["mask"].repeat(1, 2, 1, 1)} for batch in plain_batches()]
+    trainer.train_epoch(batches, 0)
+    assert (trainer.model.image_mean.item(), trainer.model.image_std.item()) == (0.5, 0.25)
+    assert trainer.recipe == recipe
+    assert capsys.readouterr().out == ""
+
+
+def test_statistics_that_a_network_brings_along_stay(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    trainer.model.set_image_statistics([0.25], [0.5])
+    trainer.train_epoch(loaders[32][0], 0)
+    assert trainer.recipe.mean == (0.25,)
+    assert trainer.recipe.std == (0.5,)
+    assert trainer.recipe.training_ranges == loaders[32][0].recipe.training_ranges
+
+
+def changed(**values) -> list[dict]:
+    return [plain_batches()[0] | values]
+
+
+@pytest.mark.parametrize(("loader", "words"), [
+    ([], "no batch"), (iter(plain_batches()), "without a length"),
+    ([(torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32))], "the batch is a tuple; a loader yields dictionaries"),
+    ([{"image": torch.zeros(2, 1, 32, 32)}], "keys image; a loader yields"),
+    (changed(image=torch.full((4, 1, 32, 32), 200.0)), "image of the batch holds values 200 to 200.*Divide 8 bit by"),
+    (changed(mask=torch.full((4, 1, 32, 32), 255.0)), "mask of the batch holds values 255 to 255"),
+    (changed(image=torch.full((4, 1, 32, 32), -0.5)), "image of the batch holds values -0.5 to -0.5"),
+    (changed(image=torch.zeros(4, 1, 32, 32, dtype=torch.uint8)), r"uint8; .*\.float\(\)\.div\(255\)"),
+    (changed(image=np.zeros((4, 1, 32, 32))), "image of the batch is ndarray"),
+    (changed(image=torch.zeros(4, 3, 32, 32)), r"takes \(N, 1, 32, 32\). Build it with in_channels"),
+    (changed(mask=torch.zeros(4, 2, 32, 32)), r"takes \(N, 1, 32, 32\). Build it with out_channels"),
+    (changed(mask=torch.zeros(4, 32, 32)), r"shape \(4, 32, 32\)"),
+    (plain_batches(side=64), "64x64 pixels; stage 1 learns from 32x32"),
+    (changed(mask=torch.zeros(3, 1, 32, 32)), "4 images and 3 masks"),
+], ids=lambda value: value[:20] if isinstance(value, str) else "")
+def test_what_is_no_batch_for_the_network_is_refused(loader, words, tmp_path):
+    """At training and at validation alike, before a weight or a file has changed."""
+    trainer = ProgressiveTrainer(ProgressiveUNet(base_channels=2), "cpu", 1, output_dir=tmp_path / "run",
+                                 recipe=DataRecipe(mean=(0.5,), std=(0.2,)))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for one_pass in (trainer.train_epoch, trainer.validate_epoch):
+        with pytest.raises(UserError, match=words):
+            one_pass(loader, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_kind_than_before_are_refused(shared_root):
+    trainer, loaders = make_trainer(shared_root)
+    trainer.train_epoch(loaders[32][0], 0)
+    rims = create_progressive_dataloaders(shared_root, targets=MASK_AND_BOUNDARY)[32][0]
+    with pytest.raises(UserError, match=r"the loader: targets is \('mask', 'boundary'\), but \('mask',\) in the trai"):
+        trainer.train_epoch(rims, 1)
+    with pytest.raises(UserError, match="out_channels of the network is 1, but the data have 2"):
+        make_trainer(shared_root)[0].train_epoch(rims, 0)
+
+
+def test_only_record_selects_and_writes(shared_root, tmp_path):
+    """Scoring another split in between, the test set say, decides nothing."""
+    trainer, loaders = make_trainer(shared_root, tmp_path / "run")
+    with pytest.raises(UserError, match="no epoch to record"):
+        trainer.record({}, {})
+    train = trainer.train_epoch(loaders[32][0], 0)
+    on_test = trainer.validate_epoch(loaders[32][2], 0)
+    valid = trainer.validate_epoch(loaders[32][1], 0)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert trainer.best_scores == {}
+    assert on_test["dice"] != valid["dice"]
+    trainer.record(train, valid)
+    assert trainer.best_scores == {1: valid["dice"]}
+    assert load_checkpoint(tmp_path / "run/best_stage_1.pth")["score"] == valid["dice"]
+    assert [float(row["dice"]) for row in metric_rows(tmp_path / "run")] == [valid["dice"]]
+
+
+# ---- the data recipe
+
+
+def test_a_recipe_is_made_when_data_are_read_and_carried(shared_root):
+    loaders = create_progressive_dataloaders(shared_root, in_channels=3)
+    train, valid, _ = loaders[64]
+    assert train.recipe is train.dataset.recipe is loaders[256][0].recipe
+    assert train.recipe != valid.recipe, "each split has its own statistics"
+    train.recipe.check_agreement(valid.recipe, "train", "valid")
+    pixels = train.dataset.pyramid.batch(256, np.arange(6))[0].double() / 255
+    assert train.recipe.mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-4)
+    assert DataLoader(train.dataset).dataset.recipe is train.recipe
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        train.recipe.sizing = "tile"
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"sizing": "stretch"}, "sizing is 'stretch'; it must be one of 'resize' and 'tile'"),
+    ({"targets": ("rim",)}, "targets is"), ({"mean": (0.5,)}, "each must have one number a channel"),
+    ({"in_channels": 3, "mean": (0.5,), "std": (0.2,)}, "here 3")])
+def test_recipes_that_make_no_sense_are_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        DataRecipe(**values)
