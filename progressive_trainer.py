@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
 from images.recipe import DataRecipe
-from scoring.measures import PIXEL_METRICS, pixel_metrics
+from images.resolutions import FINEST
+from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
 from system.errors import UserError
-from system.processes import all_reduce_sum, is_main_process, progress, world_size
+from system.processes import is_main_process, progress, world_size
 from training.batches import carried_recipe, check_batch, check_loader, recipe_for
 from training.console import epoch_lines
 from training.loss import multi_scale_loss, refuse_non_finite
-from training.means import MeanOverImages
+from training.means import PassMeasures
 from training.optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
 from training.parallel import ParallelSteps, synchronised, weight_of
 from training.run_folder import RunFolder
@@ -144,7 +144,7 @@ class ProgressiveTrainer:
         recipe = self._begin_epoch(loader, epoch)
         batches, young = len(loader), young_batchnorms(self.model)
         steps = math.ceil(batches / self.accumulate)
-        means = MeanOverImages()
+        measures = PassMeasures(self.threshold, recipe.classes)
         with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
             for i, batch in enumerate(bar):
                 if i == 0:
@@ -161,16 +161,16 @@ class ProgressiveTrainer:
                     self.scaler.scale(loss * weight_of(len(mask)) / group).backward()
                 if last:
                     self._take_step()
-                means.add(self._measure(logits.detach(), mask, loss.detach(), self.recipe.classes))
+                measures.add(logits.detach(), mask, loss.detach())
                 if not bar.disable:
-                    so_far = means.means()
+                    so_far = measures.so_far()
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
-        means.add_up()
+        metrics = measures.result()
         seconds = time.perf_counter() - start
         self.finished_epochs = epoch + 1
-        return means.means() | {
+        return metrics | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "alpha": self.model.alpha,
-            "seconds": seconds, "images_per_second": means.images / seconds}
+            "seconds": seconds, "images_per_second": measures.images / seconds}
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
@@ -181,27 +181,17 @@ class ProgressiveTrainer:
             'empty_masks' (how many).
         """
         check_loader(loader)
-        network = self.evaluated_model.eval()
-        classes = self._scored_classes(loader)
-        means, empty_masks = MeanOverImages(), 0
+        network, dataset = self.evaluated_model.eval(), getattr(loader, "dataset", None)
+        measures = PassMeasures(self.threshold, self._scored_classes(loader))
         for i, batch in enumerate(progress(loader, "validate")):
             if i == 0:
                 check_batch(batch, self.model)
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
-            values = self._measure(logits, mask, loss, classes)
-            values["foreground"] = self._foreground(logits, classes).float().mean(dim=(2, 3))
-            if hasattr(getattr(loader, "dataset", None), "finest_masks") and logits.shape[-1] < 256:
-                finest = loader.dataset.finest_masks(batch["name"]).to(self.device)
-                enlarged = F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False)
-                values["dice_256"] = pixel_metrics(self._foreground(enlarged, classes),
-                                                   finest[:, :classes] >= 0.5)["dice"]
-            else:
-                values["dice_256"] = values["dice"]
-            means.add(values)
-            empty_masks += int((~(mask[:, :classes] >= 0.5).flatten(2).any(dim=2)).any(dim=1).sum())
-        means.add_up()
-        return means.means() | {"empty_masks": int(*all_reduce_sum(empty_masks))}
+            enlarged = hasattr(dataset, "finest_masks") and logits.shape[-1] < FINEST
+            measures.add_validation(logits, mask, loss, dataset.finest_masks(batch["name"]).to(self.device)
+                                    if enlarged else None)
+        return measures.result() | {"empty_masks": measures.empty_masks()}
 
     def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> DataRecipe:
         """Tell the loader its epoch and return the recipe of its data."""
@@ -325,14 +315,6 @@ class ProgressiveTrainer:
         loss = multi_scale_loss(scales, mask) if len(mask) else sum(logits.sum() for logits in scales)
         return scales[-1], mask, loss
 
-    def _foreground(self, logits: torch.Tensor, classes: int) -> torch.Tensor:
-        return logits[:, :classes] >= math.log(self.threshold / (1 - self.threshold))
-
-    def _measure(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor,
-                 classes: int) -> dict[str, torch.Tensor]:
-        values = pixel_metrics(self._foreground(logits, classes), mask[:, :classes] >= 0.5)
-        return values | {"loss": loss.expand(len(mask))}
-
     def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
         refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
                           batch.get("name"))
@@ -386,8 +368,8 @@ class ProgressiveTrainer:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
-        measured = self._measure(logits, mask, logits.new_zeros(()), self._scored_classes(loader))
-        dice = measured["dice"].mean(dim=1).tolist()
+        measures = PassMeasures(self.threshold, self._scored_classes(loader))
+        dice = measures.compare(logits, mask)["dice"].mean(dim=1).tolist()
         shown, stage = slice(SHOWN_IMAGES), self.model.stage
         name = f"predictions_stage_{stage}.png"
         arrays = [tensor[shown].cpu().numpy() for tensor in (batch["image"], mask, logits.sigmoid())]

@@ -38,10 +38,11 @@ class Recorder(ProgressiveTrainer):
         super().__init__(*args, **kwargs)
         self.losses = []
 
-    def _measure(self, logits, mask, loss, classes):
+    def _forward(self, batch, network):
+        logits, mask, loss = super()._forward(batch, network)
         sums, images = all_reduce_sum(float(loss) * len(mask), len(mask))
         self.losses.append(sums / images)
-        return super()._measure(logits, mask, loss, classes)
+        return logits, mask, loss
 
 
 def trainer_of(dtype=torch.float64, epochs=1, device="cpu", **kwargs) -> Recorder:

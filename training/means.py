@@ -1,7 +1,11 @@
-"""Means over the images of an epoch, of all processes together: no mean of batch means anywhere."""
+"""What is measured in a pass over a loader: means over images, of all processes together, never of batch means."""
+
+import math
 
 import torch
+from torch.nn import functional as F
 
+from scoring.measures import pixel_metrics
 from system.processes import all_reduce_sum
 
 
@@ -27,3 +31,61 @@ class MeanOverImages:
     def means(self) -> dict[str, float]:
         """Return name -> mean over all images (and classes)."""
         return {name: float(value) / self.images for name, value in self._sums.items()}
+
+
+class PassMeasures:
+    """Measure the batches of one pass over a loader, per image.
+
+    Args:
+        threshold: probability from which a pixel is foreground.
+        classes: channels that are scored; what comes after them, the rims of nuclei, is no class.
+    """
+
+    def __init__(self, threshold: float, classes: int):
+        self.logit, self.classes = math.log(threshold / (1 - threshold)), classes
+        self._means, self._empty_masks = MeanOverImages(), 0
+
+    @property
+    def images(self) -> int:
+        """Return how many images were measured, after `result` in all processes together."""
+        return self._means.images
+
+    def foreground(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return where logits (N, K, H, W) find foreground: (N, classes, H, W) bool."""
+        return logits[:, :self.classes] >= self.logit
+
+    def compare(self, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the pixel metrics (N, classes) of logits and mask (N, K, H, W), which counts from 0.5 on."""
+        return pixel_metrics(self.foreground(logits), mask[:, :self.classes] >= 0.5)
+
+    def add(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor) -> None:
+        """Add a training batch: its loss, a scalar, and its pixel metrics."""
+        self._means.add(self.compare(logits, mask) | {"loss": loss.expand(len(mask))})
+
+    def add_validation(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor,
+                       finest: torch.Tensor | None) -> None:
+        """Add a validation batch: `foreground` and `dice_256` as well, and count its empty masks.
+
+        Args:
+            finest: the masks at 256 pixels, with which the enlarged logits are compared; None compares as they are.
+        """
+        values = self.compare(logits, mask) | {"loss": loss.expand(len(mask))}
+        values["foreground"] = self.foreground(logits).float().mean(dim=(2, 3))
+        values["dice_256"] = values["dice"] if finest is None else self.compare(
+            F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False), finest)["dice"]
+        self._means.add(values)
+        drawn = mask[:, :self.classes] >= 0.5
+        self._empty_masks += int((~drawn.flatten(2).any(dim=2)).any(dim=1).sum())
+
+    def so_far(self) -> dict[str, float]:
+        """Return the means over the images of this process."""
+        return self._means.means()
+
+    def result(self) -> dict[str, float]:
+        """Return, once and at the end, the means over the images of all processes."""
+        self._means.add_up()
+        return self._means.means()
+
+    def empty_masks(self) -> int:
+        """Return how many masks of all processes are empty, or one of their classes is."""
+        return int(*all_reduce_sum(self._empty_masks))
