@@ -98,10 +98,9 @@ class PapSmearDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         # Called by DataLoader for a whole batch: the size is read once, so that no batch mixes sizes.
-        indices = np.asarray(indices)
-        if indices.max() >= len(self) or indices.min() < -len(self):
-            raise IndexError(f"index {indices.tolist()} is outside the {len(self)} images of {self.split}")
-        batch = self.finished(self.raw_batch(self.target_size, indices % len(self)), self.epoch)
+        if max(indices) >= len(self) or min(indices) < -len(self):
+            raise IndexError(f"index {indices} is outside the {len(self)} images of {self.split}")
+        batch = self.finished(self.raw_batch(self.target_size, np.asarray(indices) % len(self)), self.epoch)
         return [{"image": image, "mask": (mask >= 0.5).float(), "name": name}
                 for image, mask, name in zip(batch["image"], batch["mask"], batch["name"], strict=True)]
 
@@ -151,8 +150,8 @@ class ProgressiveLoader:
 
     A train loader shuffles and augments; the order is a function of (seed, resolution, epoch). Each pass is the next
     epoch unless `set_epoch` says which. No image is dropped, except that batch normalisation cannot use a last
-    training batch of one. Of several processes (see distributed.py) each gets its part of every batch, which may be
-    empty. Workers are only used while files are decoded at every step; they stay for the next epoch
+    training batch of one. Of several processes (see system/processes.py) each gets its part of every batch,
+    which may be empty. Workers are only used while files are decoded at every step; they stay for the next epoch
     of a train loader and leave when a loader of another resolution starts.
     """
 
@@ -244,7 +243,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
         workers = 0 if pyramids[split].cached else num_workers
         return ProgressiveLoader(dataset, sizes[resolution], workers, device, siblings)
 
-    return {r: tuple(loader(split, r) for split in SPLITS) for r in RESOLUTIONS}
+    return {r: (loader("train", r), loader("valid", r), loader("test", r)) for r in RESOLUTIONS}
 
 
 @command()

@@ -10,7 +10,8 @@ or, with the same result for the same seed, the loop that `fit` runs: `set_stage
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from scoring.pictures import predictions
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
 from system.errors import UserError
 from system.processes import is_main_process, progress, world_size
-from training.batches import carried_recipe, check_batch, check_loader, recipe_for
+from training.batches import Loader, carried_recipe, check_batch, check_loader, recipe_for
 from training.console import epoch_lines
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
@@ -32,7 +33,7 @@ from training.optimization import age_batchnorms, moving_average, parameter_grou
 from training.parallel import ParallelSteps, synchronised, weight_of
 from training.run_folder import RunFolder
 from training.schedule import TrainingPlan, epochs_by_stage
-from unet import LAST_STAGE, STAGE_RESOLUTIONS
+from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
 SHOWN_IMAGES = 6
 
@@ -49,7 +50,8 @@ class ProgressiveTrainer:
         seed: of torch's generators.
         output_dir: run folder; without it nothing is written.
         accumulate: batches whose gradients are averaged into one step.
-        save_every, keep: every so many epochs a stage_X_epoch_Y.pth is saved, and so many of them stay.
+        save_every: epochs between two stage_X_epoch_Y.pth.
+        keep: how many of them stay.
         schedule, fade_epochs, old_lr_scale: see schedule.TrainingPlan.
         weight_decay: of convolution weights; never on batch normalisation and biases.
         average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
@@ -65,7 +67,7 @@ class ProgressiveTrainer:
         UserError: for a device or precision that is not there and settings out of range.
     """
 
-    def __init__(self, model, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
+    def __init__(self, model: Network, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
                  keep: int = 3, schedule: str = "run", fade_epochs: float = 0.0, old_lr_scale: float = 1.0,
                  weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5,
@@ -87,7 +89,7 @@ class ProgressiveTrainer:
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
         torch.manual_seed(seed)
-        self.model = synchronised(model.to(self.device, memory_format=torch.channels_last), self.device)
+        self.model = synchronised(model.to(self.device).to(memory_format=torch.channels_last), self.device)
         self._parallel = ParallelSteps(self.model, compile)
         self.accumulate, self.save_every = accumulate, save_every
         self.threshold, self.config = threshold, config or {}
@@ -102,9 +104,9 @@ class ProgressiveTrainer:
         self._steps_taken = 0          # by this trainer, resumed ones included
 
     @property
-    def evaluated_model(self) -> nn.Module:
+    def evaluated_model(self) -> Network:
         """Return the network that is validated and saved: the averaged one if averaging is on."""
-        return self.averaged.module if self.averaged else self.model
+        return cast(Network, self.averaged.module) if self.averaged else self.model
 
     def set_stage(self, stage: int, epochs: int | None = None) -> None:
         """Grow (or shrink) to a stage; nothing happens if it is the current one.
@@ -127,7 +129,7 @@ class ProgressiveTrainer:
         # What lies below the first stage that is trained is no part of the run.
         self.plan = whole.starting_at(min(self.plan.epochs) if self._steps_taken else stage)
 
-    def train_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
+    def train_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
         """Train on every batch of a loader once.
 
         Args:
@@ -173,7 +175,7 @@ class ProgressiveTrainer:
             "seconds": seconds, "images_per_second": measures.images / seconds}
 
     @torch.inference_mode()
-    def validate_epoch(self, loader: Iterable[dict], epoch: int) -> dict[str, float]:
+    def validate_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
         """Measure on every batch of a loader; nothing is changed, selected or written by it.
 
         Returns:
@@ -181,26 +183,25 @@ class ProgressiveTrainer:
             'empty_masks' (how many).
         """
         check_loader(loader)
-        network, dataset = self.evaluated_model.eval(), getattr(loader, "dataset", None)
+        network = self.evaluated_model.eval()
+        finest_masks = getattr(getattr(loader, "dataset", None), "finest_masks", None)
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
         for i, batch in enumerate(progress(loader, "validate")):
             if i == 0:
                 check_batch(batch, self.model)
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
-            enlarged = hasattr(dataset, "finest_masks") and logits.shape[-1] < FINEST
-            measures.add_validation(logits, mask, loss, dataset.finest_masks(batch["name"]).to(self.device)
-                                    if enlarged else None)
+            finest = finest_masks(batch["name"]).to(self.device) if finest_masks and logits.shape[-1] < FINEST else None
+            measures.add_validation(logits, mask, loss, finest)
         return measures.result() | {"empty_masks": measures.empty_masks()}
 
-    def _begin_epoch(self, loader: Iterable[dict], epoch: int) -> DataRecipe:
+    def _begin_epoch(self, loader: Loader, epoch: int) -> DataRecipe:
         """Tell the loader its epoch and return the recipe of its data."""
         check_loader(loader)
         recipe = recipe_for(self.model, loader, self.recipe)
-        dataset = getattr(loader, "dataset", None)
-        for target in (loader, dataset):  # a plain DataLoader has no epochs, our data set in it has
-            if hasattr(target, "set_epoch"):
-                target.set_epoch(epoch)
+        for target in (loader, getattr(loader, "dataset", None)):  # a plain DataLoader has no epochs, our data set has
+            if set_epoch := getattr(target, "set_epoch", None):
+                set_epoch(epoch)
         self.model.train()
         return recipe
 
@@ -215,7 +216,7 @@ class ProgressiveTrainer:
         mean, std = (tuple(buffer.tolist()) for buffer in (self.model.image_mean, self.model.image_std))
         self.recipe = dataclasses.replace(recipe, mean=mean, std=std)
 
-    def _scored_classes(self, loader: Iterable[dict]) -> int:
+    def _scored_classes(self, loader: Loader) -> int:
         """Return how many channels are classes; the rims of nuclei, the last, are not scored."""
         recipe = self.recipe or carried_recipe(loader)
         return recipe.classes if recipe else self.model.out_channels
@@ -240,7 +241,7 @@ class ProgressiveTrainer:
                 for line in epoch_lines(stage, epoch, epochs, train, valid) if is_main_process() else ():
                     say(line)
             if self.folder:
-                self._draw_stage(valid_loader)
+                self._draw_stage(valid_loader, self.folder)
         self.leave_group()
         if self.folder:
             save_checkpoint(self.folder.file("final_model.pth"), self._checkpoint(None))
@@ -364,14 +365,15 @@ class ProgressiveTrainer:
         return {"model": self.model.live_state(), "resting": self.model.resting_state(), "averaged": averaged}
 
     @torch.inference_mode()
-    def _draw_stage(self, loader: Iterable[dict]) -> None:
+    def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
         dice = measures.compare(logits, mask)["dice"].mean(dim=1).tolist()
-        shown, stage = slice(SHOWN_IMAGES), self.model.stage
-        name = f"predictions_stage_{stage}.png"
-        arrays = [tensor[shown].cpu().numpy() for tensor in (batch["image"], mask, logits.sigmoid())]
-        predictions(*arrays, batch["name"][shown], dice, self.folder.file(name), self.threshold)
-        self.folder.show_picture("predictions", name, stage)
+        images, masks, found = (tensor[:SHOWN_IMAGES].cpu().numpy() for tensor in
+                                (batch["image"], mask, logits.sigmoid()))
+        names = batch.get("name", [f"image {i + 1}" for i in range(len(mask))])
+        picture, stage = f"predictions_stage_{self.model.stage}.png", self.model.stage
+        predictions(images, masks, found, names[:SHOWN_IMAGES], dice, folder.file(picture), self.threshold)
+        folder.show_picture("predictions", picture, stage)

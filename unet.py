@@ -27,10 +27,14 @@ ENCODER_WIDTH = {16: 8, 32: 8, 64: 4, 128: 2, 256: 1}
 DECODER_WIDTH = {32: 4, 64: 2, 128: 1, 256: 1}
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """What both networks share: the image statistics, the check of the input, and the naming of their parts."""
 
     name: str
+    stage: int
+    alpha: float
+    image_mean: torch.Tensor
+    image_std: torch.Tensor
 
     def __init__(self, in_channels: int, out_channels: int, base_channels: int):
         super().__init__()
@@ -47,6 +51,18 @@ class _Network(nn.Module):
         """Return the plain dictionary from which `build_model` makes this network again."""
         return {"model": self.name, "in_channels": self.in_channels, "out_channels": self.out_channels,
                 "base_channels": self.base_channels}
+
+    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
+        """Go to a stage without touching a weight."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, int]:
+        """Return the name of every part, in a fixed order, with the stage at which it is born."""
+        raise NotImplementedError
+
+    def live_parts(self) -> list[str]:
+        """Return the names of the parts that the forward pass uses now."""
+        raise NotImplementedError
 
     @property
     def resolution(self) -> int:
@@ -68,7 +84,7 @@ class _Network(nn.Module):
     @property
     def trained(self) -> bool:
         """Tell whether any training batch has passed through the network."""
-        return any(int(m.num_batches_tracked) > 0 for m in self.modules() if isinstance(m, _BatchNorm))
+        return any(bool(m.num_batches_tracked) for m in self.modules() if isinstance(m, _BatchNorm))
 
     @property
     def has_image_statistics(self) -> bool:
@@ -113,16 +129,16 @@ class _Network(nn.Module):
             (carried, new, left_out): names copied, names living at the current stage that got nothing, and names of
             the source that found no partner.
         """
-        own = self.state_dict()
-        carried = [key for key, tensor in source.items() if key in own and own[key].shape == tensor.shape]
+        ours = self.state_dict()
+        carried = [key for key, tensor in source.items() if key in ours and ours[key].shape == tensor.shape]
         with torch.no_grad():
             for key in carried:
-                own[key].copy_(source[key])
+                ours[key].copy_(source[key])
         taken = set(carried)
         return carried, [k for k in self.live_state() if k not in taken], [k for k in source if k not in taken]
 
 
-class ProgressiveUNet(_Network):
+class ProgressiveUNet(Network):
     """A U-Net of which stage 1..4 reads 32, 64, 128 or 256 pixel images (or any multiple of 2**stage).
 
     All parts exist from construction; `set_stage` decides which of them the forward pass uses.
@@ -230,7 +246,7 @@ class ProgressiveUNet(_Network):
         return torch.lerp(old, level.from_finer(F.max_pool2d(finer, 2)), self.alpha)
 
 
-class UNet(_Network):
+class UNet(Network):
     """The classic U-Net: four 2x2 max poolings, transposed convolutions, 31 M parameters at 64 channels.
 
     It is trained at 256 pixels from the start; to the trainer it is a network that is always at stage 4.
@@ -281,10 +297,10 @@ class UNet(_Network):
         return [logits] if return_all_scales else logits
 
 
-MODELS = {model.name: model for model in (ProgressiveUNet, UNet)}
+MODELS: dict[str, type[Network]] = {model.name: model for model in (ProgressiveUNet, UNet)}
 
 
-def build_model(model_args: dict) -> _Network:
+def build_model(model_args: dict) -> Network:
     """Make the network that `model_args` describes (see `model_args` of a network): the only place that does.
 
     Raises UserError for a name other than 'pgunet' and 'unet'.

@@ -21,7 +21,10 @@ class ConvBNReLU(nn.Sequential):
 
     def fold(self) -> None:
         """Fold the batch normalisation into the convolution: fewer operations, for prediction alone, in eval mode."""
-        self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
+        convolution, normalisation, _ = self
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(normalisation, nn.BatchNorm2d)
+        self[0], self[1] = fuse_conv_bn_eval(convolution, normalisation), nn.Identity()
 
 
 class DoubleConv(nn.Sequential):
@@ -105,8 +108,8 @@ class ToLogits(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, kernel_size=1)
         if zero:
-            nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+            for parameter in self.conv.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         weight = self.conv.weight

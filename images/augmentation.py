@@ -24,8 +24,8 @@ _COLOUR_NUMBERS = 4    # one decision, three amounts
 def sample_numbers(seed: int, resolution: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """Draw the (len(indices), 16) uniform numbers in [0, 1) that decide the transforms of these samples."""
     key = [seed, resolution, epoch]
-    return np.concatenate([_rows(own, columns, indices)
-                           for own, columns in ((key, _NUMBERS), ([*key, 2], _COLOUR_NUMBERS))], axis=1)
+    tables = ((key, _NUMBERS), ([*key, 2], _COLOUR_NUMBERS))
+    return np.concatenate([_rows(table, columns, indices) for table, columns in tables], axis=1)
 
 
 def _rows(key: list[int], columns: int, indices: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def _flip_and_turn(image, mask, kind):
         return image, mask
     image, mask = image.clone(), mask.clone()
     for k in sorted(set(kind) - {0}):
-        rows = torch.tensor([i for i, own in enumerate(kind) if own == k], device=image.device)
+        rows = torch.tensor([i for i, symmetry in enumerate(kind) if symmetry == k], device=image.device)
         axes = [axis for axis, on in ((3, k & 4), (2, k & 8)) if on]
         for batch in (image, mask):
             batch[rows] = torch.rot90(torch.flip(batch[rows], axes), k % 4, dims=(2, 3))

@@ -55,7 +55,7 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
                       "foreground": p.foreground.mean(axis=0).tolist()} for split, p in pyramids.items()}
     pairs = {split: p.pairs for split, p in pyramids.items()}
     kinds = {"source images": None} | ({"groups": group_regex} if group_regex else {})
-    everything = [pair for own in pairs.values() for pair in own]
+    everything = [pair for of_split in pairs.values() for pair in of_split]
     totals = {kind: len(groups_of(everything, regex)) for kind, regex in kinds.items()}
     leakage = {kind: {split: leaked(pairs, split, regex) for split in SPLITS[1:]} for kind, regex in kinds.items()}
     report = DatasetReport(str(data_root), counts, totals, leakage)

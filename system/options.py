@@ -117,7 +117,7 @@ def checkpoint_list(text: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raise what is wrong as ValueError, so that every refusal of a command line looks the same."""
+    """Raise what is wrong as UserError, so that every refusal of a command line looks the same."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")

@@ -11,11 +11,14 @@ measures are those of the whole batch, so N processes compute what one would. In
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+Part = TypeVar("Part", bound=Any)  # a list, or an array
 
 
 def active() -> bool:
@@ -65,7 +68,7 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def shard(items: Sequence) -> Sequence:
+def shard(items: Part) -> Part:
     """Return this process's part of a list or array: every N-th item; parts differ by one item at most."""
     return items[rank()::world_size()] if active() else items
 
@@ -79,9 +82,9 @@ def all_gather(value) -> list:
     return values
 
 
-def unshard(own: list) -> list:
-    """Put together again, in all processes, a list that `shard` has divided."""
-    parts = all_gather(list(own))
+def unshard(part: list) -> list:
+    """Put together again, in all processes, a list of which `shard` has given each a part."""
+    parts = all_gather(list(part))
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 

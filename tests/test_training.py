@@ -293,6 +293,16 @@ def test_statistics_of_a_loader_without_a_recipe_are_measured_and_said(tmp_path,
     assert "computed" not in capsys.readouterr().out, "once"
 
 
+def test_fit_takes_batches_without_names(tmp_path):
+    batches = {side: (plain_batches(side=side, count=1), plain_batches(side=side, count=1)) for side in (128, 256)}
+    model = ProgressiveUNet(base_channels=2)
+    model.set_stage(3)
+    trainer = ProgressiveTrainer(model, "cpu", 1, output_dir=tmp_path / "run")
+    trainer.fit(batches, say=lambda line: None)
+    assert [row["stage"] for row in metric_rows(tmp_path / "run")] == ["3", "4"]
+    assert (tmp_path / "run/predictions_stage_4.png").exists()
+
+
 def test_a_recipe_given_to_the_trainer_is_used(capsys):
     recipe = DataRecipe(targets=MASK_AND_BOUNDARY, mean=(0.5,), std=(0.25,), training_ranges={"brightness": (0.4, 0.6)})
     trainer = ProgressiveTrainer(ProgressiveUNet(1, 2, base_channels=4), "cpu", 1, recipe=recipe)

@@ -1,7 +1,8 @@
 """What a loader gives to training: its first batch is checked, and the recipe of its data is taken or made."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -10,11 +11,20 @@ from system.errors import UserError
 from system.processes import all_reduce_sum, is_main_process
 from unet import STAGE_RESOLUTIONS
 
+
+class Loader(Protocol):
+    """Batches as dictionaries, and how many there are: a ProgressiveLoader, a DataLoader, a list."""
+
+    def __iter__(self) -> Iterator[dict]: ...
+
+    def __len__(self) -> int: ...
+
+
 CONTRACT = "a loader yields dictionaries with `image` (N, C, S, S) and `mask` (N, K, S, S), both floating point in " \
            "[0, 1], and `name` (see pap_smear_dataset.ProgressiveLoader)"
 
 
-def check_loader(loader: Iterable[dict]) -> None:
+def check_loader(loader: Loader) -> None:
     """Raise UserError for a loader without a batch, or without a length."""
     if not hasattr(loader, "__len__"):
         raise UserError(f"the loader is a {type(loader).__name__} without a length; steps an epoch come from it. Pass "
@@ -57,7 +67,7 @@ def check_batch(batch: dict, model) -> None:
                         f"its mask")
 
 
-def carried_recipe(loader: Iterable[dict]) -> DataRecipe | None:
+def carried_recipe(loader: Loader) -> DataRecipe | None:
     """Return the recipe that a loader, or the data set in a plain DataLoader, carries; None where there is none."""
     for carrier in (loader, getattr(loader, "dataset", None)):
         if isinstance(recipe := getattr(carrier, "recipe", None), DataRecipe):
@@ -65,7 +75,7 @@ def carried_recipe(loader: Iterable[dict]) -> DataRecipe | None:
     return None
 
 
-def recipe_for(model, loader: Iterable[dict], known: DataRecipe | None) -> DataRecipe:
+def recipe_for(model, loader: Loader, known: DataRecipe | None) -> DataRecipe:
     """Return the recipe with which a network is trained on a loader: the known, else the carried, else a new one.
 
     A loader that carries none is taken to give masks alone and whole images. Statistics that neither recipe nor network
@@ -96,7 +106,7 @@ def recipe_for(model, loader: Iterable[dict], known: DataRecipe | None) -> DataR
     return replace(recipe, mean=mean, std=std)
 
 
-def measured_statistics(loader: Iterable[dict], model) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measured_statistics(loader: Loader, model) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of the images of a loader, a number a channel, over all processes."""
     sums, pixels = torch.zeros(2, model.in_channels, dtype=torch.float64), 0
     for batch in loader:

@@ -55,8 +55,8 @@ def refuse_non_finite(value: torch.Tensor, what: str, names: Sequence[str] | Non
     """
     everywhere, = all_reduce_sum(value.item())
     if not math.isfinite(everywhere):
-        own = ["(not named by the loader)"] if names is None else list(names)
-        every = [name for part in all_gather(own) for name in part]
-        raise NonFiniteLossError(f"{everywhere} found as {what}; its images: {', '.join(every)}. No weight was "
+        local = ["(not named by the loader)"] if names is None else list(names)
+        everyone = [name for part in all_gather(local) for name in part]
+        raise NonFiniteLossError(f"{everywhere} found as {what}; its images: {', '.join(everyone)}. No weight was "
                                  f"changed by it, and what finished epochs have saved is whole. Try a lower --lr or "
                                  f"--precision float32, and look at these images")

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from system.errors import UserError
 from system.processes import active, all_gather, all_reduce_sum, world_size
+from unet import Network
 
 # What torch.compile calls on a CPU, unless CXX names another.
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -35,7 +36,7 @@ def weight_of(images: int) -> float:
     return world_size() * images / all_reduce_sum(images)[0] if active() else 1.0
 
 
-def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronised(model: Network, device: torch.device) -> Network:
     """Let the batch normalisations of a network that is on `device` see the batches of all processes.
 
     Names, parameters and statistics stay the same objects, so checkpoints do not depend on the number of processes.
@@ -86,13 +87,13 @@ class _NormaliseTogether(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         """Return normalised (N, C, H, W), then mean (C,), biased variance (C,) and count of the pixels of all."""
         channels = len(weight)
-        own = torch.zeros(2 * channels + 1, dtype=torch.float64)
+        local = torch.zeros(2 * channels + 1, dtype=torch.float64)
         if len(x):
-            own[:-1] = torch.cat(torch.batch_norm_update_stats(x.to(weight.dtype), None, None, 0.0))
-            own[-1] = x.numel() // channels
-        every = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(every, own)
-        means, variances, counts = torch.stack(every).split([channels, channels, 1], dim=1)
+            local[:-1] = torch.cat(torch.batch_norm_update_stats(x.to(weight.dtype), None, None, 0.0))
+            local[-1] = x.numel() // channels
+        gathered = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(gathered, local)
+        means, variances, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
         count = counts.sum()
         mean = (counts * means).sum(dim=0) / count
         variance = (counts * (variances + (means - mean) ** 2)).sum(dim=0) / count
@@ -105,7 +106,7 @@ class _NormaliseTogether(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient, *_):
-        """Return the gradient of x, and of weight and bias the own part, which is summed with all other parameters."""
+        """Return the gradients of x, and of weight and bias the part of this process, which are summed later on."""
         x, weight, mean, variance = ctx.saved_tensors
         if len(x):
             direct, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
