@@ -43,6 +43,7 @@ def train_with_a_loop(model: ProgressiveUNet) -> None:
         trainer.set_stage(stage)
         train_metrics = trainer.train_epoch(train_loader, epoch=0)
         valid_metrics = trainer.validate_epoch(valid_loader, epoch=0)
+        trainer.record(train_metrics, valid_metrics)  # selects the best epoch, and writes if there is an output_dir
         print(f"stage {stage}: train loss {train_metrics['loss']:.3f}, valid Dice {valid_metrics['dice']:.3f}")
 
 

@@ -10,6 +10,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -83,19 +84,14 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace
 
 def prepare(args: argparse.Namespace, folder: Path):
     """Open the data, print the report and what was chosen automatically; return model, trainer, loaders."""
-    import os
-
     import torch
 
-    from images.pyramid import open_pyramids
-    from images.recipe import DataRecipe
-    from images.report import check_dataset
     from pap_smear_dataset import create_progressive_dataloaders
     from progressive_trainer import ProgressiveTrainer
     from system.devices import choose_device, choose_precision, compute_reproducibly
     from system.machine import keep_freed_memory
     from system.processes import world_size
-    from unet import build_model, count_parameters
+    from unet import count_parameters
 
     if args.deterministic:
         compute_reproducibly()
@@ -103,35 +99,17 @@ def prepare(args: argparse.Namespace, folder: Path):
     precision = choose_precision(args.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-
-    torch.manual_seed(args.seed)
-    recipe = DataRecipe(targets=args.targets, in_channels=args.in_channels, classes=args.out_channels)
-    model = build_model({"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
-                         "out_channels": recipe.target_channels})
-    model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
-    initialise(model, args)
-
-    pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
-                             targets=args.targets)
-    if args.overfit:
-        pyramids = dict.fromkeys(pyramids, pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit]))
-    fingerprint = data_fingerprint(args, pyramids)
-    workers = args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
-    workers = 0 if pyramids["train"].cached else workers
-    unsaved = ("resume", "dry_run", "overwrite", "resolved")
-    config = {key: value for key, value in vars(args).items() if key not in unsaved}
+    model = new_model(args)
+    pyramids, fingerprint = open_data(args)
+    kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
     batch_sizes = DEFAULT_BATCH_SIZES | args.batch_sizes
-    config |= {"data_fingerprint": fingerprint, "resolved": {
-        "device": str(device), "precision": precision, "num_workers": workers, "images_kept": pyramids["train"].kept,
-        "batch_sizes": batch_sizes}}
-
-    report = check_dataset(args.data_root, args.group_regex, pyramids=pyramids) if not args.overfit else \
-        f"smoke run on the first {len(pyramids['train'])} training images, for training and validation alike"
-    print(report)
+    config = {key: value for key, value in vars(args).items() if key not in ("resume", "dry_run", "overwrite")} | {
+        "data_fingerprint": fingerprint, "resolved": {
+            "device": str(device), "precision": precision, "num_workers": workers, "images_kept": kept,
+            "batch_sizes": batch_sizes}}
     together = f" in each of {world_size()} processes" if world_size() > 1 else ""
     print(f"{args.model}, {count_parameters(model) / 1e6:.1f} M parameters; device {device}, precision {precision}, "
-          f"{torch.get_num_threads()} threads{together}; images {pyramids['train'].kept}, "
-          f"{workers} workers; seed {args.seed}")
+          f"{torch.get_num_threads()} threads{together}; images {kept}, {workers} workers; seed {args.seed}")
     if args.dry_run:
         print(json.dumps(config, indent=2))
     loaders = create_progressive_dataloaders(
@@ -145,6 +123,46 @@ def prepare(args: argparse.Namespace, folder: Path):
         old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average, compile=args.compile,
         overwrite=args.overwrite, config=config)
     return model, trainer, loaders
+
+
+def new_model(args: argparse.Namespace):
+    """Build the network at its first stage, with the weights of --init_from if they were asked for."""
+    import torch
+
+    from images.recipe import DataRecipe
+    from unet import build_model
+
+    torch.manual_seed(args.seed)
+    recipe = DataRecipe(targets=args.targets, in_channels=args.in_channels, classes=args.out_channels)
+    model = build_model({"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
+                         "out_channels": recipe.target_channels})
+    model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
+    initialise(model, args)
+    return model
+
+
+def open_data(args: argparse.Namespace) -> tuple[dict, str]:
+    """Read the data set and print the report on it; return the pyramid of every split and the fingerprint of all."""
+    from images.pyramid import open_pyramids
+    from images.report import check_dataset
+
+    pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
+                             targets=args.targets)
+    if args.overfit:
+        few = pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit])
+        pyramids = dict.fromkeys(pyramids, few)
+        print(f"smoke run on the first {len(few)} training images, for training and validation alike")
+    fingerprint = data_fingerprint(args, pyramids)
+    if not args.overfit:
+        print(check_dataset(args.data_root, args.group_regex, pyramids=pyramids))
+    return pyramids, fingerprint
+
+
+def decoding_workers(args: argparse.Namespace, pyramid) -> int:
+    """Return how many processes decode: none with a cache, else as asked for, or up to four."""
+    if pyramid.cached:
+        return 0
+    return args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
 
 
 def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
