@@ -49,6 +49,20 @@ def run_script(*arguments, cwd=PROJECT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+def square(top: float, left: float, side: int = 10, corner: bool = False) -> list[tuple[float, float]]:
+    """Return (x, y) of a square of side x side pixels; (0, 0) is the centre of the first pixel, or its corner."""
+    bottom, right = top + side - 1 + corner, left + side - 1 + corner
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def imagescope(regions, attributes='MicronsPerPixel="0.25"') -> str:
+    drawn = "".join(
+        f'<Region Id="{i}" NegativeROA="0"><Vertices>'
+        + "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in outline) + "</Vertices></Region>"
+        for i, outline in enumerate(regions, 1))
+    return f'<Annotations {attributes}><Annotation Id="1"><Regions>{drawn}</Regions></Annotation></Annotations>'
+
+
 @pytest.fixture
 def data_root(tmp_path) -> Path:
     """Return a fresh, correct data set that a test may break."""
