@@ -1,6 +1,7 @@
 """Small data sets with masks known by construction, and one tiny trained run for all tests."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,24 @@ def write_checkpoint(path: Path, model, sizing: str = "resize", targets=MASK, ra
     return path
 
 
-def run_script(*arguments, cwd=PROJECT) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` as a user would."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+def run_script(*arguments, cwd=PROJECT, environment: dict | None = None) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ...` as a user would, with these environment variables besides."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | (environment or {}))
+
+
+def square(top: float, left: float, side: int = 10, corner: bool = False) -> list[tuple[float, float]]:
+    """Return (x, y) of a square of side x side pixels; (0, 0) is the centre of the first pixel, or its corner."""
+    bottom, right = top + side - 1 + corner, left + side - 1 + corner
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def imagescope(regions, attributes='MicronsPerPixel="0.25"') -> str:
+    drawn = "".join(
+        f'<Region Id="{i}" NegativeROA="0"><Vertices>'
+        + "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in outline) + "</Vertices></Region>"
+        for i, outline in enumerate(regions, 1))
+    return f'<Annotations {attributes}><Annotation Id="1"><Regions>{drawn}</Regions></Annotation></Annotations>'
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """The data set, its check, and the loaders for all four resolutions.
 
-    python pap_smear_dataset.py data                                    # check and report
-    python pap_smear_dataset.py data --group_regex '^\\d+'               # leakage by field of view as well
-    python pap_smear_dataset.py data --write_splits --group_regex '^\\d+'  # a splits.csv without leakage
+    python pap_smear_dataset.py data  # check and report, as prepare_data.py check does
+    python pap_smear_dataset.py data_mine --write_splits --group_regex '^[^_]+'  # as prepare_data.py split does
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from images.augmentation import MAX_STRENGTH, augment, sample_numbers
 from images.pyramid import ImagePyramid, open_pyramids
 from images.recipe import MASK, DataRecipe
-from images.report import check_dataset
+from images.report import check_dataset, split_dataset
 from images.resolutions import DEFAULT_BATCH_SIZES, FINEST, RESOLUTIONS
-from images.splits import SPLITS, write_splits
+from images.splits import SPLITS
 from system.errors import UserError
-from system.options import command
+from system.options import Parser, command, regex, whole
 from system.processes import shard
 
 
@@ -246,20 +244,24 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
     return {r: (loader("train", r), loader("valid", r), loader("test", r)) for r in RESOLUTIONS}
 
 
-@command()
+@command(interrupted="nothing was written")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Check a data set, or write a split without leakage.")
-    parser.add_argument("data_root", type=Path)
-    parser.add_argument("--group_regex", help="finds the field of view or patient in a name, e.g. '^\\d+'")
-    parser.add_argument("--write_splits", action="store_true",
-                        help="write splits.csv: every source (or group) in one split, copies in train only")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    parser.add_argument("--in_channels", type=int, choices=(1, 3), default=1)
-    parser.add_argument("--out_channels", type=int, default=1)
+    parser = Parser(prog="pap_smear_dataset.py", description="Check a data set, or write a split without leakage.",
+                    allow_abbrev=False)
+    parser.add_argument("data_root", type=Path, metavar="DATA_ROOT")
+    parser.add_argument("--group_regex", type=regex, metavar="REGEX",
+                        help="finds the patient, slide or field of view in an image's name, e.g. '^[^_]+'")
+    parser.add_argument("--write_splits", action="store_true", help="write splits.csv, as prepare_data.py split does")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the split (0)")
+    parser.add_argument("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
+    parser.add_argument("--out_channels", type=whole(1), default=1, help="classes of the masks (1)")
     args = parser.parse_args(argv)
+    root, channels = args.data_root, (args.in_channels, args.out_channels)
     if args.write_splits:
-        print(f"wrote {write_splits(args.data_root, args.group_regex, args.seed)}")
-    print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels))
+        path, report = split_dataset(root, args.group_regex, args.seed, *channels)
+        print(f"wrote {path}\n{report}")
+    else:
+        print(check_dataset(root, args.group_regex, *channels))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from images.familiarity import describe, ranges_over
 from images.files import ImageFileError, load_image, resize
 from images.recipe import MASK, DataRecipe
 from images.resolutions import FINEST
-from images.splits import DatasetError, Pair, find_splits, sizing_of
+from images.splits import DatasetError, Pair, find_data_root, find_splits, sizing_of
 from images.targets import load_target
 
 AHEAD = 4 * (os.cpu_count() or 1)  # pairs that are decoded before they are counted
@@ -170,6 +170,7 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
         DatasetError: one error that lists every problem of all these splits.
         ValueError: if cache_images is True and there is no space.
     """
+    data_root = find_data_root(data_root)
     splits, problems = find_splits(data_root, use_augmented, wanted)
     recipe = DataRecipe(sizing_of(data_root), targets, in_channels, out_channels)
     pyramids = {split: ImagePyramid(pairs, recipe) for split, pairs in splits.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from images.pyramid import ImagePyramid, open_pyramids
-from images.splits import SPLITS, groups_of, leaked, other_files
+from images.splits import SPLITS, find_data_root, groups_of, leaked, other_files, write_splits
 
 
 @dataclass
@@ -48,6 +48,7 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     Raises:
         DatasetError (a UserError) that lists every problem.
     """
+    data_root = find_data_root(data_root)
     if pyramids is None:
         pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images=False)
     counts = {split: {"images": len(p), "originals": sum(not pair.is_copy for pair in p.pairs),
@@ -66,12 +67,26 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
                                    f"network does on new {kind}")
     if report.warnings:
         regex = f" --group_regex {shlex.quote(group_regex)}" if group_regex else ""
-        report.warnings.append(f"for a split without leakage: python pap_smear_dataset.py "
-                               f"{shlex.quote(str(data_root))} --write_splits{regex}")
-    others = other_files(Path(data_root))
+        report.warnings.append(f"for a split without leakage: python prepare_data.py split "
+                               f"{shlex.quote(str(data_root))}{regex}")
+    others = other_files(data_root)
     if others:
         report.warnings.append(f"{len(others)} files are of no type that is read, and left out, e.g. {others[0]}")
     for split, c in counts.items():
         if c["empty_masks"] == c["images"]:
             report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")
     return report
+
+
+def split_dataset(data_root: Path, group_regex: str | None = None, seed: int = 0, in_channels: int = 1,
+                  out_channels: int = 1) -> tuple[Path, DatasetReport]:
+    """Write `splits.csv` (see `write_splits`), check the data set, and return the file and the report.
+
+    Where the check fails the new file is removed, so that the same command can be given again.
+    """
+    path = write_splits(data_root, group_regex, seed)
+    try:
+        return path, check_dataset(data_root, group_regex, in_channels, out_channels)
+    except BaseException:
+        path.unlink()
+        raise

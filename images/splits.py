@@ -7,6 +7,7 @@ relative to the root, and `split`) overrides the folders; images that it does no
 
 import csv
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
 SHARES = (0.70, 0.15, 0.15)
 COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_-?\d+(?:\.\d+)?_)+")
+BUNDLED_SAMPLE = Path(__file__).resolve().parents[1] / "data"
 TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
 
 
@@ -58,6 +60,15 @@ class Pair:
         return self.source != self.name
 
 
+def find_data_root(data_root: Path | str) -> Path:
+    """Return the folder to read: as given, or for the name 'data', where there is none, the project's bundled sample.
+
+    What writes into a data set takes the path as given instead.
+    """
+    path = Path(data_root)
+    return BUNDLED_SAMPLE if path == Path("data") and not os.path.lexists(path) else path
+
+
 def list_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[str] = SPLITS) -> dict[str, list[Pair]]:
     """Return the pairs of the wanted splits, sorted by name, from the folders or from `splits.csv`.
 
@@ -68,14 +79,14 @@ def list_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[st
     """
     splits, problems = find_splits(data_root, use_augmented, wanted)
     if problems:
-        raise DatasetError(data_root, problems)
+        raise DatasetError(find_data_root(data_root), problems)
     return splits
 
 
 def find_splits(data_root: Path, use_augmented: bool = True,
                 wanted: Iterable[str] = SPLITS) -> tuple[dict[str, list[Pair]], list[str]]:
     """Return what `list_splits` does and the problems, so that files that do pair can be read all the same."""
-    data_root = Path(data_root)
+    data_root = find_data_root(data_root)
     table = data_root / SPLITS_FILE
     folders, problems = _read_folders(data_root, SPLITS if table.is_file() else wanted)
     splits = _apply_splits_file(table, folders, problems) if table.is_file() else folders
@@ -96,7 +107,7 @@ def sizing_of(data_root: Path) -> str:
 
     Raises DatasetError for a dataset.json that says something else.
     """
-    path = Path(data_root) / "dataset.json"
+    path = find_data_root(data_root) / "dataset.json"
     if not path.is_file():
         return "resize"
     try:
@@ -142,8 +153,8 @@ def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair
 def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = None) -> tuple[int, int]:
     """Count the groups of `split` of which any image, original or copy, is in train: (in train, all)."""
     train = groups_of(splits["train"], group_regex)
-    own = groups_of(splits[split], group_regex)
-    return sum(key in train for key in own), len(own)
+    groups = groups_of(splits[split], group_regex)
+    return sum(key in train for key in groups), len(groups)
 
 
 def deal_groups(contents: Mapping[str, int | Sequence[int]], shares: Sequence[float], seed: int) -> dict[str, int]:
@@ -228,7 +239,7 @@ def _read_folders(data_root: Path, wanted: Iterable[str]) -> tuple[dict[str, lis
     """Return the pairs of these folders, whatever `splits.csv` says, and the problems."""
     if not data_root.is_dir():
         found = "a file, not a folder" if data_root.exists() else "no such folder"
-        raise DatasetError(data_root, [f"{found}. Pass --data_root a folder laid out as {TREE}"])
+        raise DatasetError(data_root, [f"{found}. Name a folder laid out as {TREE}"])
     problems: list[str] = []
     return {split: _pair_folder(data_root / split, problems) for split in wanted}, problems
 
@@ -274,7 +285,7 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
     """Deal the pairs of all folders as the table says; every wrong line goes into `problems`."""
     by_path = {pair.image.relative_to(table.parent).as_posix(): pair for pairs in folders.values() for pair in pairs}
     splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    remedy = "Write it with python pap_smear_dataset.py DATA_ROOT --write_splits, or save it as CSV UTF-8 with commas"
+    remedy = "Write it with python prepare_data.py split DATA_ROOT, or save it as CSV UTF-8 with commas"
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark in front
             rows = list(csv.DictReader(file))

@@ -15,6 +15,7 @@ from xml.parsers import expat
 import numpy as np
 from skimage.draw import polygon
 
+from images.files import MAX_PIXELS
 from system.errors import UserError
 
 
@@ -249,14 +250,26 @@ def decode_run_lengths(counts: list[int] | str, size: tuple[int, int]) -> np.nda
     Args:
         counts: the runs, or their compressed text (pycocotools: 5 bits a character from '0' on, the sixth says that
             the number goes on; from the fourth number on, differences to the last but one).
-    Raises ValueError when the runs do not add up to the image.
+    Raises ValueError, before memory is taken, for more than MAX_PIXELS and where the runs do not add up to the image.
     """
-    runs = _decompress(counts) if isinstance(counts, str) else [int(n) for n in counts]
-    height, width = (int(n) for n in size)
-    if min(runs, default=0) < 0 or sum(runs) != height * width:
+    # Not pycocotools 2.0.11: of runs that are too few it fills up with uninitialised memory, and large sizes crash it.
+    height, width = map(_whole, size)
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise ValueError(f"run lengths for {height}x{width} pixels; each side must be at least 1, and at most "
+                         f"{MAX_PIXELS:.3g} pixels are decoded")
+    runs = _decompress(counts) if isinstance(counts, str) else list(map(_whole, counts))
+    if min(runs, default=0) < 0:
+        raise ValueError(f"a run length of {min(runs)}")
+    if sum(runs) != height * width:
         raise ValueError(f"run lengths of {sum(runs)} pixels for {height}x{width} = {height * width}")
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape(width, height).T
+
+
+def _whole(value) -> int:
+    if int(value) != value:
+        raise ValueError(f"{value!r} where a whole number is needed")
+    return int(value)
 
 
 def _decompress(text: str) -> list[int]:
@@ -266,6 +279,8 @@ def _decompress(text: str) -> list[int]:
         bits = ord(character) - 48
         if not 0 <= bits < 64:
             raise ValueError(f"character {character!r} in compressed run lengths")
+        if shift > 60:
+            raise ValueError("a number of more than 64 bits in compressed run lengths")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
@@ -274,6 +289,8 @@ def _decompress(text: str) -> list[int]:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
+    if shift:
+        raise ValueError("compressed run lengths that end within a number")
     return runs
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from images.files import IMAGE_SUFFIXES, has_suffix, load_image, load_instances, save_instances, save_png
+from images.resolutions import FINEST
 from images.splits import SPLITS
 from system.errors import UserError
 
-TILE = 256
 FORMAT = 1
 COLUMNS = ("tile", "split", "source", "group", "row", "column", "height", "width", "nuclei")
 SHEET_TILES = 24
@@ -89,13 +89,13 @@ class PreparedData:
             return
         if source.split != "train":
             self.write(source, f"whole/{source.split}", source.name, image, labels > 0, labels)
-        if min(labels.shape) < TILE:
-            self.note(source.origin, f"{labels.shape[0]}x{labels.shape[1]} pixels; tiles have {TILE}, so it is padded "
-                                     f"by reflection at the right or bottom, nuclei and all")
+        if min(labels.shape) < FINEST:
+            self.note(source.origin, f"{labels.shape[0]}x{labels.shape[1]} pixels; tiles have {FINEST}, so it is "
+                                     f"padded by reflection at the right or bottom, nuclei and all")
         for row in tile_offsets(labels.shape[0], overlap):
             for column in tile_offsets(labels.shape[1], overlap):
                 name = f"{source.name}_{row:05d}_{column:05d}"
-                cut = np.s_[row:row + TILE, column:column + TILE]
+                cut = np.s_[row:row + FINEST, column:column + FINEST]
                 self.write(source, source.split, name, *cut_tile(image[cut], labels[cut]), (row, column),
                            labels[cut].shape, len(np.unique(labels[cut][labels[cut] > 0])))
 
@@ -207,7 +207,7 @@ def new_folder(out: Path, *sources: Path):
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write to") from None
     try:
-        made = temporary / "made"  # below, so that it has the usual permissions
+        made = temporary / "made"  # below, so that it has the permissions of any new folder
         made.mkdir()
         yield made
         if out.exists():
@@ -219,10 +219,10 @@ def new_folder(out: Path, *sources: Path):
 
 def tile_offsets(length: int, overlap: int = 0) -> list[int]:
     """Return where tiles begin along a side of `length` pixels: all is covered, the last is shifted inwards."""
-    if not 0 <= overlap < TILE:
-        raise UserError(f"--overlap is {overlap}; it must be 0 to {TILE - 1} pixels")
-    last = max(length - TILE, 0)
-    return [*range(0, last, TILE - overlap), last]
+    if not 0 <= overlap < FINEST:
+        raise UserError(f"--overlap is {overlap}; it must be 0 to {FINEST - 1} pixels")
+    last = max(length - FINEST, 0)
+    return [*range(0, last, FINEST - overlap), last]
 
 
 def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,14 +230,14 @@ def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     A smaller one is padded by reflection, the nuclei too: what is seen of them in the mirror is taught as nuclei.
     """
-    missing = [(0, TILE - side) for side in labels.shape]
+    missing = [(0, FINEST - side) for side in labels.shape]
     if np.any(missing):
         from skimage.measure import label
 
         image, labels = np.pad(image, [*missing, (0, 0)], mode="reflect"), np.pad(labels, missing, mode="reflect")
         labels = label(labels, connectivity=2)  # each image in the mirror is a nucleus of its own
     found, labels = np.unique(np.append(0, labels), return_inverse=True)
-    labels = labels[1:].reshape(TILE, TILE).astype(np.int32)
+    labels = labels[1:].reshape(FINEST, FINEST).astype(np.int32)
     return image, labels > 0, labels
 
 

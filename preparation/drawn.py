@@ -1,17 +1,11 @@
 """Turn images and what was drawn on them in QuPath, Fiji, napari or CVAT into a data set, instances kept.
 
-    python -m preparation.drawn --format geojson --images slides --annotations exports --out data_mine
-    python -m preparation.drawn --format label-tiff --images fields --annotations labels --out data_mine
-    python -m preparation.drawn --format coco --images images --annotations instances_default.json --out data_mine
-
 geojson and label-tiff: one file an image, with the image's stem (NAME.geojson or NAME.png.geojson; NAME.tif,
 NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, slides) are found in the names by
 --group_regex and go into one split each: 70 % of the images train, 15 % valid, 15 % test.
 """
 
-import argparse
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -24,11 +18,9 @@ from tqdm import tqdm
 from images.files import IMAGE_SUFFIXES, ImageFileError, has_suffix, image_size, load_image, load_instances
 from images.splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
 from preparation.annotations import Annotation, rasterise, read_coco, read_geojson
-from preparation.data_sets import TILE, PreparedData, Source, images_by_stem, new_folder
+from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
-from system.options import Parser, command, number, regex, whole
 
-FORMATS = ("geojson", "label-tiff", "coco")
 LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask")  # what programs add to the name
 BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?")  # that predict_papsmear.py writes too
 FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
@@ -53,11 +45,11 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
     files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
     files = [p for p in files if has_suffix(p, suffixes)]
-    own = {image.resolve() for image in images.values()}  # both may lie in one folder
+    image_files = {image.resolve() for image in images.values()}  # both may lie in one folder
     predicted = {p.stem.removesuffix("_instances") for p in files if p.stem.endswith("_instances")}
     for path in files:
         stem, beside = _stem_of_image(path, images), BESIDE_INSTANCES.fullmatch(path.stem)
-        if path.resolve() in own or beside and beside[1] in predicted:
+        if path.resolve() in image_files or beside and beside[1] in predicted:
             continue
         if stem in drawn:
             problems.append(f"{path}: a second file for {stem}. Keep one")
@@ -125,7 +117,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
                  sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
     """Write the data set and return the report; raises UserError for what cannot be used."""
     with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
-        data = PreparedData(root, f"own annotations ({kind})", sizing)
+        data = PreparedData(root, f"drawn annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
         drawn = find_drawn(kind, images, annotations)
         data.notes += [f"{images[stem].name}: left out, as nothing is drawn for it" for stem in images
@@ -183,30 +175,3 @@ def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> d
         return images
     return {stem: path for stem, path in images.items()
             if not any(stem.endswith(end) and stem.removesuffix(end) in images for end in LABEL_ENDS)}
-
-
-@command(interrupted="nothing was written")
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="preparation.drawn", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--annotations", type=Path, required=True, help="folder of one file an image, or COCO JSON")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    parser.add_argument("--group_regex", type=regex, help="finds patient or slide in an image's name, e.g. '^[^_]+'")
-    parser.add_argument("--sizing", choices=("tile", "resize"), default="tile",
-                        help="tile: cut into 256x256 at native scale (default); resize: keep images whole, as training "
-                             "brings each to 256x256 (single cells)")
-    parser.add_argument("--overlap", type=whole(0, TILE - 1), default=0, help="pixels that neighbours share (0)")
-    parser.add_argument("--microns_per_pixel", type=number(0, above=True), help="size of a pixel, if known")
-    parser.add_argument("--seed", type=whole(0), default=0, help="decides which groups go where (0)")
-    args = parser.parse_args(argv)
-    report = import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
-                          args.overlap, args.microns_per_pixel, args.seed)
-    by_group = f" --group_regex '{args.group_regex}'" if args.group_regex else ""
-    print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
-          f"python pap_smear_dataset.py {args.out}{by_group}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

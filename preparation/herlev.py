@@ -1,17 +1,11 @@
 """Turn the Herlev Pap smear download into a data set of single cells with nucleus or cytoplasm masks.
 
-    python -m preparation.herlev --src herlev --out data_herlev
-    python -m preparation.herlev --src herlev --out data_herlev_both --target both  # labels 0, 1, 2
-    python -m preparation.herlev --src herlev --out data_herlev_folds --folds 5  # and five splits to cross-validate
-
 The source holds seven class folders with NAME.BMP and its mask NAME-d.bmp. The masks are read by colour, whatever the
 order of their palette: Jantzen et al., Pap-smear Benchmark Data For Pattern Classification, 2005. Cells of one field of
 view (the number before the first '-') go into one split; within that, every class is split 70/15/15.
 """
 
-import argparse
 import csv
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,16 +14,16 @@ from tqdm import tqdm
 
 from images.files import ImageFileError, has_suffix, image_size, load_image
 from images.splits import SHARES, SPLITS, DatasetError, deal_groups
+from preparation.choices import HERLEV_TARGETS
 from preparation.data_sets import PreparedData, Source, format_table, new_folder
 from system.errors import UserError
-from system.options import Parser, command, whole
 
 CLASSES = ("normal_superficiel", "normal_intermediate", "normal_columnar", "light_dysplastic", "moderate_dysplastic",
            "severe_dysplastic", "carcinoma_in_situ")
 COLOURS = {(0, 0, 255): "nucleus", (0, 0, 128): "cytoplasm", (255, 0, 0): "background",
            (128, 128, 128): "undocumented region at the cell's border", (0, 0, 0): "black"}
-VALUES = {"nucleus": {"nucleus": 1}, "cytoplasm": {"cytoplasm": 1}, "both": {"nucleus": 1, "cytoplasm": 2}}
 MASK_END = "-d"
+FIELD = r"^\d+"  # the field of view in a name
 
 
 def field_of(name: str) -> str:
@@ -112,10 +106,10 @@ def read_cells(cells: dict[str, tuple[Path, Path]], src: Path) -> dict[str, np.n
     for name, (image, mask) in tqdm(cells.items(), desc="reading masks", unit="cell", disable=None):
         try:
             parts[name] = read_parts(mask)
-            (height, width), (own_height, own_width) = image_size(image), parts[name].shape
-            if (height, width) != (own_height, own_width):
-                problems.append(f"{image}: {height}x{width} pixels, but its mask has {own_height}x{own_width}; both "
-                                f"must have one size. Take both from the original download")
+            (height, width), (mask_height, mask_width) = image_size(image), parts[name].shape
+            if (height, width) != (mask_height, mask_width):
+                problems.append(f"{image}: {height}x{width} pixels, but its mask has {mask_height}x{mask_width}; "
+                                f"both must have one size. Take both from the original download")
         except ImageFileError as error:
             problems.append(str(error))
     if problems:
@@ -166,12 +160,12 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
         split_of = {name: SPLITS[part] for name, part in assign(classes, SHARES, seed).items()}
         names = list(COLOURS.values())
         totals = np.zeros(len(COLOURS), int)
-        value = np.array([VALUES[target].get(name, 0) for name in names], np.uint8)
+        value = np.array([HERLEV_TARGETS[target].get(name, 0) for name in names], np.uint8)
         for name, (image, _) in tqdm(cells.items(), desc="Herlev", unit="cell", disable=None):
             origin = image.relative_to(src).as_posix()
             mask = value[parts[name]]
             if not mask.any():
-                data.note(origin, f"no {' or '.join(VALUES[target])} in its mask; it is kept")
+                data.note(origin, f"no {' or '.join(HERLEV_TARGETS[target])} in its mask; it is kept")
             totals += np.bincount(parts[name].reshape(-1), minlength=len(COLOURS))
             data.add_mask(Source(name, origin, field_of(name), split_of[name]), load_image(image, 3),
                           mask if target == "both" else mask > 0, int((parts[name] == names.index("nucleus")).any()))
@@ -185,24 +179,3 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
         if target == "both":
             extra += "\nMasks hold 0 background, 1 nucleus, 2 cytoplasm: train with --out_channels 2."
         return data.finish(extra=extra)
-
-
-@command(interrupted="nothing was written")
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="preparation.herlev", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", type=Path, required=True, help="folder with the seven class folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    parser.add_argument("--target", choices=list(VALUES), default="nucleus", help="what the masks mark (nucleus)")
-    parser.add_argument("--folds", type=whole(0), default=0, help="also write so many splits for cross-validation (0)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="decides which fields of view go where (0)")
-    args = parser.parse_args(argv)
-    report = prepare(args.src, args.out, args.target, args.folds, args.seed)
-    print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
-          f"python pap_smear_dataset.py {args.out} --group_regex '^\\d+'")
-    if args.folds:
-        print(f"cp {args.out / 'fold_1.csv'} {args.out / 'splits.csv'}  # cross-validation: train on each fold in turn")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,11 @@
 """Turn the MoNuSeg download into a data set of 256x256 tiles in colour, with masks and instance maps.
 
-    python -m preparation.monuseg --train_dir "MoNuSeg 2018 Training Data" --test_dir MoNuSegTestData --out data_monuseg
-    python -m preparation.monuseg --train_dir TRAIN --test_dir TEST --out data_monuseg --overlap 64 --valid_share 0.25
-
 Either folder may be in the layout of the training data ("Tissue Images" and "Annotations") or in that of the test data
-(image and XML side by side). Valid is split off the training images by patient. What is drawn as MoNuSeg draws it:
-Kumar et al., IEEE TMI 2017 and 2020.
+(image and XML side by side). Valid is split off the training images by patient. The data: Kumar et al., IEEE TMI 2017
+and 2020.
 """
 
-import argparse
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,9 +15,8 @@ from tqdm import tqdm
 from images.files import ImageFileError, has_suffix, load_image
 from images.splits import DatasetError, deal_groups
 from preparation.annotations import Annotation, rasterise, read_imagescope
-from preparation.data_sets import TILE, PreparedData, Source, images_by_stem, new_folder
+from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
-from system.options import Parser, command, number, whole
 
 PATIENT = r"^TCGA-\w+-\w+"  # the first three parts of a TCGA name
 LAYOUTS = "'Tissue Images' with 'Annotations', or images and their XML files side by side"
@@ -31,6 +25,12 @@ LAYOUTS = "'Tissue Images' with 'Annotations', or images and their XML files sid
 def patient_of(name: str) -> str:
     """Return the first three parts of a TCGA name, which tell the patient: TCGA-A7-A13E-01Z-00-DX1 -> TCGA-A7-A13E."""
     return "-".join(name.split("-")[:3])
+
+
+def patient_regex(*folders: Path) -> str | None:
+    """Return the expression that finds the patient in a name, where every image of these downloads has a TCGA name."""
+    names = [stem for folder in folders for stem in images_by_stem(find_folders(folder)[0])]
+    return PATIENT if all(re.match(PATIENT, name) for name in names) else None
 
 
 def find_folders(folder: Path) -> tuple[Path, Path]:
@@ -141,26 +141,3 @@ def describe_sizes(sizes: list[float], images: int) -> str:
         return "No XML file gives MicronsPerPixel."
     return (f"MicronsPerPixel is given for {len(sizes)} of {images} images: {min(sizes):g} to {max(sizes):g}, median "
             f"{np.median(sizes):g}.")
-
-
-@command(interrupted="nothing was written")
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="preparation.monuseg", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_dir", type=Path, required=True, help="unpacked training data")
-    parser.add_argument("--test_dir", type=Path, required=True, help="unpacked test data")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    parser.add_argument("--overlap", type=whole(0, TILE - 1), default=0, help="pixels that neighbours share (0)")
-    parser.add_argument("--valid_share", type=number(0, 1, above=True, below=True), default=0.2,
-                        help="of the training images (0.2)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="decides which patients go to valid (0)")
-    args = parser.parse_args(argv)
-    report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed)
-    names = [stem for folder in (args.train_dir, args.test_dir) for stem in images_by_stem(find_folders(folder)[0])]
-    by_patient = f" --group_regex '{PATIENT}'" if all(re.match(PATIENT, name) for name in names) else ""
-    print(f"{report}\nwrote {args.out}; look at {args.out / 'contact_sheet.png'}, then\n"
-          f"python pap_smear_dataset.py {args.out}{by_patient}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

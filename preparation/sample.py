@@ -1,25 +1,18 @@
 """Make synthetic Pap smear fields with nucleus masks, so that the first command works without any download.
 
-    python -m preparation.sample --out my_sample
-    python -m preparation.sample --out my_sample --train 200 --valid 40 --test 40 --seed 7
-
 Light passes through the slide, so everything multiplies the transmitted light: cytoplasm that overlaps is darker, and
 two thin layers may be as dark as a pale nucleus. Debris and neutrophils are as dark as nuclei and no target.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 from images.files import save_png
-from system.errors import UserError
-from system.options import command
+from preparation.data_sets import new_folder
 
 SIDE = 256
-COUNTS = {"train": 64, "valid": 16, "test": 16}
 
 
 def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
@@ -118,37 +111,16 @@ def make_field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_sample(out: Path, counts: dict[str, int], seed: int) -> int:
-    """Write the data set; returns its size in bytes. Raises UserError when `out` is not empty."""
-    for split in counts:
-        if (out / split).exists():
-            raise UserError(f"{out / split} exists already; nothing is overwritten. Choose another --out")
+    """Write so many images of every split; return their size in bytes. Raises UserError when `out` is not empty."""
     size = 0
-    for number, (split, count) in enumerate(counts.items()):
-        for kind in ("images", "masks"):
-            (out / split / kind).mkdir(parents=True)
-        for i in range(count):
-            image, mask = make_field(np.random.default_rng([seed, number, i]))
-            for kind, array in (("images", image), ("masks", mask)):
-                path = out / split / kind / f"{split}_{i:03d}.png"
-                save_png(path, array)
-                size += path.stat().st_size
+    with new_folder(out) as root:
+        for number, (split, count) in enumerate(counts.items()):
+            for kind in ("images", "masks"):
+                (root / split / kind).mkdir(parents=True)
+            for i in range(count):
+                image, mask = make_field(np.random.default_rng([seed, number, i]))
+                for kind, array in (("images", image), ("masks", mask)):
+                    path = root / split / kind / f"{split}_{i:03d}.png"
+                    save_png(path, array)
+                    size += path.stat().st_size
     return size
-
-
-@command(interrupted="--out holds a part of the sample")
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write train, valid and test into")
-    for split, count in COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images ({count})")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    counts = {split: getattr(args, split) for split in COUNTS}
-    if min(counts.values()) < 1:
-        raise UserError(f"--train, --valid and --test are {list(counts.values())}; each must be at least 1")
-    size = make_sample(args.out, counts, args.seed)
-    print(f"wrote {sum(counts.values())} images with masks to {args.out} ({size / 2 ** 20:.1f} MiB)")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

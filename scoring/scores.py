@@ -14,7 +14,7 @@ from scipy import stats
 from skimage.filters import threshold_otsu
 
 from images.files import ImageFileError, load_image, load_mask
-from images.splits import SPLITS_FILE, Pair, list_splits
+from images.splits import SPLITS_FILE, Pair, find_data_root, list_splits
 from images.targets import drawn_nuclei
 from inference import Predictor
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
@@ -31,7 +31,7 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> lis
     A data set of tiles has its valid and test images once more in `whole/SPLIT`; these are taken, because a score is
     one at the original size. A splits.csv in the data root overrides this, as it overrides the folders.
     """
-    data_root = Path(data_root)
+    data_root = find_data_root(data_root)
     whole = data_root / "whole"
     if (whole / split).is_dir() and not (data_root / SPLITS_FILE).is_file():
         data_root = whole

@@ -5,6 +5,7 @@ Nothing here imports torch, so --help and wrong options answer at once.
 
 import argparse
 import functools
+import io
 import math
 import os
 import re
@@ -38,6 +39,9 @@ def command(interrupted: str = "") -> Callable:
     def decorate(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show ends no run
+                    stream.reconfigure(errors="backslashreplace")
             try:
                 return main(argv) or 0
             except (UserError, OSError, NonFiniteLossError) as error:

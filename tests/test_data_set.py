@@ -113,7 +113,7 @@ def test_remedy_against_leakage_can_be_pasted(data_root, tmp_path):
     (data_root / "train/images/notes.webp").write_text("x")
     report = check_dataset(data_root, group_regex=r"^(\w+_\d+)$")
     assert "1 files are of no type" in str(report)
-    command = re.search(r"python (pap_smear_dataset\.py .*)", str(report)).group(1)
+    command = re.search(r"python (prepare_data\.py .*)", str(report)).group(1)
     done = run_script(*shlex.split(command))
     assert done.returncode == 0, done.stderr
     assert not check_dataset(data_root).leakage["source images"]["test"][0]
@@ -196,7 +196,7 @@ def test_the_dataset_script_reports_and_refuses(shared_root):
 
 
 def test_sample_generator_refuses_a_full_folder(tmp_path):
-    command = ["-m", "preparation.sample", "--out", tmp_path, "--train", 1, "--valid", 1, "--test", 1]
+    command = ["prepare_data.py", "sample", "--out", tmp_path, "--train", 1, "--valid", 1, "--test", 1]
     assert run_script(*command).returncode == 0
     again = run_script(*command)
     assert again.returncode == 2

@@ -49,3 +49,13 @@ def test_help_needs_no_torch():
     code = "import sys, train_papsmear; train_papsmear.parse(['--lr', '1']); print('torch' in sys.modules)"
     assert run_script("-c", code).stdout.strip() == "False"
     assert run_script("train_papsmear.py", "--help").returncode == 0
+
+
+def test_a_name_that_the_console_cannot_show_ends_no_command(tmp_path):
+    code = ("from system.options import command\n"
+            "@command()\n"
+            "def main(argv=None):\n"
+            "    print('Zelle_\\u4e2d.png')\n"
+            "raise SystemExit(main())\n")
+    done = run_script("-c", code, environment={"PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stdout.strip()) == (0, r"Zelle_\u4e2d.png")

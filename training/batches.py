@@ -116,4 +116,7 @@ def measured_statistics(loader: Loader, model) -> tuple[tuple[float, ...], tuple
         pixels += image.shape[0] * image.shape[2] * image.shape[3]
     pixels, *flat = all_reduce_sum(pixels, *sums.flatten().tolist())
     mean, square = torch.tensor(flat, dtype=torch.float64).view(2, -1) / pixels
+    if not mean.isfinite().all():
+        raise UserError(f"the images of the loader have mean {mean.tolist()}; some hold values that are not finite. "
+                        f"Look for them, e.g. with torch.isfinite(batch['image']).all()")
     return tuple(mean.tolist()), tuple((square - mean ** 2).clamp_min(0).sqrt().tolist())
