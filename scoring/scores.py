@@ -52,12 +52,12 @@ def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tup
 
     Nuclei are those of the first class, separated by `Predictor.nuclei`.
     """
-    everything = predictor.predict(pair.image)
-    probability = everything[..., :predictor.classes]
+    channels = predictor.predict(pair.image)
+    probability = channels[..., :predictor.classes]
     mask = load_mask(pair.mask, predictor.classes)
     row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
     if instances:
-        found = predictor.nuclei(everything)
+        found = predictor.nuclei(channels)
         drawn = drawn_nuclei(pair, mask[..., 0])
         row |= instance_metrics(found, drawn)
         row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}
