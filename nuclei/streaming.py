@@ -15,7 +15,6 @@ from tqdm import tqdm
 from images.bands import BandStore, ImageRows, even_spans, windows, write_tiff
 from images.familiarity import describe_parts, part_areas, strangest
 from images.files import to_image
-from inference import Predictor
 from nuclei.blocks import BLOCK, BlockSeparation
 from nuclei.measurement import NucleusSums
 
@@ -42,11 +41,12 @@ class Prediction:
     sums: NucleusSums
 
 
-def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, instances: Path, masks: list[Path],
+def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path, masks: list[Path],
                       probabilities: list[Path]) -> tuple[Prediction, np.ndarray, np.ndarray]:
     """Predict an image with sizing 'tile' and write TIFF files: 32 bit labels, 0/255 masks, 16 bit probabilities.
 
     Args:
+        predictor: an `inference.Predictor`.
         rows: the image in RGB.
         instances, masks, probabilities: where to write; a mask for each class, probabilities likewise or none. The
             intermediate files are made in the folder of `instances`.
