@@ -167,8 +167,11 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
     order = sorted(range(len(rows)), key=lambda i: rows[i]["dice"])
     shown = order if len(order) <= 2 * SHOWN_CASES else order[:SHOWN_CASES] + order[-SHOWN_CASES:]
     images = [load_image(pairs[i].image, 3).transpose(2, 0, 1) / 255 for i in shown]
-    found = [score_pair(predictor, pairs[i]) for i in shown]
-    probabilities, masks = ([case[k].transpose(2, 0, 1) for case in found] for k in (1, 2))
+    probabilities, masks = [], []
+    for i in shown:
+        _, probability, mask = score_pair(predictor, pairs[i])
+        probabilities.append(probability.transpose(2, 0, 1))
+        masks.append(mask.transpose(2, 0, 1))
     predictions(images, masks, probabilities, [rows[i]["image"] for i in shown], [rows[i]["dice"] for i in shown], path,
                 predictor.threshold)
 

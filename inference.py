@@ -57,7 +57,7 @@ class Predictor:
 
     def __init__(self, checkpoints, device: str = "auto", precision: str = "auto", tile: int = 1024,
                  batch_size: int | None = None, augment: bool = False, scale: int | None = None):
-        paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+        paths = [Path(path) for path in ([checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints)]
         if not paths:
             raise UserError("checkpoints is empty; give one path or a list of at least one")
         self.device = choose_device(str(device))
@@ -197,7 +197,7 @@ class Predictor:
             finish: what becomes of logits (N, K, H, W) before the sigmoid.
         """
         views = [(turns, flip) for flip in (False, True) for turns in range(4)] if self.augment else [(0, False)]
-        total = 0.0
+        total = torch.zeros(())
         for turns, flip in views:
             seen = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1)).contiguous()
             for model in self.models:
