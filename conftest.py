@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from checkpoints import save_checkpoint, untrained_checkpoint
 from images.files import save_png
@@ -17,6 +18,7 @@ from images.recipe import MASK, DataRecipe
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
+from unet_parts import ToLogits
 
 PROJECT = Path(__file__).parent
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
@@ -138,5 +140,53 @@ def make_trainer(root, output=None, seed=0, **kwargs):
 
 def metric_rows(folder):
     timing = ("seconds", "images_per_second")
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
+    return [{k: v for k, v in row.items() if k not in timing} for row in read_rows(folder / "metrics.csv")]
+
+
+# ---- label maps, networks and images for prediction and scoring
+
+
+def labelled(shape, *boxes) -> np.ndarray:
+    """Draw boxes (top, bottom, left, right), numbered from 1."""
+    labels = np.zeros(shape, np.int32)
+    for k, (top, bottom, left, right) in enumerate(boxes, start=1):
+        labels[top:bottom, left:right] = k
+    return labels
+
+
+def random_nuclei(rng: np.random.Generator, side: int, count: int, radius: float) -> np.ndarray:
+    """Draw discs one over the other, so that some are cut and some vanish."""
+    rows, columns = np.mgrid[:side, :side]
+    labels = np.zeros((side, side), np.int32)
+    for k in range(1, count + 1):
+        row, column = rng.uniform(0, side, 2)
+        labels[np.hypot(rows - row, columns - column) <= rng.uniform(0.5, 1.5) * radius] = 7 * k
+    return labels
+
+
+def lively_model(stage=4, in_channels=1, out_channels=1, kind=ProgressiveUNet, seed=0):
+    """A network without training whose probabilities vary over an image."""
+    torch.manual_seed(seed)
+    model = kind(in_channels, out_channels, base_channels=4)
+    model.set_image_statistics([0.5] * in_channels, [0.2] * in_channels)
+    model.set_stage(stage)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ToLogits):
+                torch.nn.init.normal_(module.conv.weight, std=0.5)
+        model.train()
+        for _ in range(20):  # running statistics as after training
+            model(torch.rand(2, in_channels, 64, 64))
+    return model.eval()
+
+
+def noisy_image(height, width, channels=1, seed=0) -> np.ndarray:
+    """Smooth structures and noise (H, W, C) uint8."""
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.normal(0, 1, (height, width, channels)), (6, 6, 0))
+    return np.clip(128 + 400 * smooth + rng.normal(0, 20, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def read_rows(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

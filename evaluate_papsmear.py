@@ -21,13 +21,13 @@ from system.options import Parser, checkpoint_list, command, flag, results_folde
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
 SHOWN_CASES = 3  # worst ones and best ones each
-OWN_FILES = ("scores.csv", "scores_compared.csv", "summary.json", "cases.png")
+RESULT_FILES = ("scores.csv", "scores_compared.csv", "summary.json", "cases.png")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
     parser = Parser(prog="evaluate_papsmear.py", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
     parser.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="what is scored (test)")
@@ -56,15 +56,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     first = Path(checkpoint_list(args.checkpoint)[0])
     folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
-    there = [folder / name for name in OWN_FILES if (folder / name).exists()]
-    if there and not args.overwrite:
-        raise UserError(f"{there[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
-                         f"pass --overwrite")
+    existing = [folder / name for name in RESULT_FILES if (folder / name).exists()]
+    if existing and not args.overwrite:
+        raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
+                        f"pass --overwrite")
     predictor = open_predictor(args, args.checkpoint)
     other = open_predictor(args, args.compare) if args.compare else None
     if other and other.classes != predictor.classes:
         raise UserError(f"{args.compare}: {other.classes} classes, but {args.checkpoint} has "
-                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
+                        f"{predictor.classes}; only checkpoints for the same masks can be compared")
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
     folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
     print(f"{len(pairs)} images of {pairs[0].image.parent} at original size")
@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
         summary["scales"] = score_scales(predictor, pairs)
     if not is_main_process():
         return
-    for stale in there:
+    for stale in existing:
         stale.unlink()
     results = RunFolder(folder)
     results.write_csv("scores.csv", rows, tuple(rows[0]))
@@ -94,14 +94,17 @@ def evaluate(args: argparse.Namespace) -> None:
         results.write_csv("scores_compared.csv", others, tuple(others[0]))
     results.write_json("summary.json", summary)
     draw_cases(predictor, pairs, rows, results.file("cases.png"))
-    print(f"look at {folder}/: {', '.join(name for name in OWN_FILES if (folder / name).exists())}")
+    print(f"look at {folder}/: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
 
 
 def open_predictor(args: argparse.Namespace, checkpoint: str):
     """Return the Predictor of a checkpoint, or of several joined by commas, and print what it is."""
     from inference import Predictor
+    from system.machine import keep_freed_memory
 
     predictor = Predictor(checkpoint_list(checkpoint), args.device, args.precision, args.tile, augment=args.augment)
+    if predictor.device.type == "cpu":
+        keep_freed_memory()
     print(f"{checkpoint}: {predictor}")
     return predictor
 
@@ -150,7 +153,7 @@ def score_scales(predictor, pairs: list) -> dict:
         # Processes other than the first measure nothing and wait here, so that they do not slow it down.
         milliseconds, *_ = all_gather(1000 * float(np.median(seconds[1:])) if is_main_process() else None)
         result[scale] = {"dice": dice, "milliseconds": milliseconds}
-        print(f"{scale:>5}{dice:>11.4f}{result[scale]['milliseconds']:>14.1f}")
+        print(f"{scale:>5}{dice:>11.4f}{milliseconds:>14.1f}")
     predictor.scale = None
     return result
 
@@ -164,8 +167,11 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
     order = sorted(range(len(rows)), key=lambda i: rows[i]["dice"])
     shown = order if len(order) <= 2 * SHOWN_CASES else order[:SHOWN_CASES] + order[-SHOWN_CASES:]
     images = [load_image(pairs[i].image, 3).transpose(2, 0, 1) / 255 for i in shown]
-    found = [score_pair(predictor, pairs[i]) for i in shown]
-    probabilities, masks = ([case[k].transpose(2, 0, 1) for case in found] for k in (1, 2))
+    probabilities, masks = [], []
+    for i in shown:
+        _, probability, mask = score_pair(predictor, pairs[i])
+        probabilities.append(probability.transpose(2, 0, 1))
+        masks.append(mask.transpose(2, 0, 1))
     predictions(images, masks, probabilities, [rows[i]["image"] for i in shown], [rows[i]["dice"] for i in shown], path,
                 predictor.threshold)
 

@@ -48,7 +48,7 @@ class Predictor:
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
     Attributes:
         models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
-        recipe: the data recipe (see images/recipe.py) of the first checkpoint; in all but the statistics of their
+        recipe: the data recipe (see `images.recipe`) of the first checkpoint; in all but the statistics of their
             training images the others agree with it.
         stage, threshold, device, precision: what was found and chosen.
     Raises:
@@ -57,7 +57,7 @@ class Predictor:
 
     def __init__(self, checkpoints, device: str = "auto", precision: str = "auto", tile: int = 1024,
                  batch_size: int | None = None, augment: bool = False, scale: int | None = None):
-        paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+        paths = [Path(path) for path in ([checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints)]
         if not paths:
             raise UserError("checkpoints is empty; give one path or a list of at least one")
         self.device = choose_device(str(device))
@@ -105,7 +105,7 @@ class Predictor:
 
         Args:
             image: a path, a Pillow image, or an array, grey or RGB, of bool, uint8, uint16 or floating point in [0, 1]
-                (see images.to_image); it is brought to the channels of the checkpoint.
+                (see `images.files.to_image`); it is brought to the channels of the checkpoint.
         Returns:
             (H, W, K) float32 probabilities in [0, 1] at the image's size: the classes, then the boundary of nuclei if
             the network was taught it.
@@ -129,19 +129,19 @@ class Predictor:
         Yields:
             (rows, width, K) float32 probabilities in [0, 1], finished ones, for each row of tiles.
         """
-        down = height + -height % STEP
-        offsets, weights = plan_axis(down, self.tile, self.margin)
-        spans = [(y, min(y + len(own), height)) for y, own in zip(offsets, weights, strict=True)]
+        padded_height = height + -height % STEP
+        offsets, weights = plan_axis(padded_height, self.tile, self.margin)
+        spans = [(y, min(y + len(row_weights), height)) for y, row_weights in zip(offsets, weights, strict=True)]
         total = np.zeros((len(weights[0]), width, self.recipe.target_channels), np.float32)
         source = windows(bands, spans)
-        for y, own, next_y in zip(offsets, weights, [*offsets[1:], down], strict=True):
-            self._add_row_of_tiles(total, next(source), own)
+        for y, row_weights, next_y in zip(offsets, weights, [*offsets[1:], padded_height], strict=True):
+            self._add_row_of_tiles(total, next(source), row_weights)
             finished = next_y - y  # the next row of tiles gives no weight to what lies above it
             yield total[:min(finished, height - y)].clip(0, 1)
             total[:-finished], total[-finished:] = total[finished:], 0
 
     def nuclei(self, probability: np.ndarray, min_area: int = 30) -> np.ndarray:
-        """Separate the nuclei of the first class in what `predict` returned (see `separation.separate_nuclei`).
+        """Separate the nuclei of the first class in what `predict` returned (see `nuclei.separation.separate_nuclei`).
 
         Returns:
             (H, W) int32, numbered from 1 without gaps, 0 for background.
@@ -169,23 +169,24 @@ class Predictor:
             logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True))
         return probability[0].permute(1, 2, 0).contiguous().numpy()
 
-    def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, down: np.ndarray) -> None:
+    def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, row_weights: np.ndarray) -> None:
         """Add the weighted probabilities of a row of tiles to `total` (rows, W, K).
 
         Args:
             pixels: (up to rows, W, C) uint8, short of `rows` at the lower end of the image.
-            down: (rows,) float32 weights.
+            row_weights: (rows,) float32, what each row of the tiles counts.
         """
-        height, width = len(down), pixels.shape[1]
+        height, width = len(row_weights), pixels.shape[1]
         padded = np.pad(pixels, ((0, height - len(pixels)), (0, -width % STEP), (0, 0)), mode="reflect")
         places = list(zip(*plan_axis(padded.shape[1], self.tile, self.margin), strict=True))
         for start in range(0, len(places), self.batch_size):
             chosen = places[start:start + self.batch_size]
-            tiles = np.stack([padded[:, x:x + len(along)] for x, along in chosen])
+            tiles = np.stack([padded[:, x:x + len(column_weights)] for x, column_weights in chosen])
             probability = self._mean_probability(torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous())
-            for (x, along), own in zip(chosen, probability.permute(0, 2, 3, 1).numpy(), strict=True):
-                inside = min(len(along), width - x)
-                total[:, x:x + inside] += (own * (down[:, None] * along)[..., None])[:, :inside]
+            for (x, column_weights), tile in zip(chosen, probability.permute(0, 2, 3, 1).numpy(), strict=True):
+                inside = min(len(column_weights), width - x)
+                weights = (row_weights[:, None] * column_weights)[..., None]
+                total[:, x:x + inside] += (tile * weights)[:, :inside]
 
     @torch.inference_mode()
     def _mean_probability(self, image: torch.Tensor, finish: Callable = lambda logits: logits) -> torch.Tensor:
@@ -196,7 +197,7 @@ class Predictor:
             finish: what becomes of logits (N, K, H, W) before the sigmoid.
         """
         views = [(turns, flip) for flip in (False, True) for turns in range(4)] if self.augment else [(0, False)]
-        total = 0.0
+        total = torch.zeros(())
         for turns, flip in views:
             seen = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1)).contiguous()
             for model in self.models:
@@ -238,7 +239,7 @@ def plan_axis(length: int, tile: int, margin: int) -> tuple[list[int], list[np.n
         at every pixel of the axis the weights add up to 1.
 
     >>> offsets, weights = plan_axis(144, 112, 24)
-    >>> offsets, [int((own > 0).argmax()) for own in weights], [int((own > 0).sum()) for own in weights]
+    >>> offsets, [int((tile > 0).argmax()) for tile in weights], [int((tile > 0).sum()) for tile in weights]
     ([0, 32], [0, 24], [88, 88])
     """
     if length <= tile:
@@ -253,8 +254,8 @@ def plan_axis(length: int, tile: int, margin: int) -> tuple[list[int], list[np.n
         right = np.clip((tile - margin - place) / BLEND, 0, 1) if offset + tile < length else 1.0
         weights.append(np.minimum(left, right) * np.ones(tile))
         total[offset:offset + tile] += weights[-1]
-    return offsets, [(own / total[offset:offset + tile]).astype(np.float32)
-                     for offset, own in zip(offsets, weights, strict=True)]
+    return offsets, [(tile_weights / total[offset:offset + tile]).astype(np.float32)
+                     for offset, tile_weights in zip(offsets, weights, strict=True)]
 
 
 def _check_agreement(checkpoint: dict, first: dict, path: Path, first_path: Path) -> None:

@@ -26,21 +26,19 @@ from system.options import Parser, checkpoint_list, command, number, results_fol
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
-COLUMNS = ("image", "label", "centroid_row", "centroid_column", "area", "eccentricity", "mean_probability")
-MICROMETRE_COLUMNS = ("centroid_row_um", "centroid_column_um", "area_um2")
 
-
-def _shard(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("/")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+def shard(text: str) -> tuple[int, int]:
+    """Read 'i/n' with i from 1 to n."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 1 to n, e.g. 1/4")
-    return int(first), int(last)
+    return int(index), int(count)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
     parser = Parser(prog="predict_papsmear.py", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=results_folder, help="folder for the results")
@@ -55,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_pixels", type=number(1), default=5e8, help="larger images are not decoded (5e8)")
     parser.add_argument("--stream_above", type=number(0), default=1.6e7,
                         help="pixels from which on images of native scale are predicted from file to file (1.6e7)")
-    parser.add_argument("--shard", type=_shard, help="i/n: every n-th image from the i-th on (torchrun sets it)")
+    parser.add_argument("--shard", type=shard, help="i/n: every n-th image from the i-th on (torchrun sets it)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     return parser
@@ -64,25 +62,28 @@ def build_parser() -> argparse.ArgumentParser:
 def predict(args: argparse.Namespace) -> int:
     """Predict all images of this process; return the exit code."""
     from inference import Predictor
+    from system.machine import keep_freed_memory
 
-    shard, device = shard_and_device(args)
-    everything = list_images(args.images)
-    paths = everything[shard[0] - 1::shard[1]]
+    index, count, device = shard_and_device(args)
+    all_paths = list_images(args.images)
+    paths = all_paths[index - 1::count]
     predictor = Predictor(checkpoint_list(args.checkpoint), device, args.precision, args.tile, augment=args.augment,
                           scale=args.scale)
+    if predictor.device.type == "cpu":
+        keep_freed_memory()
     predictor.threshold = args.threshold or predictor.threshold
     folder = Path(args.out)
-    if any(path.resolve().parent == folder.resolve() for path in everything):
+    if any(path.resolve().parent == folder.resolve() for path in all_paths):
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
-                         f"the next time. Choose another --out")
-    table = folder / ("nuclei.csv" if shard[1] == 1 else f"nuclei_{shard[0]}_of_{shard[1]}.csv")
-    there = [p for path in paths for p in outputs(folder, path, predictor.classes) if p.exists()]
-    if not args.overwrite and (there or table.exists()):
-        raise UserError(f"{there[0] if there else table}: exists already, and nothing is overwritten unasked. Choose "
-                         f"another --out, or pass --overwrite")
+                        f"the next time. Choose another --out")
+    table = folder / ("nuclei.csv" if count == 1 else f"nuclei_{index}_of_{count}.csv")
+    existing = [p for path in paths for p in output_files(folder, path, predictor.classes) if p.exists()]
+    if not args.overwrite and (existing or table.exists()):
+        raise UserError(f"{existing[0] if existing else table}: exists already, and nothing is overwritten unasked. "
+                        f"Choose another --out, or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{args.checkpoint}: {predictor}")
-    part = f", part {shard[0]} of {shard[1]}" if shard[1] > 1 else ""
+    part = f", part {index} of {count}" if count > 1 else ""
     print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}")
 
     failed, black = predict_all(predictor, paths, table, args)
@@ -104,16 +105,17 @@ def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namesp
     Returns:
         What went wrong, a line for each image that failed, and the highest probability of each that came out black.
     """
+    from nuclei.measurement import COLUMNS, MICROMETRE_COLUMNS
+
     failed, black = [], []
     earlier = rows_by_image(table)
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if args.pixel_size else ()), extrasaction="ignore")
         writer.writeheader()
-        now = {path.name for path in paths}
-        writer.writerows(row for name, rows in earlier.items() if name not in now for row in rows)
+        names = {path.name for path in paths}
+        writer.writerows(row for name, rows in earlier.items() if name not in names for row in rows)
         for path in paths:
-            there = outputs(table.parent, path, predictor.classes)
-            times = {p: p.stat().st_mtime_ns for p in there if p.exists()}
+            times = {p: p.stat().st_mtime_ns for p in output_files(table.parent, path, predictor.classes) if p.exists()}
             try:
                 rows, highest = predict_one(predictor, path, table.parent, args)
             except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
@@ -145,16 +147,18 @@ def rows_by_image(table: Path) -> dict[str, list[dict]]:
 def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
     """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
     from images.files import image_size
+    from nuclei.measurement import nucleus_rows
 
     start = time.perf_counter()
     height, width = image_size(path, args.max_pixels)
     streamed = predictor.recipe.sizing == "tile" and height * width > args.stream_above
-    one = (predict_streamed if streamed else predict_in_memory)(predictor, path, folder, args)
-    print(f"{path.name}: {height}x{width}, {one.nuclei} nuclei, {one.foreground:.1%} foreground, "
+    prediction = (predict_streamed if streamed else predict_in_memory)(predictor, path, folder, args)
+    black = prediction.highest < predictor.threshold
+    print(f"{path.name}: {height}x{width}, {prediction.nuclei} nuclei, {prediction.foreground:.1%} foreground, "
           f"{time.perf_counter() - start:.1f} s"
-          + (f"; ALL BLACK, highest probability {one.highest:.3f}" if one.highest < predictor.threshold else "")
-          + (f"; UNLIKE THE TRAINING IMAGES: {one.strange}" if one.strange else ""), flush=True)
-    return nucleus_rows(path.name, one.sums.measures(), args.pixel_size), one.highest
+          + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
+          + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)
+    return nucleus_rows(path.name, prediction.sums.measures(), args.pixel_size), prediction.highest
 
 
 def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namespace):
@@ -200,30 +204,16 @@ def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespa
             return [unfinished(folder / f"{path.stem}_{kind}{ending}.tif")
                     for ending in class_endings(predictor.classes)]
 
-        one, image, labels = stream_prediction(
+        prediction, overview, labels = stream_prediction(
             predictor, rows, args.min_area, unfinished(folder / f"{path.stem}_instances.tif"), place("mask"),
             place("probability") if args.probability else [])
-        save_png(unfinished(folder / f"{path.stem}_overlay.png"), overlay(image, labels))
-    return one
+        save_png(unfinished(folder / f"{path.stem}_overlay.png"), overlay(overview, labels))
+    return prediction
 
 
 def class_endings(classes: int) -> list[str]:
     """Return what file names say of the class: nothing for a single one."""
     return [""] if classes == 1 else [f"_{k + 1}" for k in range(classes)]
-
-
-def nucleus_rows(name: str, measures: dict, pixel_size: float | None) -> Iterator[dict]:
-    """Turn the measures of nuclei (see `measurement.NucleusSums.measures`) into a dictionary with COLUMNS for each.
-
-    With `pixel_size` (micrometres) MICROMETRE_COLUMNS follow.
-    """
-    for label, y, x, area, eccentricity, mean in zip(*measures.values(), strict=True):
-        row = dict(zip(COLUMNS, (name, int(label), round(float(y), 2), round(float(x), 2), int(area),
-                                 round(float(eccentricity), 4), round(float(mean), 4)), strict=True))
-        if pixel_size:
-            lengths = (y * pixel_size, x * pixel_size, area * pixel_size ** 2)
-            row |= dict(zip(MICROMETRE_COLUMNS, (round(float(n), 4) for n in lengths), strict=True))
-        yield row
 
 
 def list_images(given: list[str]) -> list[Path]:
@@ -249,28 +239,28 @@ def list_images(given: list[str]) -> list[Path]:
     if count > 1:
         twins = [str(path) for path in paths if path.stem == stem]
         raise UserError(f"{' and '.join(twins[:2])}: both would be written as {stem}_mask.png. Predict them into two "
-                         f"folders, or rename one")
+                        f"folders, or rename one")
     return paths
 
 
-def outputs(folder: Path, path: Path, classes: int) -> list[Path]:
+def output_files(folder: Path, path: Path, classes: int) -> list[Path]:
     """Return the files that a prediction of an image may make."""
     kinds = [f"{kind}{ending}" for kind in ("mask", "probability") for ending in class_endings(classes)]
     return [folder / f"{path.stem}_{kind}{suffix}" for kind in (*kinds, "instances") for suffix in (".png", ".tif")] \
         + [folder / f"{path.stem}_overlay.png"]
 
 
-def shard_and_device(args: argparse.Namespace) -> tuple[tuple[int, int], str]:
-    """Return (i, n) and the device, both from the variables of torchrun where nothing was given."""
-    shard, device = args.shard or (1, 1), args.device
+def shard_and_device(args: argparse.Namespace) -> tuple[int, int, str]:
+    """Return i, n and the device: as given, else from the variables of torchrun, else everything in one process."""
+    (index, count), device = args.shard or (1, 1), args.device
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if not args.shard and processes > 1:
         import torch
 
-        shard = int(os.environ["RANK"]) + 1, processes
+        index, count = int(os.environ["RANK"]) + 1, processes
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    return shard, device
+    return index, count, device
 
 
 @command(interrupted="finished images are written")

@@ -19,12 +19,10 @@ from PIL import Image
 from checkpoints import FIELDS, load_model
 from conftest import (
     PROJECT,
-    copy_pair,
     disc,
     draw_pair,
     make_trainer,
     metric_rows,
-    move_pair,
     roughly_trained,
     run_script,
     tensors_equal,
@@ -35,7 +33,6 @@ from images.augmentation import augment, sample_numbers
 from images.files import load_image, load_mask
 from images.pyramid import ImagePyramid
 from images.recipe import DataRecipe
-from images.report import check_dataset
 from images.splits import list_splits
 from inference import Predictor
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
@@ -124,34 +121,6 @@ def test_all_scales_of_stage_4():
     assert [s.shape[-1] for s in model(torch.rand(2, 1, 256, 256), return_all_scales=True)] == [32, 64, 128, 256]
 
 
-def test_size_error_gives_the_remedy():
-    model = ProgressiveUNet(base_channels=2).eval()
-    model.set_stage(4)
-    x = torch.rand(1, 1, 259, 263)
-    with pytest.raises(ValueError, match="multiples of 16") as caught:
-        model(x)
-    pad = re.search(r"torch\.nn\.functional\.pad\(x, .*?mode='replicate'\)", str(caught.value)).group()
-    assert model(eval(pad))[..., :259, :263].shape == (1, 1, 259, 263)
-
-
-def test_transfer_is_by_full_name_and_shape():
-    source = roughly_trained(1, seed=1)
-    source.set_stage(2)
-    model = ProgressiveUNet(1, 1, base_channels=4)
-    model.set_stage(3)
-    carried, new, left_out = model.transfer_weights(source.live_state())
-    assert sorted(carried) == sorted(source.live_state())
-    assert left_out == []
-    assert "heads.128.conv.weight" in new
-    assert all(name.startswith(("encoder.128.", "encoder.64.from_finer.", "decoder.128.", "heads.128."))
-               for name in new)
-    assert all(torch.equal(model.state_dict()[k], source.state_dict()[k]) for k in carried)
-    wider = ProgressiveUNet(1, 1, base_channels=8)
-    carried, _, left_out = wider.transfer_weights(source.live_state())
-    assert set(carried) == {k for k, v in source.live_state().items() if wider.state_dict()[k].shape == v.shape}
-    assert "encoder.32.refine.0.weight" in left_out
-
-
 # ---- loss and metrics
 
 
@@ -180,13 +149,6 @@ def test_metrics_of_drawn_rectangles():
     found[0, 1, 0, 0] = True
     one_empty = {k: v[0, 1].item() for k, v in pixel_metrics(found, mask).items()}
     assert one_empty == pytest.approx({"dice": 0, "iou": 0, "precision": 0, "recall": 0, "accuracy": 0.99})
-
-
-def test_dice_of_discs_matches_its_geometry():
-    rows, columns = np.mgrid[:400, :400]
-    a, b = (torch.from_numpy(np.hypot(rows - 200, columns - x) <= 80)[None, None] for x in (200, 280))
-    overlap = 2 * 80 ** 2 * math.acos(0.5) - 80 / 2 * math.sqrt(4 * 80 ** 2 - 80 ** 2)  # lens of two equal circles
-    assert pixel_metrics(a, b)["dice"].item() == pytest.approx(overlap / (math.pi * 80 ** 2), abs=0.005)
 
 
 def test_means_are_over_images_not_batches():
@@ -262,37 +224,6 @@ def test_loaders_share_one_decoded_copy(shared_root):
     assert [row[0].batch_size for row in loaders.values()] == [64, 32, 16, 8]
     with pytest.raises(ValueError, match="batch_sizes"):
         create_progressive_dataloaders(shared_root, {48: 2})
-
-
-def test_no_image_is_lost_but_a_last_batch_of_one(shared_root):
-    train = create_progressive_dataloaders(shared_root, {32: 5})[32][0]
-    assert [len(b["name"]) for b in train] == [5], "6 = 5 + 1, and batch normalisation cannot use the one"
-    assert len(train) == 1
-    train, valid, _ = create_progressive_dataloaders(shared_root, {32: 2})[32]
-    assert [len(b["name"]) for b in valid] == [2, 1]
-    train = create_progressive_dataloaders(shared_root, {32: 100})[32][0]
-    assert [len(b["name"]) for b in train] == [6]
-    orders = [[n for b in train for n in b["name"]] for _ in range(2)]
-    assert sorted(orders[0]) == sorted(orders[1])
-    assert orders[0] != orders[1]
-
-
-def test_copies_sources_and_leakage(data_root):
-    copy_pair(data_root, "train", "train_0", "flipped_train_0")
-    copy_pair(data_root, "train", "train_0", "rotated_120_mirrored_train_0")
-    move_pair(data_root, "train", "train_0", "test", "rotated_90_train_0")
-    move_pair(data_root, "valid", "valid_1", "train", "mirrored_valid_1")
-    report = check_dataset(data_root)
-    assert report.counts["train"] == {"images": 9, "originals": 6, "empty_masks": 0,
-                                      "foreground": [pytest.approx(0.09, abs=0.06)]}
-    assert report.leakage["source images"] == {"valid": (1, 3), "test": (1, 4)}
-    assert "1 of 3 source images of valid" in str(report)
-    assert len(report.warnings) == 2
-    assert len(list_splits(data_root, use_augmented=False)["train"]) == 6
-    grouped = check_dataset(data_root, group_regex=r"^(\w+?)_")
-    assert grouped.leakage["groups"] == {"valid": (1, 1), "test": (1, 2)}
-    with pytest.raises(ValueError, match="must match every source name"):
-        check_dataset(data_root, group_regex=r"^\d+")
 
 
 # ---- schedule

@@ -1,1 +1,1 @@
-"""What is measured: speed against what is usual, and what a choice brings on your data."""
+"""What is measured: speed against a baseline, and what a choice brings on a data set."""

@@ -1,7 +1,7 @@
-"""Measure what a choice brings, on data of your own.
+"""Measure what a choice brings, on any data set.
 
-    python -m benchmarks.experiments finetune outputs/NAME/best_stage_4.pth --data_root data_mine --out outputs/curve
-    python -m benchmarks.experiments precision --data_root data --preset quick --seeds 5 --out outputs/precision
+    python benchmarks/experiments.py finetune outputs/NAME/best_stage_4.pth --data_root data_mine --out outputs/curve
+    python benchmarks/experiments.py precision --data_root data --preset quick --seeds 5 --out outputs/precision
 
 finetune: test Dice against the number of training images, started from the checkpoint and from scratch, with all else
 equal but the learning rate: the same images, number of steps and schedule at 256 pixels, the last weights scored. The
@@ -20,6 +20,9 @@ import re
 import sys
 import time
 from pathlib import Path
+
+if not __package__:  # run as a file: modules are found from the project's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from system.errors import UserError
 from system.options import Parser, command, number, whole
@@ -45,7 +48,7 @@ def count_list(text: str) -> tuple[int, ...]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
-    parser = Parser(prog="benchmarks.experiments", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="benchmarks/experiments.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     experiments = parser.add_subparsers(dest="experiment", required=True)
     finetune = experiments.add_parser("finetune", allow_abbrev=False)
@@ -89,7 +92,11 @@ def measure_finetuning(args: argparse.Namespace) -> None:
     from images.pyramid import open_pyramids
     from inference import Predictor
     from scoring.scores import score_pairs, scored_pairs, summarise
+    from system.devices import choose_device
+    from system.machine import keep_freed_memory
 
+    if choose_device(args.device).type == "cpu":
+        keep_freed_memory()
     checkpoint = load_checkpoint(Path(args.checkpoint))
     if checkpoint["stage"] != 4:
         raise UserError(f"{args.checkpoint}: its stage is {checkpoint['stage']}; the curve is measured at stage 4. "
@@ -214,13 +221,13 @@ def precision_summary(rows: list[dict]) -> dict:
         images, seeds, dice (mean of each precision), difference (over images, of each the mean over seeds first),
         difference_of_pairs (over all pairs of image and seed; they count as independent, which makes its interval too
         narrow), difference_of_seeds (mean of each seed), margin, within_margin (whether the whole interval of
-        `difference` is). A difference is what `scoring.compare` returns: it resamples images, not seeds, so how much
-        single trainings differ is seen in difference_of_seeds.
+        `difference` is). A difference is what `scoring.scores.compare` returns: it resamples images, not seeds, so how
+        much single trainings differ is seen in difference_of_seeds.
     """
     from scoring.scores import compare
 
-    def mean(key: str, **those) -> float:
-        values = [row[key] for row in rows if all(row[name] == value for name, value in those.items())]
+    def mean(key: str, **chosen) -> float:
+        values = [row[key] for row in rows if all(row[name] == value for name, value in chosen.items())]
         return sum(values) / len(values)
 
     images, seeds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("image", "seed"))

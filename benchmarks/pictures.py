@@ -20,8 +20,8 @@ def curves_over_counts(rows: list[dict], path: Path) -> None:
     counts = sorted({row["images"] for row in rows} - {0})
     for k, start in enumerate(dict.fromkeys(row["start"] for row in rows)):
         scores = [[row["dice"] for row in rows if (row["images"], row["start"]) == (count, start)] for count in counts]
-        axis.plot(counts, [np.mean(own) for own in scores], color=f"C{k}", label=f"{start} (mean)")
-        axis.scatter([count for count, own in zip(counts, scores, strict=True) for _ in own], sum(scores, []),
+        axis.plot(counts, [np.mean(dice) for dice in scores], color=f"C{k}", label=f"{start} (mean)")
+        axis.scatter([count for count, dice in zip(counts, scores, strict=True) for _ in dice], sum(scores, []),
                      color=f"C{k}", s=14, label="one training each")
     axis.set_xscale("log")
     axis.set_xticks(counts, [str(count) for count in counts])

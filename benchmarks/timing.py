@@ -1,4 +1,4 @@
-"""Measure what takes time and memory: alternating rounds, matrix products, operations, processes of their own.
+"""Measure what takes time and memory: alternating rounds, matrix products, operations, separate processes.
 
     rounds = alternate({"a": work_a, "b": work_b}, rounds=5)      # a, b, a, b, ...: name -> seconds of each round
     median_ratio(rounds["a"], rounds["b"])
@@ -160,8 +160,8 @@ def training_operations(model: torch.nn.Module, shape: Sequence[int]) -> float:
 
 
 @contextlib.contextmanager
-def own_process(make: Callable[..., dict[str, Callable[[], float]]], *args) -> Iterator[dict[str, Callable]]:
-    """Run contenders in a process of their own, so that nothing that was set or is kept here helps or hinders them.
+def separate_process(make: Callable[..., dict[str, Callable[[], float]]], *args) -> Iterator[dict[str, Callable]]:
+    """Run contenders in a separate process, so that nothing that was set or is kept here helps or hinders them.
 
     Args:
         make: a function of a module, called there with `args`; returns name -> contender (see `alternate`).
@@ -174,7 +174,7 @@ def own_process(make: Callable[..., dict[str, Callable[[], float]]], *args) -> I
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, make, args))
     process.start()
-    there.close()  # the only other end is then the process's own, whose death is noticed
+    there.close()  # the only other end is then that of the process, whose death is noticed
 
     def ask(name: str | None):
         try:

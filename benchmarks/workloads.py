@@ -1,6 +1,7 @@
-"""What the benchmark times: trainings (ours and as usually done), loaders, predictions, and runs in several processes.
+"""What the benchmark times: trainings (ours and the baseline), loaders, predictions, and runs in several processes.
 
-Each function makes contenders for `timing.alternate`: callables that do their work once and return the seconds.
+Each function makes contenders for `timing.alternate`: callables that do their work once and return the seconds. What
+is run in a separate process for ours keeps freed memory on a CPU there, as the command lines do; the baseline does not.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.timing import call_in_processes, median, own_process, timed
+from benchmarks.timing import call_in_processes, median, separate_process, timed
 from checkpoints import save_checkpoint, untrained_checkpoint
 from images.cache import ImageCache
 from images.files import load_image, resize, save_png
@@ -28,7 +29,7 @@ from pap_smear_dataset import create_progressive_dataloaders
 from preparation.sample import make_field
 from progressive_trainer import ProgressiveTrainer
 from system.devices import autocast
-from system.machine import peak_memory
+from system.machine import keep_freed_memory, peak_memory
 from system.processes import is_main_process, process_group
 from training.loss import multi_scale_loss
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model
@@ -44,7 +45,7 @@ class Setting:
 
     Args:
         root: folder of the synthetic data set.
-        device, precision: as resolved; what others do as usual is float32 all the same.
+        device, precision: as resolved; the baseline is float32 all the same.
     """
 
     root: Path
@@ -122,7 +123,7 @@ class DecodedFields(Dataset):
         return image, (mask >= 0.5).float()
 
 
-def usual_loader(setting: Setting, side: int, count: int, batch_size: int) -> DataLoader:
+def baseline_loader(setting: Setting, side: int, count: int, batch_size: int) -> DataLoader:
     """Return a plain torch DataLoader over files, without workers."""
     return DataLoader(DecodedFields(setting.root, side, count), batch_size, shuffle=True)
 
@@ -136,7 +137,7 @@ def missing_networks(base_channels: int) -> dict[str, str]:
     return reasons
 
 
-def usual_networks(base_channels: int) -> dict[str, Callable[[], torch.nn.Module]]:
+def baseline_networks(base_channels: int) -> dict[str, Callable[[], torch.nn.Module]]:
     """Return name -> what makes the network, for the classic U-Net and for those of other packages that are there."""
     def of_smp() -> torch.nn.Module:
         import segmentation_models_pytorch as smp
@@ -148,7 +149,7 @@ def usual_networks(base_channels: int) -> dict[str, Callable[[], torch.nn.Module
     def of_monai() -> torch.nn.Module:
         from monai.networks.nets import BasicUNet
 
-        widths = tuple(factor * base_channels for factor in (1, 1, 2, 4, 8, 1))  # the package's own proportions
+        widths = tuple(factor * base_channels for factor in (1, 1, 2, 4, 8, 1))  # the proportions of the package
         return BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=widths)
 
     others = {"segmentation-models-pytorch": of_smp, "monai": of_monai}
@@ -157,16 +158,16 @@ def usual_networks(base_channels: int) -> dict[str, Callable[[], torch.nn.Module
         name: make for name, make in others.items() if name not in left_out}
 
 
-def usual_trainings(setting: Setting) -> dict[str, Callable[[], float]]:
-    """Return one training step of each of `usual_networks` at 256 pixels as it is usually done.
+def baseline_trainings(setting: Setting) -> dict[str, Callable[[], float]]:
+    """Return one training step of each of `baseline_networks` at 256 pixels, as short training scripts do it.
 
-    float32, contiguous format, a plain loader that decodes, Adam, BCE; to be called in a process of its own, where
-    the C library gives freed memory back as it does by default.
+    float32, contiguous format, a plain loader that decodes, Adam, BCE; to be called in a separate process, where the C
+    library gives freed memory back as it does by default.
     """
     def step(make: Callable[[], torch.nn.Module]) -> Callable[[], float]:
         model = make().to(setting.device).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        loader = usual_loader(setting, STAGE_RESOLUTIONS[LAST_STAGE], BATCH, BATCH)
+        loader = baseline_loader(setting, STAGE_RESOLUTIONS[LAST_STAGE], BATCH, BATCH)
 
         def epoch() -> None:
             for image, mask in loader:
@@ -178,7 +179,7 @@ def usual_trainings(setting: Setting) -> dict[str, Callable[[], float]]:
 
         return lambda: timed(epoch, setting.device)
 
-    return {name: step(make) for name, make in usual_networks(setting.base_channels).items()}
+    return {name: step(make) for name, make in baseline_networks(setting.base_channels).items()}
 
 
 def passes_over(loader, device: torch.device) -> Callable[[], float]:
@@ -191,7 +192,7 @@ def passes_over(loader, device: torch.device) -> Callable[[], float]:
 
 
 def loadings(setting: Setting, cached: int, decoded: int) -> dict[str, Callable[[], float]]:
-    """Return 'LOADER, stage S' -> a pass over so many images: ours 'cached' and 'decoding', and the 'usual' one.
+    """Return 'LOADER, stage S' -> a pass over so many images: ours 'cached' and 'decoding', and the 'baseline'.
 
     Args:
         cached, decoded: images of a pass with the cache and without.
@@ -200,8 +201,8 @@ def loadings(setting: Setting, cached: int, decoded: int) -> dict[str, Callable[
     read = train_loaders(setting, pyramid_of(setting.root, decoded, cached=False))
     found = {}
     for stage, resolution in STAGE_RESOLUTIONS.items():
-        plain = usual_loader(setting, resolution, decoded, DEFAULT_BATCH_SIZES[resolution])
-        for name, loader in (("cached", kept[resolution]), ("decoding", read[resolution]), ("usual", plain)):
+        plain = baseline_loader(setting, resolution, decoded, DEFAULT_BATCH_SIZES[resolution])
+        for name, loader in (("cached", kept[resolution]), ("decoding", read[resolution]), ("baseline", plain)):
             found[f"{name}, stage {stage}"] = passes_over(loader, setting.device)
     return found
 
@@ -247,6 +248,8 @@ def tile_batches(predictor: Predictor, height: int, width: int) -> list[int]:
 
 def tiled_prediction(setting: Setting, height: int, width: int) -> dict[str, Callable[[], float]]:
     """Return a prediction of an image larger than a tile, and its network alone on as many tiles ('forward')."""
+    if setting.device.type == "cpu":
+        keep_freed_memory()
     predictor = new_predictor(setting.base_channels, str(setting.device), setting.precision)
     image, batches = drawn_image(height, width), tile_batches(predictor, height, width)
     inputs = {n: torch.rand(n, 1, predictor.tile, predictor.tile, device=setting.device).contiguous(
@@ -264,6 +267,8 @@ def tiled_prediction(setting: Setting, height: int, width: int) -> dict[str, Cal
 
 def predictions_by_side(setting: Setting, sides: Sequence[int]) -> dict[int, Callable[[], float]]:
     """Return side -> the prediction of a square image."""
+    if setting.device.type == "cpu":
+        keep_freed_memory()
     predictor = new_predictor(setting.base_channels, str(setting.device), setting.precision)
 
     def prediction(side: int) -> Callable[[], float]:
@@ -275,6 +280,8 @@ def predictions_by_side(setting: Setting, sides: Sequence[int]) -> dict[int, Cal
 
 def memory_of_prediction(side: int, base_channels: int, device: str, precision: str) -> int:
     """Predict one square image and return the largest resident memory of this process in bytes."""
+    if device == "cpu":
+        keep_freed_memory()
     new_predictor(base_channels, device, precision).predict(drawn_image(side, side))
     return peak_memory()
 
@@ -284,6 +291,7 @@ def training_in_processes(root: str, base_channels: int, precision: str, steps: 
 
     Of several processes all but the first return None.
     """
+    keep_freed_memory()
     with process_group():
         setting = Setting(Path(root), base_channels, steps, True, torch.device("cpu"), precision)
         trainer, epoch = training_of(setting)
@@ -305,7 +313,7 @@ def scaled_costs(setting: Setting) -> Iterator[tuple]:
     yield ("forward and backward of 2 images of 256x256", "channels",
            {n: forward_and_backward(setting, 256, n) for n in widths}, rounds, 1)
     sides = (256, 512, 1024) if setting.quick else (256, 512, 1024, 2048)
-    with own_process(predictions_by_side, setting, sides) as contenders:
+    with separate_process(predictions_by_side, setting, sides) as contenders:
         yield f"prediction at {width} channels", "side", contenders, rounds, 1
 
     of_processes = quarter if setting.quick else width

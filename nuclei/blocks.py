@@ -122,18 +122,18 @@ class BlockSeparation:
         near_left, near_right = max(left - self.halo, 0), min(right + self.halo, self.width)
         found = self.separate(np.ascontiguousarray(rows[:, near_left:near_right]))
         core = found[top - start:bottom - start, left - near_left:right - near_left]
-        inside = np.unique(core)
-        inside = inside[inside > 0]
-        first = np.zeros(len(inside), np.int64)
+        present = np.unique(core)
+        present = present[present > 0]
+        first = np.zeros(len(present), np.int64)
         places = np.flatnonzero(core)
-        own = np.searchsorted(inside, core.ravel()[places])
-        first[own[::-1]] = places[::-1]  # of several values the last one stays: the first place
+        position = np.searchsorted(present, core.ravel()[places])
+        first[position[::-1]] = places[::-1]  # of several values the last one stays: the first place
         y, x = np.divmod(first, right - left)
         self._firsts.append((top + y) * self.width + left + x)
-        self._areas.append(np.bincount(own, minlength=len(inside)))
+        self._areas.append(np.bincount(position, minlength=len(present)))
         provisional = np.zeros(int(found.max()) + 1, np.uint32)
-        provisional[inside] = np.arange(self._count + 1, self._count + len(inside) + 1)
-        self._count += len(inside)
+        provisional[present] = np.arange(self._count + 1, self._count + len(present) + 1)
+        self._count += len(present)
         labels[:, left:right] = provisional[core]
         zone_top, zone_left = max(top - reach, start), max(left - reach, near_left)
         zone = found[zone_top - start:bottom + reach - start, zone_left - near_left:right + reach - near_left]

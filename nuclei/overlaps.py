@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from skimage.metrics import contingency_table
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,23 @@ def overlaps(found: np.ndarray, drawn: np.ndarray) -> Overlaps:
         if labels.size and labels.min() < 0:
             raise ValueError(f"{title} holds the label {labels.min()}; labels are at least 0, 0 for background")
     either = (found != 0) | (drawn != 0)
-    found_labels, found_at = np.unique(np.append(found[either], 0).astype(np.int64), return_inverse=True)
-    drawn_labels, drawn_at = np.unique(np.append(drawn[either], 0).astype(np.int64), return_inverse=True)
-    # The 0 appended stands for the background, so that position 0 is the background in both.
-    pairs, counts = np.unique((found_at * len(drawn_labels) + drawn_at)[:-1], return_counts=True)
-    first, second = np.divmod(pairs, len(drawn_labels))
-    areas = [np.bincount(at, counts, len(labels)).astype(np.int64)[1:]
-             for at, labels in ((first, found_labels), (second, drawn_labels))]
-    both = (first > 0) & (second > 0)
-    return Overlaps(*areas, first[both] - 1, second[both] - 1, counts[both])
+    if not either.any():
+        return Overlaps(*np.zeros((5, 0), np.int64))
+    table = contingency_table(*(_small_labels(labels[either]) for labels in (found, drawn))).tocoo()
+    counts = table.data.astype(np.int64)
+    areas = [np.bincount(labels, counts).astype(np.int64)[1:] for labels in (table.row, table.col)]
+    both = (table.row > 0) & (table.col > 0)
+    positions = [np.cumsum(area > 0)[labels[both] - 1] - 1
+                 for area, labels in zip(areas, (table.row, table.col), strict=True)]
+    return Overlaps(*(area[area > 0] for area in areas), *positions, counts[both])
+
+
+def _small_labels(labels: np.ndarray) -> np.ndarray:
+    """Return labels (N,) in the same order that are no larger than the number of pixels.
+
+    The table has a row for each number up to the largest label, so that a label of 2**31 would fill the memory.
+    """
+    if labels.max() <= labels.size:
+        return labels.astype(np.int32)
+    distinct, position = np.unique(labels, return_inverse=True)
+    return position + (distinct[0] > 0)  # 0 stays the background

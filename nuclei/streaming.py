@@ -15,7 +15,6 @@ from tqdm import tqdm
 from images.bands import BandStore, ImageRows, even_spans, windows, write_tiff
 from images.familiarity import describe_parts, part_areas, strangest
 from images.files import to_image
-from inference import Predictor
 from nuclei.blocks import BLOCK, BlockSeparation
 from nuclei.measurement import NucleusSums
 
@@ -42,11 +41,12 @@ class Prediction:
     sums: NucleusSums
 
 
-def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, instances: Path, masks: list[Path],
+def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path, masks: list[Path],
                       probabilities: list[Path]) -> tuple[Prediction, np.ndarray, np.ndarray]:
     """Predict an image with sizing 'tile' and write TIFF files: 32 bit labels, 0/255 masks, 16 bit probabilities.
 
     Args:
+        predictor: an `inference.Predictor`.
         rows: the image in RGB.
         instances, masks, probabilities: where to write; a mask for each class, probabilities likewise or none. The
             intermediate files are made in the folder of `instances`.
@@ -94,7 +94,7 @@ def stream_prediction(predictor: Predictor, rows: ImageRows, min_area: int, inst
             write_tiff(path, store, *size, np.uint8)
         for path, store in zip(probabilities, deep_bands, strict=True):
             write_tiff(path, store, *size, np.uint16)
-        overview_labels = np.concatenate([final[part] for part in view.every_label(label_bands)])
+        overview_labels = np.concatenate([final[part] for part in view.overview_labels(label_bands)])
     strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.recipe.training_ranges)
     prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,
                             provisional.joined(final))
@@ -127,8 +127,8 @@ class _View:
         """Return pixels (N, channels) uint8 of a regular grid."""
         return np.concatenate(self._sample)
 
-    def every_label(self, bands):
-        """Yield the labels at the top left corner of every pixel of the overview."""
+    def overview_labels(self, bands):
+        """Yield the labels (rows, w) at the top left corners of the overview's pixels, band after band."""
         top = 0
         for band in bands:
             yield band[-top % self.reduction::self.reduction, ::self.reduction]

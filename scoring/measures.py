@@ -86,11 +86,11 @@ def instance_metrics(found: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
 
 def _aggregated_jaccard(table: Overlaps, ious: np.ndarray) -> float:
     order = np.lexsort((table.found, -ious, table.drawn))  # by drawn nucleus, best first
-    taking, first = np.unique(table.drawn[order], return_index=True)
+    overlapped, first = np.unique(table.drawn[order], return_index=True)
     best = order[first]
-    lonely = np.delete(table.drawn_areas, taking).sum()
+    missed = np.delete(table.drawn_areas, overlapped).sum()
     unused = np.delete(table.found_areas, np.unique(table.found[best])).sum()
-    return float(table.shared[best].sum() / (table.unions[best].sum() + lonely + unused))
+    return float(table.shared[best].sum() / (table.unions[best].sum() + missed + unused))
 
 
 def boundary_f1(found: np.ndarray, drawn: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE) -> float:
@@ -110,6 +110,6 @@ def boundary_f1(found: np.ndarray, drawn: np.ndarray, tolerance: float = BOUNDAR
     empty = [not outline.any() for outline in outlines]
     if any(empty):
         return float(all(empty))
-    shares = [float((ndimage.distance_transform_edt(~other)[own] <= tolerance).mean())
-              for own, other in (outlines, outlines[::-1])]
+    shares = [float((ndimage.distance_transform_edt(~other)[outline] <= tolerance).mean())
+              for outline, other in (outlines, outlines[::-1])]
     return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0

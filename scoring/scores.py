@@ -22,7 +22,8 @@ from system.processes import progress, shard, unshard
 
 MEASURES = (*PIXEL_METRICS, "boundary_f1", *INSTANCE_METRICS)
 RESAMPLES = 10_000
-CONFIDENCE = 95  # percent
+CONFIDENCE = 0.95
+BATCH_VALUES = 1_000_000  # drawn at once, so that memory does not grow with the number of images
 
 
 def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> list[Pair]:
@@ -51,12 +52,12 @@ def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tup
 
     Nuclei are those of the first class, separated by `Predictor.nuclei`.
     """
-    everything = predictor.predict(pair.image)
-    probability = everything[..., :predictor.classes]
+    channels = predictor.predict(pair.image)
+    probability = channels[..., :predictor.classes]
     mask = load_mask(pair.mask, predictor.classes)
     row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
     if instances:
-        found = predictor.nuclei(everything)
+        found = predictor.nuclei(channels)
         drawn = drawn_nuclei(pair, mask[..., 0])
         row |= instance_metrics(found, drawn)
         row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}
@@ -100,7 +101,7 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
     for name in rows[0]:
         if name in MEASURES or name.startswith("dice_"):
             values = np.array([row[name] for row in rows])
-            low, high = _interval(_resampled_means(values, seed))
+            low, high, _ = bootstrap_mean(values, seed)
             summary[name] = {"mean": float(values.mean()), "std": float(values.std()), "low": low, "high": high}
     return summary
 
@@ -122,8 +123,7 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     for name in rows[0]:
         if (name in MEASURES or name.startswith("dice_")) and name in others[0]:
             values = np.array([a[name] - b[name] for a, b in zip(rows, others, strict=True)])
-            means = _resampled_means(values, seed)
-            low, high = _interval(means)
+            low, high, means = bootstrap_mean(values, seed)
             tail = min((means <= 0).mean(), (means >= 0).mean())
             result[name] = {"difference": float(values.mean()), "low": low, "high": high,
                             "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
@@ -131,16 +131,20 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     return result
 
 
-def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """Return the means (RESAMPLES,) of samples drawn from the values (N,) with replacement."""
-    rng = np.random.default_rng(seed)
-    return np.concatenate([values[rng.integers(0, len(values), (RESAMPLES // 10, len(values)))].mean(axis=1)
-                           for _ in range(10)])
+def bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float, np.ndarray]:
+    """Return the bounds of the percentile bootstrap interval of the mean (scipy), and the resampled means.
 
-
-def _interval(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(means, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    Args:
+        values: (N,) floating point; of a single value the interval and all means are the value.
+    Returns:
+        low, high, means (RESAMPLES,).
+    """
+    if len(values) == 1:  # scipy refuses it
+        return float(values[0]), float(values[0]), np.repeat(values, RESAMPLES)
+    # `random_state` is the one name that scipy 1.13 knows and later versions, which call it `rng`, still take.
+    result = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // len(values)),
+                             confidence_level=CONFIDENCE, method="percentile", random_state=np.random.default_rng(seed))
+    return *map(float, result.confidence_interval), result.bootstrap_distribution
 
 
 def score_table(summaries: dict[str, dict]) -> str:

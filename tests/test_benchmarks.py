@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import speed as benchmark
-from benchmarks import timing, workloads
-from benchmarks.speed import growth_ratio
+from benchmarks import parts, speed, timing, workloads
+from benchmarks.parts import BASELINE, growth_ratio
 from benchmarks.timing import (
     Measure,
     alternate,
@@ -23,20 +22,21 @@ from benchmarks.timing import (
     matrix_product,
     median,
     median_ratio,
-    own_process,
     power,
+    separate_process,
     training_operations,
 )
 from benchmarks.workloads import (
     BATCH,
     Setting,
+    baseline_trainings,
     new_predictor,
     tile_batches,
     tiled_prediction,
-    usual_trainings,
     write_fields,
 )
-from conftest import run_script
+from conftest import PROJECT, run_script
+from system import machine
 from system.machine import peak_memory
 from training.schedule import WORK
 from training.settings import PRESETS
@@ -122,16 +122,16 @@ def test_presets_take_half_the_operations(name):
 def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monkeypatch):
     costs = {1: 64.0, 2: 64.0, 3: 48.0, 4: 32.0}  # seconds a batch of 64, 32, 16, 8: 1, 2, 3 and 4 an image
     rounds = {f"training, stage {stage}": [cost] for stage, cost in costs.items()} | {"matrix products": [1.0]}
-    rounds |= {f"{kind}, stage {stage}": [2.0] for kind in benchmark.LOADED for stage in costs}
-    monkeypatch.setattr(benchmark, "stage_rounds", lambda setting: rounds)
+    rounds |= {f"{kind}, stage {stage}": [2.0] for kind in parts.LOADED for stage in costs}
+    monkeypatch.setattr(parts, "stage_rounds", lambda setting: rounds)
     record = {}
-    found = {m.what: m for m in benchmark.loading(setting, record)}
+    found = {m.what: m for m in parts.loading(setting, record)}
     assert "matrix products" not in record["rounds"]
     assert found["stage 3: our loader"].value == 32  # 64 images in 2 s
     assert found["stage 3: our loader against the network"].value == 3 * 32
     assert found["stage 1: our loader without a cache against the network"].value == 8
     assert [m.verdict for m in found.values() if m.bar] == ["holds"] * 4
-    found = {m.what: m for m in benchmark.growth(setting, {})}
+    found = {m.what: m for m in parts.growth(setting, {})}
     assert found["stage 2"].value == 0.5
     assert found["the same by wall-clock"].value == 10 / 16
     ratio = found["the second over the first"]
@@ -148,18 +148,18 @@ def fake_rounds(costs: dict):
 
 
 def test_training_is_compared_within_each_round(setting, monkeypatch):
-    costs = {"ours": 2.0, "classic U-Net in our loop": 4.0, "classic U-Net as usual": 12.0,
+    costs = {"ours": 2.0, "classic U-Net in our loop": 4.0, f"classic U-Net, {BASELINE}": 12.0,
              "matrix products in float32": 1.0, "matrix products in bfloat16": 0.5}
-    monkeypatch.setattr(timing, "alternate", fake_rounds(costs))
-    monkeypatch.setattr(timing, "own_process", lambda *args: contextlib.nullcontext({"classic U-Net": None}))
-    monkeypatch.setattr(workloads, "usual_networks", lambda base_channels: {"classic U-Net": lambda: UNet(1, 1, 2)})
-    monkeypatch.setattr(workloads, "missing_networks", lambda base_channels: {"monai": "why"})
+    monkeypatch.setattr(parts, "alternate", fake_rounds(costs))
+    monkeypatch.setattr(parts, "separate_process", lambda *args: contextlib.nullcontext({"classic U-Net": None}))
+    monkeypatch.setattr(parts, "baseline_networks", lambda base_channels: {"classic U-Net": lambda: UNet(1, 1, 2)})
+    monkeypatch.setattr(parts, "missing_networks", lambda base_channels: {"monai": "why"})
     record = {}
-    found = {m.what: m for m in benchmark.training(setting, record)}
+    found = {m.what: m for m in parts.training(setting, record)}
     assert record["not_timed"] == {"monai": "why"}
     assert found["ours"].value == BATCH / 3
-    assert found["ours against the classic U-Net as usual"].value == 6
-    assert found["ours against the classic U-Net as usual"].verdict == "holds"
+    assert found["ours against the classic U-Net, baseline training"].value == 6
+    assert found["ours against the classic U-Net, baseline training"].verdict == "holds"
     assert found["ours against the classic U-Net in our loop (the network)"].value == 2
     in_float32, in_bfloat16 = (found[f"ours, in float32, against matrix products in {p}"] for p in
                                ("float32", "bfloat16"))
@@ -170,28 +170,28 @@ def test_training_is_compared_within_each_round(setting, monkeypatch):
 
 
 def test_the_start_is_told_without_the_import_of_torch(setting, monkeypatch):
-    monkeypatch.setattr(timing, "alternate", fake_rounds({"help": 0.1, "import of torch": 2.0, "first step": 6.0}))
-    found = {m.what: m.value for m in benchmark.start(setting, {})}
+    monkeypatch.setattr(parts, "alternate", fake_rounds({"help": 0.1, "import of torch": 2.0, "first step": 6.0}))
+    found = {m.what: m.value for m in parts.start(setting, {})}
     assert found["command to first step, import of torch excluded"] == 6
     assert found["train_papsmear.py --help"] == pytest.approx(0.15)
 
 
 def test_the_first_step_ends_the_command(shared_root, tmp_path):
     options = ("--data_root", shared_root, "--base_channels", "2", "--output_dir", tmp_path, "--experiment_name", "a")
-    printed = timing.run_python("-u", "-c", benchmark.FIRST_STEP, *options)[1]
+    printed = timing.run_python("-u", "-c", parts.FIRST_STEP, *options)[1]
     assert "leakage:" in printed
     assert "epoch 1/" not in printed
     with pytest.raises(ChildProcessError, match="no step was taken, but the command ended with 2"):
-        timing.run_python("-c", benchmark.FIRST_STEP, *options, "--lr", "0")
+        timing.run_python("-c", parts.FIRST_STEP, *options, "--lr", "0")
 
 
 def test_memory_a_megapixel_is_a_slope(setting, monkeypatch):
-    monkeypatch.setattr(timing, "alternate", fake_rounds({"prediction": 10.0, "forward": 9.5}))
-    monkeypatch.setattr(timing, "own_process", lambda *args: contextlib.nullcontext(dict.fromkeys(
+    monkeypatch.setattr(parts, "alternate", fake_rounds({"prediction": 10.0, "forward": 9.5}))
+    monkeypatch.setattr(parts, "separate_process", lambda *args: contextlib.nullcontext(dict.fromkeys(
         ("prediction", "forward"))))
-    monkeypatch.setattr(timing, "call_in_processes", lambda function, side, *args: (
+    monkeypatch.setattr(parts, "call_in_processes", lambda function, side, *args: (
         500 + 20 * side ** 2 / 1e6) * 2 ** 20)
-    found = {m.what: m for m in benchmark.prediction(setting, {})}
+    found = {m.what: m for m in parts.prediction(setting, {})}
     assert found["memory a megapixel of image"].value == pytest.approx(20)
     assert found["memory besides"].value == pytest.approx(500)
     assert found["prediction against the network alone on its tiles"].value == pytest.approx(0.95)
@@ -204,7 +204,7 @@ def test_processes_train_together(setting):
 
 
 def test_docstring_examples_hold():
-    for module, examples in ((timing, 2), (benchmark, 1)):
+    for module, examples in ((timing, 2), (parts, 1)):
         result = doctest.testmod(module)
         assert (result.attempted, result.failed) == (examples, 0)
 
@@ -218,8 +218,8 @@ def test_bars_from_below_and_from_above():
     assert str(Measure("share", 0.7349, "%", bar=0.75)) == "share: 73.5 %   (bar at least 75.0 %: falls short)"
 
 
-def test_a_process_of_its_own_does_the_usual_trainings(setting):
-    with own_process(usual_trainings, setting) as contenders:
+def test_a_separate_process_does_the_baseline_trainings(setting):
+    with separate_process(baseline_trainings, setting) as contenders:
         assert next(iter(contenders)) == "classic U-Net"
         assert contenders["classic U-Net"]() > 0
 
@@ -229,7 +229,7 @@ def of_no_use() -> dict:
 
 
 def test_the_end_of_a_process_is_noticed():
-    with pytest.raises(ChildProcessError, match="of_no_use has ended with code 3"), own_process(of_no_use):
+    with pytest.raises(ChildProcessError, match="of_no_use has ended with code 3"), separate_process(of_no_use):
         pass
 
 
@@ -238,13 +238,13 @@ def test_loaders_deliver_every_image(setting):
                    workloads.train_loaders(setting, workloads.pyramid_of(setting.root, 4, cached=False))[64]):
         batch, = loader
         assert batch["image"].shape == batch["mask"].shape == (4, 1, 64, 64)
-    batch, = workloads.usual_loader(setting, 64, 4, 32)
+    batch, = workloads.baseline_loader(setting, 64, 4, 32)
     assert batch[0].shape == batch[1].shape == (4, 1, 64, 64)
     assert 0 < batch[0].min() < batch[0].max() <= 1
     assert set(batch[1].unique().tolist()) == {0, 1}
     work = workloads.loadings(setting, cached=4, decoded=4)
     assert len(work) == 3 * 4
-    assert all(own() > 0 for own in work.values())
+    assert all(one_pass() > 0 for one_pass in work.values())
 
 
 def test_the_network_alone_gets_the_tiles_of_the_prediction(setting, monkeypatch):
@@ -282,12 +282,16 @@ def test_the_command_writes_its_three_files_and_replaces_none_unasked(tmp_path, 
         yield ("forward and backward", "side",
                {side: workloads.forward_and_backward(setting, side, 2) for side in (16, 32)}, 1, 0)
 
-    monkeypatch.setattr(workloads, "scaled_costs", few)
-    monkeypatch.setattr(benchmark, "IMAGES", 64)
-    monkeypatch.setattr(benchmark, "LOADED", {"cached": 8, "decoding": 2, "usual": 2})
+    monkeypatch.setattr(parts, "scaled_costs", few)
+    monkeypatch.setattr(speed, "IMAGES", 64)
+    monkeypatch.setattr(parts, "LOADED", {"cached": 8, "decoding": 2, "baseline": 2})
+    kept = []
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: kept.append("here"))
     out = tmp_path / "out"
-    options = ["--parts", "scaling,growth", "--quick", "--rounds", "1", "--base_channels", "2", "--out", str(out)]
-    assert benchmark.main(options) == 0
+    options = ["--device", "cpu", "--parts", "scaling,growth", "--quick", "--rounds", "1", "--base_channels", "2",
+               "--out", str(out)]
+    assert speed.main(options) == 0
+    assert kept == ["here"]
     printed = capsys.readouterr().out
     assert "look at" in printed
     assert printed.index("growth:") < printed.index("scaling:")
@@ -297,7 +301,7 @@ def test_the_command_writes_its_three_files_and_replaces_none_unasked(tmp_path, 
     assert results["machine"]["processor"]
     rounds = results["parts"]["growth"]["rounds"]
     assert set(rounds) == {"matrix products"} | {f"training, stage {stage}" for stage in (1, 2, 3, 4)}
-    assert all(len(own) == 1 for own in rounds.values())
+    assert all(len(costs) == 1 for costs in rounds.values())
     measures = {m["what"]: m for m in results["parts"]["growth"]["measures"]}
     by_operations = measures["equal epochs at all stages against as many at stage 4, by operations"]["value"]
     assert by_operations == pytest.approx(0.57, abs=0.01)
@@ -313,7 +317,7 @@ def test_the_command_writes_its_three_files_and_replaces_none_unasked(tmp_path, 
     assert "![Costs against sizes" in table
     assert Image.open(out / "benchmark.png").size[0] > 600
 
-    assert benchmark.main(options) == 2
+    assert speed.main(options) == 2
     assert "exists already" in capsys.readouterr().err
     assert (out / "benchmark.md").read_text() == table
 
@@ -323,8 +327,40 @@ def test_the_command_writes_its_three_files_and_replaces_none_unasked(tmp_path, 
     (("--rounds", "0"), "whole number of at least 1"), (("--device", "abacus"), "device is 'abacus'"),
     (("--precision", "float16", "--device", "cpu"), "it is for CUDA alone")])
 def test_wrong_options_are_refused_before_anything_is_written(options, message, tmp_path):
-    done = run_script("-m", "benchmarks.speed", "--out", tmp_path / "out", *options)
+    done = run_script(PROJECT / "benchmarks/speed.py", "--out", tmp_path / "out", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_are_those_of_the_command():
+    assert tuple(parts.MEASURES) == speed.PARTS
+
+
+@pytest.mark.parametrize("name", ["speed", "experiments"])
+def test_commands_run_as_files_and_as_modules(name, tmp_path):
+    as_file = run_script(PROJECT / f"benchmarks/{name}.py", "--help", cwd=tmp_path)
+    as_module = run_script("-m", f"benchmarks.{name}", "--help")
+    assert as_file.stdout == as_module.stdout
+    assert as_file.stdout.startswith(f"usage: benchmarks/{name}.py ")
+    # Were the folder still on the path beside the root, `timing` and `benchmarks.timing` would be two modules.
+    code = (f"import sys, runpy, importlib.util; sys.path[0] = {str(PROJECT / 'benchmarks')!r}; "
+            f"runpy.run_path({str(PROJECT / f'benchmarks/{name}.py')!r}); "
+            f"print(sys.path[0], importlib.util.find_spec('timing'), 'torch' in sys.modules)")
+    assert run_script("-c", code, cwd=tmp_path).stdout.split() == [str(PROJECT), "None", "False"]
+
+
+def test_ours_keeps_freed_memory_and_the_baseline_does_not(setting, monkeypatch):
+    kept = []
+    monkeypatch.setattr(workloads, "keep_freed_memory", lambda: kept.append("here"))
+    baseline_trainings(setting)
+    new_predictor(2, "cpu", "float32")
+    workloads.our_training(setting)
+    assert kept == [], "the command has called it for the trainings of its process"
+    for make, arguments in ((tiled_prediction, (setting, 1024, 1024)), (workloads.predictions_by_side, (setting, [64])),
+                            (workloads.memory_of_prediction, (64, 2, "cpu", "float32")),
+                            (workloads.training_in_processes, (str(setting.root), 2, "float32", 1))):
+        make(*arguments)
+        assert kept == ["here"], make.__name__
+        kept.clear()

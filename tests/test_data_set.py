@@ -202,3 +202,34 @@ def test_sample_generator_refuses_a_full_folder(tmp_path):
     assert again.returncode == 2
     assert "nothing is overwritten" in again.stderr
     assert len(list(tmp_path.rglob("*.png"))) == 6
+
+
+def test_copies_sources_and_leakage(data_root):
+    copy_pair(data_root, "train", "train_0", "flipped_train_0")
+    copy_pair(data_root, "train", "train_0", "rotated_120_mirrored_train_0")
+    move_pair(data_root, "train", "train_0", "test", "rotated_90_train_0")
+    move_pair(data_root, "valid", "valid_1", "train", "mirrored_valid_1")
+    report = check_dataset(data_root)
+    assert report.counts["train"] == {"images": 9, "originals": 6, "empty_masks": 0,
+                                      "foreground": [pytest.approx(0.09, abs=0.06)]}
+    assert report.leakage["source images"] == {"valid": (1, 3), "test": (1, 4)}
+    assert "1 of 3 source images of valid" in str(report)
+    assert len(report.warnings) == 2
+    assert len(list_splits(data_root, use_augmented=False)["train"]) == 6
+    grouped = check_dataset(data_root, group_regex=r"^(\w+?)_")
+    assert grouped.leakage["groups"] == {"valid": (1, 1), "test": (1, 2)}
+    with pytest.raises(ValueError, match="must match every source name"):
+        check_dataset(data_root, group_regex=r"^\d+")
+
+
+def test_no_image_is_lost_but_a_last_batch_of_one(shared_root):
+    train = create_progressive_dataloaders(shared_root, {32: 5})[32][0]
+    assert [len(b["name"]) for b in train] == [5], "6 = 5 + 1, and batch normalisation cannot use the one"
+    assert len(train) == 1
+    train, valid, _ = create_progressive_dataloaders(shared_root, {32: 2})[32]
+    assert [len(b["name"]) for b in valid] == [2, 1]
+    train = create_progressive_dataloaders(shared_root, {32: 100})[32][0]
+    assert [len(b["name"]) for b in train] == [6]
+    orders = [[n for b in train for n in b["name"]] for _ in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]

@@ -11,17 +11,18 @@ import pytest
 from PIL import Image
 
 from benchmarks import experiments
-from conftest import TINY, run_script, write_checkpoint
+from conftest import PROJECT, TINY, run_script, write_checkpoint
 from images.pyramid import open_pyramids
+from system import machine
 from unet import ProgressiveUNet
 
-EXPERIMENTS = ("-m", "benchmarks.experiments")
+EXPERIMENTS = PROJECT / "benchmarks/experiments.py"
 
 
 def test_the_fine_tuning_curve_compares_both_starts_on_the_same_images(trained_run, shared_root, tmp_path):
     out = tmp_path / "curve"
-    done = run_script(*EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
-                      "--counts", "2,4", "--seeds", "1", "--steps", "2", "--out", out)
+    done = run_script(EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
+                      "--counts", "2,4", "--seeds", "1", "--steps", "2", "--out", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with open(out / "finetune.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -30,7 +31,7 @@ def test_the_fine_tuning_curve_compares_both_starts_on_the_same_images(trained_r
     assert all(0 <= float(row["dice"]) <= 1 for row in rows)
     assert Image.open(out / "finetune.png").size[0] > 600
     assert "3 test images" in done.stdout
-    again = run_script(*EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
+    again = run_script(EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
                        "--out", out)
     assert again.returncode == 2
     assert "exists already" in again.stderr
@@ -40,7 +41,7 @@ def test_the_fine_tuning_curve_compares_both_starts_on_the_same_images(trained_r
     (("--counts", "2,400"), "has 6 training images"), (("--counts", "9,4"), "rising whole numbers"),
     (("--seeds", "0"), "whole number of at least 1")])
 def test_what_the_curve_cannot_be_measured_with_is_refused(options, message, trained_run, shared_root, tmp_path):
-    done = run_script(*EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
+    done = run_script(EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
                       "--out", tmp_path / "out", *options)
     assert done.returncode == 2
     assert message in done.stderr
@@ -49,9 +50,22 @@ def test_what_the_curve_cannot_be_measured_with_is_refused(options, message, tra
 
 def test_a_checkpoint_of_an_early_stage_is_refused(shared_root, tmp_path):
     path = write_checkpoint(tmp_path / "a.pth", ProgressiveUNet(base_channels=4))
-    done = run_script(*EXPERIMENTS, "finetune", path, "--data_root", shared_root, "--out", tmp_path / "out")
+    done = run_script(EXPERIMENTS, "finetune", path, "--data_root", shared_root, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert "its stage is 1" in done.stderr
+
+
+def test_fine_tuning_keeps_freed_memory(trained_run, shared_root, tmp_path, monkeypatch, capsys):
+    kept = []
+
+    def interrupted(*args):
+        assert kept == ["here"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: kept.append("here"))
+    monkeypatch.setattr(experiments, "train_and_score", interrupted)
+    assert experiments.main(["finetune", str(trained_run[0] / "best_stage_4.pth"), "--data_root", str(shared_root),
+                             "--counts", "2", "--out", str(tmp_path), "--device", "cpu"]) == 130
 
 
 def test_a_subset_holds_the_images_asked_for(shared_root):
@@ -67,7 +81,7 @@ def test_a_subset_holds_the_images_asked_for(shared_root):
 def precision_rows(differences: dict[int, dict[str, float]]) -> list[dict]:
     """Rows of precision.csv with these differences: seed -> image -> difference, beside a float32 Dice of 0.5."""
     return [{"seed": seed, "image": image, "dice_bfloat16": 0.5 + value, "dice_float32": 0.5, "difference": value}
-            for seed, own in differences.items() for image, value in own.items()]
+            for seed, by_image in differences.items() for image, value in by_image.items()]
 
 
 def test_difference_of_precisions_is_that_of_made_up_rows():
@@ -94,7 +108,7 @@ def test_a_constant_difference_has_an_interval_of_no_width(value, within):
 
 def test_both_precisions_are_trained_and_scored(shared_root, tmp_path):
     out = tmp_path / "precision"
-    done = run_script(*EXPERIMENTS, "precision", "--data_root", shared_root, "--preset", "quick", *TINY, "--seeds",
+    done = run_script(EXPERIMENTS, "precision", "--data_root", shared_root, "--preset", "quick", *TINY, "--seeds",
                       1, "--out", out)
     assert done.returncode == 0, done.stderr
     with open(out / "precision.csv", newline="") as file:

@@ -1,6 +1,7 @@
 """Tests of the network beyond its contract: cost, growth on real images."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -63,3 +64,31 @@ def test_two_classes_train_and_are_scored(tmp_path):
     path = write_checkpoint(tmp_path / "two.pth", trainer.model)
     rows = score_pairs(Predictor(path, "cpu", "float32"), scored_pairs(root, "test"))
     assert rows[0]["dice"] == pytest.approx((rows[0]["dice_1"] + rows[0]["dice_2"]) / 2)
+
+
+def test_transfer_is_by_full_name_and_shape():
+    source = roughly_trained(1, seed=1)
+    source.set_stage(2)
+    model = ProgressiveUNet(1, 1, base_channels=4)
+    model.set_stage(3)
+    carried, new, left_out = model.transfer_weights(source.live_state())
+    assert sorted(carried) == sorted(source.live_state())
+    assert left_out == []
+    assert "heads.128.conv.weight" in new
+    assert all(name.startswith(("encoder.128.", "encoder.64.from_finer.", "decoder.128.", "heads.128."))
+               for name in new)
+    assert all(torch.equal(model.state_dict()[k], source.state_dict()[k]) for k in carried)
+    wider = ProgressiveUNet(1, 1, base_channels=8)
+    carried, _, left_out = wider.transfer_weights(source.live_state())
+    assert set(carried) == {k for k, v in source.live_state().items() if wider.state_dict()[k].shape == v.shape}
+    assert "encoder.32.refine.0.weight" in left_out
+
+
+def test_size_error_gives_the_remedy():
+    model = ProgressiveUNet(base_channels=2).eval()
+    model.set_stage(4)
+    x = torch.rand(1, 1, 259, 263)
+    with pytest.raises(ValueError, match="multiples of 16") as caught:
+        model(x)
+    pad = re.search(r"torch\.nn\.functional\.pad\(x, .*?mode='replicate'\)", str(caught.value)).group()
+    assert model(eval(pad))[..., :259, :263].shape == (1, 1, 259, 263)

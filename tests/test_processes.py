@@ -3,7 +3,6 @@
     python -m pytest tests/test_processes.py
 """
 
-import csv
 import gc
 import json
 import time
@@ -17,7 +16,7 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import load_checkpoint
-from conftest import TINY, run_script, write_data_set
+from conftest import TINY, read_rows, run_script, write_data_set
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from system import options
@@ -306,11 +305,6 @@ def test_a_single_process_keeps_its_network_as_it_is():
     assert not any(isinstance(m, GlobalBatchNorm2d | torch.nn.SyncBatchNorm) for m in model.modules())
     with trainer._parallel.batch(last=True) as network:
         assert network is model
-
-
-def read_rows(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def torchrun(*arguments, processes: int = 2):

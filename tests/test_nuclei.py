@@ -1,0 +1,203 @@
+"""Tests of the label maps: nuclei separated, joined across blocks, measured and outlined.
+
+    python -m pytest tests/test_nuclei.py
+"""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from skimage.measure import regionprops_table
+from skimage.segmentation import find_boundaries
+
+from conftest import random_nuclei
+from nuclei.blocks import BlockSeparation
+from nuclei.measurement import NucleusSums
+from nuclei.outlines import boundary
+from nuclei.separation import separate_nuclei
+from scoring.measures import instance_metrics
+
+# ---- separation
+
+
+def two_discs(distance: float, radius: float = 20.0) -> np.ndarray:
+    rows, columns = np.mgrid[:100, :140]
+    return np.minimum(np.hypot(rows - 50, columns - 50), np.hypot(rows - 50, columns - 50 - distance)) <= radius
+
+
+def test_touching_discs_are_separated_where_they_touch():
+    probability = two_discs(34).astype(np.float32)
+    assert ndimage.label(probability)[1] == 1
+    nuclei = separate_nuclei(probability)
+    assert nuclei.dtype == np.int32
+    assert nuclei.max() == 2
+    assert np.array_equal(nuclei > 0, probability > 0.5), "nothing of the foreground is lost"
+    assert nuclei[50, 60] != nuclei[50, 74]
+    areas = np.bincount(nuclei.ravel())[1:]
+    assert abs(areas[0] - areas[1]) < 40
+    assert separate_nuclei(two_discs(8).astype(float)).max() == 1, "a slightly long nucleus stays whole"
+
+
+def test_a_boundary_channel_separates_what_its_shape_does_not():
+    probability = np.zeros((40, 80))
+    probability[10:30, 10:70] = 1
+    line = np.zeros((40, 80))
+    line[:, 39:41] = 1
+    assert separate_nuclei(probability).max() == 1
+    nuclei = separate_nuclei(probability, boundary=line)
+    assert nuclei.max() == 2
+    assert np.array_equal(nuclei > 0, probability > 0)
+    assert nuclei[20, 38] != nuclei[20, 41]
+
+
+def test_small_and_thin_nuclei_and_holes():
+    probability = np.zeros((60, 60, 1))
+    probability[2:4, 2:50] = 0.9     # thin, 96 pixels
+    probability[10:14, 10:14] = 0.9  # small, 16 pixels
+    probability[30:50, 30:50] = 0.9
+    probability[38:41, 38:41] = 0.1  # a hole
+    nuclei = separate_nuclei(probability)
+    assert sorted(np.bincount(nuclei.ravel())[1:]) == [96, 400]
+    assert separate_nuclei(probability, min_area=10).max() == 3
+    assert separate_nuclei(probability, threshold=0.95).max() == 0
+    with pytest.raises(ValueError, match="the first two must lie"):
+        separate_nuclei(probability, threshold=1.5)
+    with pytest.raises(ValueError, match="one channel"):
+        separate_nuclei(np.zeros((5, 5, 2)))
+
+
+def test_separation_of_a_drawn_field_recovers_its_nuclei():
+    rng = np.random.default_rng(1)
+    drawn = np.zeros((300, 300), np.int32)
+    rows, columns = np.mgrid[:300, :300]
+    for k in range(1, 200):
+        disc = np.hypot(rows - rng.uniform(0, 300), columns - rng.uniform(0, 300)) <= rng.uniform(9, 14)
+        if (disc & (drawn > 0)).sum() < 0.08 * disc.sum():
+            drawn[disc & (drawn == 0)] = k
+    joined = ndimage.label(drawn > 0)[0]
+    separated = separate_nuclei((drawn > 0).astype(np.float32))
+    assert instance_metrics(separated, drawn)["aji"] > 0.85
+    assert instance_metrics(joined, drawn)["aji"] < 0.6
+
+
+# ---- blocks
+
+
+def drawn_discs(rng, height, width, pixels_each=600) -> np.ndarray:
+    """Draw discs at random, many of which touch: (H, W, 1) float32 with soft edges."""
+    mask = np.zeros((height, width), bool)
+    for _ in range(height * width // pixels_each):
+        y, x, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(6, 16)
+        top, left = (max(int(v - radius), 0) for v in (y, x))
+        rows, columns = np.ogrid[top:min(int(y + radius + 2), height), left:min(int(x + radius + 2), width)]
+        mask[top:top + rows.shape[0], left:left + columns.shape[1]] |= np.hypot(rows - y, columns - x) <= radius
+    return ndimage.gaussian_filter(mask.astype(np.float32), 1.5)[..., None]
+
+
+def in_blocks(probability, block, min_area=30):
+    """Return the label maps of the blocks and of the whole."""
+    def separate(part):
+        return separate_nuclei(part[..., 0], boundary=part[..., 1] if part.shape[2] > 1 else None, min_area=min_area)
+
+    height, width = probability.shape[:2]
+    blocks = BlockSeparation(separate, height, width, min_area, block)
+    bands = list(blocks.bands(probability[y:y + 90] for y in range(0, height, 90)))
+    assert np.array_equal(np.concatenate([band for _, band in bands]), probability)
+    labels = blocks.final_labels()[np.concatenate([band for band, _ in bands])]
+    assert labels.dtype == np.uint32
+    assert set(np.unique(labels)) == {*range(labels.max() + 1)} - ({0} if labels.all() else set())
+    return labels, separate(probability)
+
+
+@pytest.mark.parametrize(("pixels_each", "min_area", "channels"), [(1500, 30, 1), (600, 30, 1), (600, 150, 2)])
+def test_blocks_give_the_nuclei_of_the_whole_image(pixels_each, min_area, channels):
+    rng = np.random.default_rng(pixels_each)
+    probability = drawn_discs(rng, 730, 810, pixels_each)
+    if channels == 2:
+        line = np.abs(ndimage.gaussian_filter(rng.normal(0, 1, probability.shape), (3, 3, 0))) < 0.01
+        probability = np.concatenate([probability, line.astype(np.float32)], axis=2)
+    blocks, whole = in_blocks(probability, 200, min_area)
+    assert whole.max() > 150
+    assert np.array_equal(blocks, whole), instance_metrics(blocks, whole)
+
+
+def test_a_nucleus_across_many_seams_has_one_label():
+    probability = np.zeros((520, 600, 1), np.float32)
+    rows, columns = np.mgrid[:520, :600]
+    probability[np.abs(rows - columns * 0.8 - 10) < 5 + columns / 30] = 1  # through the corners, growing wider
+    probability[480:500, 20:30] = 1
+    blocks, whole = in_blocks(probability, 100)
+    assert whole.max() == 2
+    assert np.array_equal(blocks, whole)
+
+
+def test_nothing_of_a_clump_is_lost():
+    """Foreground without an end in sight of any block: the parts may differ from those of the whole, the pixels not."""
+    rng = np.random.default_rng(0)
+    noise = ndimage.gaussian_filter(rng.normal(0, 1, (700, 700, 1)), (5, 5, 0))
+    clump = (noise > -0.5 * noise.std()).astype(np.float32)
+    blocks, whole = in_blocks(clump, 250)
+    assert np.bincount(ndimage.label(clump)[0].ravel())[1:].max() > 100_000
+    assert np.array_equal(blocks > 0, whole > 0)
+    assert instance_metrics(blocks, whole)["aji"] > 0.999
+    everything, _ = in_blocks(np.ones((600, 600, 1), np.float32), 250)
+    assert everything.all()
+
+
+@pytest.mark.parametrize(("min_area", "nuclei"), [(30, 2), (1000, 1)])
+def test_disagreement_between_blocks_is_settled_by_overlap(min_area, nuclei):
+    """One bar, columns 150 to 249; the left block parts it at 198, the right one not at all, and the seam is at 200.
+
+    What the left block found from 198 on shares 52 of 100 columns with the right block's bar, so the two are one. The
+    48 columns before it, 960 pixels, are a nucleus if they are large enough for one, else they join the bar.
+    """
+    answers = iter((198, 150))
+
+    def separate(part):
+        inside = part[..., 0] > 0.5
+        first = np.flatnonzero(inside.any(axis=0))[0]  # the column 150 in this part
+        return np.where(inside, 1 + (np.arange(part.shape[1]) >= first + next(answers) - 150), 0).astype(np.int32)
+
+    bar = np.zeros((100, 400, 1), np.float32)
+    bar[40:60, 150:250] = 1
+    blocks = BlockSeparation(separate, 100, 400, min_area, block=200)
+    ((labels, _),) = blocks.bands([bar])
+    final = blocks.final_labels()[labels]
+    assert np.array_equal(final > 0, bar[..., 0] > 0)
+    assert final.max() == nuclei
+
+
+# ---- measurement
+
+
+def test_measures_are_those_of_scikit_image_however_the_image_is_divided():
+    rng = np.random.default_rng(0)
+    nuclei = np.unique(random_nuclei(rng, 300, 90, 12), return_inverse=True)[1].reshape(300, 300)
+    nuclei[0, 0], nuclei[299, 290:] = nuclei.max() + 1, nuclei.max() + 2  # a pixel and a line
+    probability = rng.random(nuclei.shape).astype(np.float32)
+    whole, parts = NucleusSums(), NucleusSums()
+    whole.add(nuclei, probability)
+    for top in range(0, 300, 70):
+        parts.add(nuclei[top:top + 70], probability[top:top + 70], top)
+    expected = regionprops_table(nuclei, probability, ("label", "centroid", "area", "eccentricity", "intensity_mean"))
+    for ours, again, theirs in zip(whole.measures().values(), parts.measures().values(), expected.values(),
+                                   strict=True):
+        assert np.abs(ours - theirs).max() < 1e-6
+        assert np.allclose(ours, again, rtol=1e-14)
+    final = np.arange(nuclei.max() + 1) // 2  # 1 to the background, 2 and 3 together ...
+    joined = NucleusSums()
+    joined.add(final[nuclei], probability)
+    for ours, direct in zip(whole.joined(final).measures().values(), joined.measures().values(), strict=True):
+        assert np.allclose(ours, direct, rtol=1e-12)
+    assert all(len(values) == 0 for values in NucleusSums().measures().values())
+
+
+# ---- outlines
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, bool])
+def test_boundary_is_that_of_scikit_image(dtype):
+    """The library counts nothing beyond the image's edge, where for ours the background begins."""
+    nuclei = (random_nuclei(np.random.default_rng(0), 120, 30, 9) // 7).astype(dtype)
+    framed = np.pad(nuclei, 1)
+    assert boundary(nuclei)[0].any()
+    assert np.array_equal(boundary(nuclei), find_boundaries(framed, connectivity=1, mode="inner")[1:-1, 1:-1])
