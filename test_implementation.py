@@ -7,7 +7,6 @@
 import csv
 import json
 import math
-import re
 import shutil
 import sys
 
@@ -41,7 +40,6 @@ from progressive_trainer import ProgressiveTrainer
 from scoring.measures import pixel_metrics
 from scoring.scores import score_otsu, score_pairs, scored_pairs, summarise
 from system.errors import NonFiniteLossError
-from training import settings
 from training.loss import bce_dice_loss, multi_scale_loss
 from training.means import MeanOverImages
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model
@@ -417,15 +415,6 @@ def test_sample_data_is_what_the_generator_makes():
     pyramid = ImagePyramid(splits["test"], DataRecipe())
     assert pyramid.read_all() == []
     assert summarise(score_otsu(pyramid.pairs, 1))["dice"]["mean"] < 0.5, "thresholding must not solve it"
-
-
-def test_readme_names_files_and_options_that_exist():
-    text = (PROJECT / "README.md").read_text()
-    for name in set(re.findall(r"\b([\w/-]+\.(?:py|txt))\b", text)):
-        assert (PROJECT / name).exists(), name
-    known = set(re.findall(r"--\w+", settings.build_parser().format_help()))
-    for line in re.findall(r"python train_papsmear\.py.*", text):
-        assert set(re.findall(r"--\w+", line)) <= known, line
 
 
 def test_example_runs(tmp_path):
