@@ -39,7 +39,7 @@ class Recorder(ProgressiveTrainer):
 
     def _forward(self, batch, network):
         logits, mask, loss = super()._forward(batch, network)
-        sums, images = all_reduce_sum(float(loss) * len(mask), len(mask))
+        sums, images = all_reduce_sum(loss.item() * len(mask), len(mask))
         self.losses.append(sums / images)
         return logits, mask, loss
 

@@ -9,6 +9,7 @@ import torch
 from images.recipe import DataRecipe
 from system.errors import UserError
 from system.processes import all_reduce_sum, is_main_process
+from training.loss import refuse_non_finite
 from unet import STAGE_RESOLUTIONS
 
 
@@ -107,16 +108,17 @@ def recipe_for(model, loader: Loader, known: DataRecipe | None) -> DataRecipe:
 
 
 def measured_statistics(loader: Loader, model) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the images of a loader, a number a channel, over all processes."""
+    """Return mean and standard deviation of the images of a loader, a number a channel, over all processes.
+
+    Raises NonFiniteLossError for the first batch with a value that is not finite.
+    """
     sums, pixels = torch.zeros(2, model.in_channels, dtype=torch.float64), 0
-    for batch in loader:
+    for i, batch in enumerate(loader):
         check_batch(batch, model)
+        refuse_non_finite(batch["image"].sum(), f"sum of the images, batch {i + 1} of the loader", batch.get("name"))
         image = batch["image"].detach().cpu().double()
         sums += torch.stack([image.sum(dim=(0, 2, 3)), image.square().sum(dim=(0, 2, 3))])
         pixels += image.shape[0] * image.shape[2] * image.shape[3]
     pixels, *flat = all_reduce_sum(pixels, *sums.flatten().tolist())
     mean, square = torch.tensor(flat, dtype=torch.float64).view(2, -1) / pixels
-    if not mean.isfinite().all():
-        raise UserError(f"the images of the loader have mean {mean.tolist()}; some hold values that are not finite. "
-                        f"Look for them, e.g. with torch.isfinite(batch['image']).all()")
     return tuple(mean.tolist()), tuple((square - mean ** 2).clamp_min(0).sqrt().tolist())
