@@ -7,6 +7,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -154,14 +155,15 @@ class ProgressiveLoader:
     """
 
     def __init__(self, dataset: PapSmearDataset, batch_size: int, num_workers: int = 0,
-                 device: torch.device | str = "cpu", siblings: list | None = None):
+                 device: torch.device | str = "cpu", siblings: WeakSet | None = None):
         self.dataset, self.batch_size, self.num_workers, self.device = dataset, batch_size, num_workers, device
         self.training = dataset.split == "train"
         self.epoch = 0
         self._requests: list[tuple[int, np.ndarray]] = []
         self._workers: DataLoader | None = None
-        self._siblings = siblings if siblings is not None else []
-        self._siblings.append(self)
+        # Weakly, as in a circle loaders would be collected some time later, when workers no longer hear that they end.
+        self._siblings = siblings if siblings is not None else WeakSet()
+        self._siblings.add(self)
 
     @property
     def recipe(self) -> DataRecipe:
@@ -233,7 +235,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
                              f"of at least 1")
     if pyramids is None:
         pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images, targets=targets)
-    siblings: list[ProgressiveLoader] = []
+    siblings: WeakSet[ProgressiveLoader] = WeakSet()
 
     def loader(split: str, resolution: int) -> ProgressiveLoader:
         dataset = PapSmearDataset(split=split, target_size=resolution, augment_probability=augment_probability,

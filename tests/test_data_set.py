@@ -1,8 +1,10 @@
 """Tests of the data set: loaders, splits, leakage, and what is wrong with files."""
 
+import multiprocessing
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +235,16 @@ def test_no_image_is_lost_but_a_last_batch_of_one(shared_root):
     orders = [[n for b in train for n in b["name"]] for _ in range(2)]
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
+
+
+def test_loaders_left_in_the_middle_of_a_pass_end_their_workers_at_once(shared_root):
+    """In a circle of references they would wait ten seconds for them, at some later moment."""
+    loaders = create_progressive_dataloaders(shared_root, {32: 2}, cache_images=False, num_workers=2)
+    before = set(multiprocessing.active_children())
+    next(iter(loaders[32][0]))
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    start = time.monotonic()
+    del loaders
+    assert not workers & set(multiprocessing.active_children())
+    assert time.monotonic() - start < 4
