@@ -4,16 +4,16 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
 
     format          2
     model_args      arguments of `unet.build_model`
-    stage, alpha    where the network stood
+    stage           where the network stood
     model           state dict of the parts that live at that stage, image mean and standard deviation included
-    resting         state dict of all other parts in last.pth, so that a resumed run grows into the same weights; else
+    unborn          state dict of all other parts in last.pth, so that a resumed run grows into the same weights; else
                     empty
     data            the data recipe (see images/recipe.py); a DataRecipe once it is loaded, its fields in the file
     threshold       probability from which a pixel is foreground
     epoch           epochs finished within the stage
     score           validation Dice of these weights (None for a network that was not validated)
     best_scores     stage -> best validation Dice so far
-    plan            epochs of each stage, rate, schedule and fade (see schedule.TrainingPlan)
+    plan            epochs of each stage, rate and schedule (see schedule.TrainingPlan)
     optimizer       state dict of AdamW
     scaler          state dict of the gradient scaler, empty unless float16
     averaged        in last.pth of a run with averaging: 'model', state dict of the averaged weights, and 'steps'; else
@@ -38,7 +38,7 @@ FORMAT = 2
 # What torch.load was seen to raise for files that are something else or cut off.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
               AttributeError, struct.error)
-FIELDS = ("format", "model_args", "stage", "alpha", "model", "resting", "data", "threshold", "epoch", "score",
+FIELDS = ("format", "model_args", "stage", "model", "unborn", "data", "threshold", "epoch", "score",
           "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
 
 
@@ -50,7 +50,7 @@ def untrained_checkpoint(model, **fields) -> dict:
     """
     recipe = DataRecipe(in_channels=model.in_channels, classes=model.out_channels)
     return dict.fromkeys(FIELDS) | {
-        "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "alpha": model.alpha,
+        "format": FORMAT, "model_args": model.model_args, "stage": model.stage,
         "model": model.live_state(), "data": recipe, "threshold": 0.5} | fields
 
 
@@ -88,9 +88,9 @@ def load_checkpoint(path: Path) -> dict:
                          f"another program?") from None
     found = checkpoint if isinstance(checkpoint, dict) else {}
     if found.get("format") != FORMAT and "model_args" in found:
-        raise UserError(f"{path}: checkpoint format {found.get('format')!r}; this version reads {FORMAT}, because what "
-                        f"a network must know of its data is one recipe now. Predict and resume with the version of "
-                        f"the project that wrote it, or train again")
+        raise UserError(f"{path}: checkpoint format {found.get('format')!r}; this version reads {FORMAT}, because its "
+                        f"network is another one: every level sees the image. Predict and resume with the version of "
+                        f"the project that wrote the file, or train again")
     missing = [f for f in FIELDS if f not in found]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "
@@ -104,7 +104,7 @@ def load_checkpoint(path: Path) -> dict:
 def load_resumable(path: Path, model_args: dict) -> dict:
     """Read a last.pth of a network that `model_args` describes; raises UserError for any other file."""
     saved = load_checkpoint(path)
-    if saved["stage"] < LAST_STAGE and not saved["resting"]:
+    if saved["stage"] < LAST_STAGE and not saved["unborn"]:
         raise UserError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
                          f"it as it was. Resume from last.pth, or start another run with --init_from")
     if saved["model_args"] != model_args:
@@ -121,7 +121,7 @@ def load_model(path: Path):
 def model_of(checkpoint: dict, path: Path):
     """Do what `load_model` does with a checkpoint that was read from `path`."""
     model = build_model(checkpoint["model_args"])
-    model.set_stage(checkpoint["stage"], checkpoint["alpha"])
+    model.set_stage(checkpoint["stage"])
     load_weights(model, checkpoint["model"], path)
     return model.eval()
 

@@ -53,6 +53,11 @@ def write_checkpoint(path: Path, model, sizing: str = "resize", targets=MASK, ra
     return path
 
 
+def words(*arguments) -> list[str]:
+    """Return the arguments of a command as its `main` takes them: in this process, where nothing is imported anew."""
+    return list(map(str, arguments))
+
+
 def run_script(*arguments, cwd=PROJECT, environment: dict | None = None) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` as a user would, with these environment variables besides."""
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
@@ -115,6 +120,15 @@ def roughly_trained(in_channels: int, out_channels: int = 1, seed: int = 0) -> P
     return model.eval()
 
 
+def at_growth(stage: int, in_channels: int) -> ProgressiveUNet:
+    """A network of two classes with rough weights up to a stage, whose next level is as it was constructed."""
+    model, fresh = roughly_trained(in_channels, out_channels=2), ProgressiveUNet(in_channels, 2, base_channels=4)
+    model.set_stage(stage)
+    model.transfer_weights({name: tensor for name, tensor in fresh.state_dict().items()
+                            if name in model.unborn_state()})
+    return model
+
+
 def disc(side=64, radius=20):
     rows, columns = np.mgrid[:side, :side] - side / 2 + 0.5
     return np.hypot(rows, columns) <= radius
@@ -173,7 +187,7 @@ def lively_model(stage=4, in_channels=1, out_channels=1, kind=ProgressiveUNet, s
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ToLogits):
-                torch.nn.init.normal_(module.conv.weight, std=0.5)
+                torch.nn.init.normal_(module.linear.weight, std=0.5)
         model.train()
         for _ in range(20):  # running statistics as after training
             model(torch.rand(2, in_channels, 64, 64))

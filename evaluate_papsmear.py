@@ -100,11 +100,10 @@ def evaluate(args: argparse.Namespace) -> None:
 def open_predictor(args: argparse.Namespace, checkpoint: str):
     """Return the Predictor of a checkpoint, or of several joined by commas, and print what it is."""
     from inference import Predictor
-    from system.machine import keep_freed_memory
+    from system.devices import set_up_process
 
     predictor = Predictor(checkpoint_list(checkpoint), args.device, args.precision, args.tile, augment=args.augment)
-    if predictor.device.type == "cpu":
-        keep_freed_memory()
+    set_up_process(predictor.device, predictor.precision)
     print(f"{checkpoint}: {predictor}")
     return predictor
 

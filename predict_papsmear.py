@@ -62,15 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
 def predict(args: argparse.Namespace) -> int:
     """Predict all images of this process; return the exit code."""
     from inference import Predictor
-    from system.machine import keep_freed_memory
+    from system.devices import set_up_process
 
     index, count, device = shard_and_device(args)
     all_paths = list_images(args.images)
     paths = all_paths[index - 1::count]
     predictor = Predictor(checkpoint_list(args.checkpoint), device, args.precision, args.tile, augment=args.augment,
                           scale=args.scale)
-    if predictor.device.type == "cpu":
-        keep_freed_memory()
+    set_up_process(predictor.device, predictor.precision)
     predictor.threshold = args.threshold or predictor.threshold
     folder = Path(args.out)
     if any(path.resolve().parent == folder.resolve() for path in all_paths):

@@ -15,24 +15,31 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
 from images.recipe import DataRecipe
 from images.resolutions import FINEST
-from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
-from system.errors import UserError
+from system.errors import NonFiniteLossError, UserError
 from system.processes import is_main_process, progress, world_size
 from training.batches import Loader, carried_recipe, check_batch, check_loader, recipe_for
 from training.console import epoch_lines
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
-from training.optimization import age_batchnorms, moving_average, parameter_groups, young_batchnorms
-from training.parallel import ParallelSteps, synchronised, weight_of
-from training.run_folder import RunFolder
+from training.optimization import (
+    BatchNormStatistics,
+    age_batchnorms,
+    moving_average,
+    parameter_groups,
+    young_batchnorms,
+)
+from training.parallel import ParallelSteps, synchronised
+from training.run_folder import OF_STEPS, RunFolder
 from training.schedule import TrainingPlan, epochs_by_stage
+from training.steps import OptimizerSteps
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
 SHOWN_IMAGES = 6
@@ -49,18 +56,19 @@ class ProgressiveTrainer:
         precision: 'auto' (bfloat16 where it pays, else float32), 'bfloat16', 'float16' (CUDA alone) or 'float32'.
         seed: of torch's generators.
         output_dir: run folder; without it nothing is written.
-        accumulate: batches whose gradients are averaged into one step.
+        accumulate: batches that make one step, every image of which counts alike.
         save_every: epochs between two stage_X_epoch_Y.pth.
         keep: how many of them stay.
-        schedule, fade_epochs, old_lr_scale: see schedule.TrainingPlan.
+        schedule, old_lr_scale: see schedule.TrainingPlan.
         weight_decay: of convolution weights; never on batch normalisation and biases.
+        clip_norm: largest norm of the gradients, above which they are scaled down; 0 is off.
         average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
             starts anew at each stage, so that new parts do not carry their untrained start with them.
         threshold: probability from which a pixel is foreground.
         recipe: the data recipe (see images/recipe.py), for a loader that does not carry it. Without both it is made
             from one pass over the first loader that is trained on.
-        compile: run training steps through `torch.compile`, once a stage and size of batch; not while a level fades
-            in, nor in the first 10 batches of a part, whose statistics count otherwise.
+        compile: run training steps through `torch.compile`, once a stage and size of batch; not in
+            the first 10 batches of a part, whose statistics count otherwise.
         overwrite: whether a run that lies in `output_dir` may be replaced.
         config: settings to keep in checkpoints and config.json (plain types).
     Raises:
@@ -69,23 +77,24 @@ class ProgressiveTrainer:
 
     def __init__(self, model: Network, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
-                 keep: int = 3, schedule: str = "run", fade_epochs: float = 0.0, old_lr_scale: float = 1.0,
-                 weight_decay: float = 1e-2, average: float = 0.0, threshold: float = 0.5,
+                 keep: int = 3, schedule: str = "run", old_lr_scale: float = 1.0,
+                 weight_decay: float = 1e-2, clip_norm: float = 0.0, average: float = 0.0, threshold: float = 0.5,
                  recipe: DataRecipe | None = None, compile: bool = False, overwrite: bool = False,
                  config: dict | None = None):
-        lr, fade_epochs, old_lr_scale, weight_decay, average, threshold = map(
-            float, (lr, fade_epochs, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
+        lr, old_lr_scale, weight_decay, average, threshold = map(
+            float, (lr, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
         for name, value, low in (("accumulate", accumulate, 1), ("save_every", save_every, 1), ("keep", keep, 0)):
             if not isinstance(value, int) or value < low:
                 raise UserError(f"{name} is {value!r}; it must be a whole number of at least {low}")
         if not 0 <= average < 1 or not 0 < threshold < 1:
             raise UserError(f"average is {average!r} and threshold {threshold!r}; they must lie in [0, 1) and (0, 1)")
-        if not 0 <= weight_decay < math.inf:
-            raise UserError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
+        for name, amount in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
+            if not 0 <= amount < math.inf:
+                raise UserError(f"{name} is {amount!r}; it must be a number of at least 0")
         check_plain(config or {}, "config")
         stages = range(model.stage, LAST_STAGE + 1)
         self._whole_plan = self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule,
-                                                    fade_epochs, old_lr_scale)
+                                                    old_lr_scale)
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
         torch.manual_seed(seed)
@@ -96,6 +105,7 @@ class ProgressiveTrainer:
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        self._steps = OptimizerSteps(self.model, self.optimizer, self.scaler, clip_norm)
         self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
@@ -111,14 +121,11 @@ class ProgressiveTrainer:
     def set_stage(self, stage: int, epochs: int | None = None) -> None:
         """Grow (or shrink) to a stage; nothing happens if it is the current one.
 
-        One stage above that of a trained network the fade begins, if the plan has one.
-
         Args:
             epochs: planned epochs of this stage, where they differ from those given at construction.
         """
-        fades = stage == self.model.stage + 1 and self.model.trained and self.plan.fade_epochs > 0
         if stage != self.model.stage:
-            self._set_network(stage, 0.0 if fades else 1.0)
+            self._set_network(stage)
             self.finished_epochs = 0
             if self.averaged:
                 self.averaged.n_averaged.zero_()
@@ -137,14 +144,16 @@ class ProgressiveTrainer:
                 `name`; S is the resolution of the stage. It carries the recipe of its data (see images/recipe.py).
             epoch: within the stage, from 0; decides order, augmentation and learning rate.
         Returns:
-            'loss' and the pixel metrics as means over images, 'lr', 'alpha', 'seconds', 'images_per_second'.
+            'loss', 'soft_dice' and the pixel metrics, all at the stage's resolution, as means over images; 'lr',
+            'gradient_norm', 'skipped_steps' and 'loss_scale' (float16), 'seconds', 'images_per_second'.
         Raises:
             UserError: for a loader whose first batch is something else; what is wrong and what to change.
-            NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight.
+            NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight and no statistic.
         """
         start = time.perf_counter()
         recipe = self._begin_epoch(loader, epoch)
         batches, young = len(loader), young_batchnorms(self.model)
+        statistics = BatchNormStatistics(self.model)
         steps = math.ceil(batches / self.accumulate)
         measures = PassMeasures(self.threshold, recipe.classes)
         with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
@@ -154,13 +163,13 @@ class ProgressiveTrainer:
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
                 steady = age_batchnorms(young)
-                group = min(self.accumulate, batches - i // self.accumulate * self.accumulate)
                 last = (i + 1) % self.accumulate == 0 or i + 1 == batches
                 self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
-                with self._parallel.batch(last, steady) as network:
+                statistics.keep()
+                with self._parallel.batch(last, steady) as network, statistics.restored_after(NonFiniteLossError):
                     logits, mask, loss = self._forward(batch, network)
                     self._refuse_non_finite(loss, "loss", epoch, i, batch)
-                    self.scaler.scale(loss * weight_of(len(mask)) / group).backward()
+                    self._steps.add(loss, len(mask))
                 if last:
                     self._take_step()
                 measures.add(logits.detach(), mask, loss.detach())
@@ -170,29 +179,27 @@ class ProgressiveTrainer:
         metrics = measures.result()
         seconds = time.perf_counter() - start
         self.finished_epochs = epoch + 1
-        return metrics | {
-            "lr": max(group["lr"] for group in self.optimizer.param_groups), "alpha": self.model.alpha,
-            "seconds": seconds, "images_per_second": measures.images / seconds}
+        return metrics | self._steps.summary() | {
+            "lr": max(group["lr"] for group in self.optimizer.param_groups), "seconds": seconds,
+            "images_per_second": measures.images / seconds}
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
         """Measure on every batch of a loader; nothing is changed, selected or written by it.
 
         Returns:
-            'loss', the pixel metrics, 'dice_256' (logits enlarged to 256 pixels), 'foreground' (share predicted),
-            'empty_masks' (how many).
+            'loss' and 'soft_dice' at the stage's resolution; the pixel metrics at 256 pixels, of the enlarged logits,
+            so that they compare across stages; 'foreground' (share predicted), 'empty_masks' (how many).
         """
         check_loader(loader)
         network = self.evaluated_model.eval()
-        finest_masks = getattr(getattr(loader, "dataset", None), "finest_masks", None)
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
         for i, batch in enumerate(progress(loader, "validate")):
             if i == 0:
                 check_batch(batch, self.model)
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
-            finest = finest_masks(batch["name"]).to(self.device) if finest_masks and logits.shape[-1] < FINEST else None
-            measures.add_validation(logits, mask, loss, finest)
+            measures.add_validation(logits, mask, loss, self._finest_masks(loader, batch, mask))
         return measures.result() | {"empty_masks": measures.empty_masks()}
 
     def _begin_epoch(self, loader: Loader, epoch: int) -> DataRecipe:
@@ -203,6 +210,7 @@ class ProgressiveTrainer:
             if set_epoch := getattr(target, "set_epoch", None):
                 set_epoch(epoch)
         self.model.train()
+        self._steps.begin()
         return recipe
 
     def _begin_steps(self, batch: dict, recipe: DataRecipe) -> None:
@@ -265,9 +273,9 @@ class ProgressiveTrainer:
         Raises UserError for a file of another network and for one that is not a last.pth.
         """
         saved = load_resumable(path, self.model.model_args)
-        self._set_network(saved["stage"], saved["alpha"])
+        self._set_network(saved["stage"])
         load_weights(self.model, saved["model"], path)
-        self.model.transfer_weights(saved["resting"])
+        self.model.transfer_weights(saved["unborn"])
         if self.averaged and saved["averaged"] is not None:
             self.averaged.module.load_state_dict(saved["averaged"]["model"])
             self.averaged.n_averaged.fill_(saved["averaged"]["steps"])
@@ -286,22 +294,18 @@ class ProgressiveTrainer:
             self.folder.drop_after(saved["stage"], saved["epoch"],
                                    self.plan.start_of(saved["stage"]) + saved["epoch"])
 
-    def _set_network(self, stage: int, alpha: float) -> None:
+    def _set_network(self, stage: int) -> None:
         for network in {self.model, self.evaluated_model}:
-            network.set_stage(stage, alpha)
+            network.set_stage(stage)
 
     def _prepare_step(self, epoch: int, step: int, steps: int) -> None:
-        """Set alpha and the rate of every part for one optimizer step."""
+        """Set the rate of every part for one optimizer step."""
         stage = self.model.stage
-        if self.model.alpha < 1:
-            self._set_network(stage, self.plan.alpha(stage, epoch, step, steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(stage, epoch, step, steps, group["born"])
 
     def _take_step(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._steps.take()
         self._steps_taken += 1
         if self.averaged:
             self.averaged.update_parameters(self.model)
@@ -321,7 +325,7 @@ class ProgressiveTrainer:
                           batch.get("name"))
 
     def record(self, train: dict[str, float], valid: dict[str, float]) -> None:
-        """Keep the best score and, with an output folder, write row and checkpoints of the epoch trained last.
+        """Keep the best Dice and, with an output folder, write row and checkpoints of the epoch trained last.
 
         Args:
             train, valid: what `train_epoch` and `validate_epoch` returned.
@@ -330,13 +334,13 @@ class ProgressiveTrainer:
         if not finished:
             raise UserError("there is no epoch to record; call train_epoch and validate_epoch before it")
         score = valid["dice"]
-        best = self.model.alpha == 1 and score > self.best_scores.get(stage, -math.inf)
+        best = score > self.best_scores.get(stage, -math.inf)
         if best:
             self.best_scores[stage] = score
         if not self.folder:
             return
-        values = {f"train_{name}": train[name] for name in ("loss", *PIXEL_METRICS)} | valid
-        values |= {name: train[name] for name in ("lr", "alpha", "seconds", "images_per_second")}
+        values = {f"train_{name}": train[name] for name in ("loss", "soft_dice")} | valid
+        values |= {name: train[name] for name in OF_STEPS}
         self.folder.log_epoch(values | {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
                                         "run_epoch": self.plan.start_of(stage) + finished})
         checkpoint = self._checkpoint(score)
@@ -351,7 +355,7 @@ class ProgressiveTrainer:
     def _checkpoint(self, score: float | None) -> dict:
         """Assemble what checkpoints.py describes; the weights are those that are evaluated."""
         return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
-                "alpha": self.model.alpha, "model": self.evaluated_model.live_state(), "resting": {},
+                "model": self.evaluated_model.live_state(), "unborn": {},
                 "data": self.recipe, "threshold": self.threshold,
                 "epoch": self.finished_epochs, "score": score,
                 "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
@@ -362,18 +366,28 @@ class ProgressiveTrainer:
         """Return what last.pth holds beyond and instead of `_checkpoint`: every part as it was trained."""
         averaged = {"model": self.averaged.module.state_dict(),
                     "steps": int(self.averaged.n_averaged)} if self.averaged else None
-        return {"model": self.model.live_state(), "resting": self.model.resting_state(), "averaged": averaged}
+        return {"model": self.model.live_state(), "unborn": self.model.unborn_state(), "averaged": averaged}
 
     @torch.inference_mode()
     def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
-        measures = PassMeasures(self.threshold, self._scored_classes(loader))
-        dice = measures.compare(logits, mask)["dice"].mean(dim=1).tolist()
-        images, masks, found = (tensor[:SHOWN_IMAGES].cpu().numpy() for tensor in
-                                (batch["image"], mask, logits.sigmoid()))
+        finest = self._finest_masks(loader, batch, mask)
+        shown = mask if finest is None else finest
+        image, logits = (F.interpolate(tensor.float(), shown.shape[-2:], mode=mode) for tensor, mode in
+                         ((batch["image"], "nearest"), (logits, "bilinear")))
+        dice = PassMeasures(self.threshold, self._scored_classes(loader)).compare(logits, shown)["dice"].mean(dim=1)
+        images, masks, found = (list(tensor[:SHOWN_IMAGES].cpu().numpy()) for tensor in
+                                (image, shown, logits.sigmoid()))
         names = batch.get("name", [f"image {i + 1}" for i in range(len(mask))])
         picture, stage = f"predictions_stage_{self.model.stage}.png", self.model.stage
-        predictions(images, masks, found, names[:SHOWN_IMAGES], dice, folder.file(picture), self.threshold)
+        predictions(images, masks, found, names[:SHOWN_IMAGES], dice.tolist(), folder.file(picture), self.threshold)
         folder.show_picture("predictions", picture, stage)
+
+    def _finest_masks(self, loader: Loader, batch: dict, mask: torch.Tensor) -> torch.Tensor | None:
+        """Return the masks of a batch at 256 pixels, of a data set that has them; None where `mask` is as fine."""
+        finest_masks = getattr(getattr(loader, "dataset", None), "finest_masks", None)
+        if finest_masks is None or mask.shape[-1] == FINEST:
+            return None
+        return finest_masks(batch["name"]).to(self.device)

@@ -61,7 +61,7 @@ def test_our_code_calls_nothing_deprecated(shared_root, tmp_path):
         "    warnings.filterwarnings('ignore', category=kind, module=r'torch\\.utils\\.tensorboard')\n"
         "sys.exit(train_papsmear.main(sys.argv[1:]))\n")
     done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path, "--experiment_name", "strict",
-                      *TINY, "--average", "0.9", "--fade_epochs", "0.5")
+                      *TINY, "--average", "0.9")
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "strict/best_stage_4.pth"
     for script, options in (("predict_papsmear", (shared_root / "test/images", "--out", tmp_path / "predicted")),

@@ -10,7 +10,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace
     if "resolved" not in config:
         raise UserError(f"{folder}: this run was started from Python, so its settings are there. Build the trainer as "
                         f"it was and call trainer.resume('{folder / 'last.pth'}')")
-    config["precision"] = config["resolved"]["precision"]  # 'auto' could mean another one on this machine
+    config["precision"] = config["resolved"]["precision"]  # unless given: 'auto' could mean another one on this machine
     return folder, run_settings(config, args)
 
 
@@ -88,8 +87,7 @@ def prepare(args: argparse.Namespace, folder: Path):
 
     from pap_smear_dataset import create_progressive_dataloaders
     from progressive_trainer import ProgressiveTrainer
-    from system.devices import choose_device, choose_precision, compute_reproducibly
-    from system.machine import keep_freed_memory
+    from system.devices import choose_device, choose_precision, compute_reproducibly, set_up_process
     from system.processes import world_size
     from unet import count_parameters
 
@@ -97,8 +95,7 @@ def prepare(args: argparse.Namespace, folder: Path):
         compute_reproducibly()
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    set_up_process(device, precision)
     model = new_model(args)
     pyramids, fingerprint = open_data(args)
     kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
@@ -119,8 +116,9 @@ def prepare(args: argparse.Namespace, folder: Path):
     trainer = ProgressiveTrainer(
         model, device=device, epochs_per_stage=epochs if len(epochs) > 1 else epochs[0], lr=args.lr,
         precision=args.precision, seed=args.seed, output_dir=folder, accumulate=args.accumulate,
-        save_every=args.save_every, keep=args.keep, schedule=args.schedule, fade_epochs=args.fade_epochs,
-        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, average=args.average, compile=args.compile,
+        save_every=args.save_every, keep=args.keep, schedule=args.schedule,
+        old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, clip_norm=args.clip_norm,
+        average=args.average, compile=args.compile,
         overwrite=args.overwrite, config=config)
     return model, trainer, loaders
 
@@ -136,6 +134,8 @@ def new_model(args: argparse.Namespace):
     recipe = DataRecipe(targets=args.targets, in_channels=args.in_channels, classes=args.out_channels)
     model = build_model({"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
                          "out_channels": recipe.target_channels})
+    if args.model == "pgunet" and not args.progressive:
+        model.start_whole()
     model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
     initialise(model, args)
     return model
@@ -160,9 +160,11 @@ def open_data(args: argparse.Namespace) -> tuple[dict, str]:
 
 def decoding_workers(args: argparse.Namespace, pyramid) -> int:
     """Return how many processes decode: none with a cache, else as asked for, or up to four."""
+    from system.machine import cpu_count
+
     if pyramid.cached:
         return 0
-    return args.num_workers if args.num_workers is not None else min(4, os.cpu_count() or 1)
+    return args.num_workers if args.num_workers is not None else min(4, cpu_count())
 
 
 def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
@@ -192,8 +194,6 @@ def initialise(model, args: argparse.Namespace) -> None:
             there, here = source["model_args"][key], model.model_args[key]
             raise UserError(f"--init_from {args.init_from}: its network has {key} {there}, asked for is {here}, so no "
                              f"weight would fit. Pass --{key} {there}")
-    if args.fade_epochs and source["stage"] == model.stage - 1:
-        model.set_stage(model.stage, 0.0)
     carried, new, left_out = model.transfer_weights(source["model"])
     print(f"{args.init_from} (stage {source['stage']}) into stage {model.stage}:")
     for title, names in (("carried", carried), ("new", new), ("left out", left_out)):

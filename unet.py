@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from images.resolutions import RESOLUTIONS
 from system.errors import UserError
-from unet_parts import DecoderLevel, DoubleConv, EncoderLevel, ToLogits, join, mean2x2, upsample2x
+from unet_parts import BottomLevel, DecoderLevel, DoubleConv, EncoderLevel, ToLogits, join, mean2x2, upsample2x
 
 STAGE_RESOLUTIONS = dict(enumerate(RESOLUTIONS, start=1))  # 1: 32, 2: 64, 3: 128, 4: 256
 LAST_STAGE = len(RESOLUTIONS)
@@ -32,7 +32,6 @@ class Network(nn.Module):
 
     name: str
     stage: int
-    alpha: float
     image_mean: torch.Tensor
     image_std: torch.Tensor
 
@@ -52,7 +51,7 @@ class Network(nn.Module):
         return {"model": self.name, "in_channels": self.in_channels, "out_channels": self.out_channels,
                 "base_channels": self.base_channels}
 
-    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
+    def set_stage(self, stage: int) -> None:
         """Go to a stage without touching a weight."""
         raise NotImplementedError
 
@@ -115,8 +114,8 @@ class Network(nn.Module):
         return {key: tensor for key, tensor in self.state_dict().items()
                 if key.startswith(live) or key in ("image_mean", "image_std")}
 
-    def resting_state(self) -> dict[str, torch.Tensor]:
-        """Return the state dict of the parts that do not live at the current stage: unborn or retired."""
+    def unborn_state(self) -> dict[str, torch.Tensor]:
+        """Return the state dict of the parts that do not live yet at the current stage."""
         live = self.live_state()
         return {key: tensor for key, tensor in self.state_dict().items() if key not in live}
 
@@ -156,9 +155,8 @@ class ProgressiveUNet(Network):
         encoder_channels = {r: width * base_channels for r, width in ENCODER_WIDTH.items()}
         decoder_channels = {r: width * base_channels for r, width in DECODER_WIDTH.items()}
         self.encoder = nn.ModuleDict({
-            str(r): EncoderLevel(image_channels=None if r == COARSEST else in_channels,
-                                 finer_channels=encoder_channels.get(2 * r), channels=channels)
-            for r, channels in encoder_channels.items()})
+            str(r): EncoderLevel(in_channels, encoder_channels.get(2 * r), channels) if r > COARSEST else
+            BottomLevel(encoder_channels[2 * r], channels) for r, channels in encoder_channels.items()})
         below = {COARSEST: encoder_channels[COARSEST]} | decoder_channels
         self.decoder = nn.ModuleDict({
             str(r): DecoderLevel(below[r // 2], encoder_channels[r], channels)
@@ -166,43 +164,33 @@ class ProgressiveUNet(Network):
         self.heads = nn.ModuleDict({
             str(r): ToLogits(channels, out_channels, zero=r != STAGE_RESOLUTIONS[1])
             for r, channels in decoder_channels.items()})
-        self.stage, self.alpha = 1, 1.0
+        self.stage = 1
 
-    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
-        """Go to a stage, up or down, without touching a weight.
-
-        Args:
-            stage: 1..4.
-            alpha: share of the path through the new level, 0..1. Below 1 the level that used to read the image still
-                reads it, reduced by 2x2 means; at 0 the network computes exactly what it did one stage below.
-        """
+    def set_stage(self, stage: int) -> None:
+        """Go to a stage, 1..4, up or down, without touching a weight."""
         if stage not in STAGE_RESOLUTIONS:
-            raise UserError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
-        if not 0.0 <= alpha <= 1.0:
-            raise UserError(f"alpha is {alpha!r}; it must lie in [0, 1]")
-        self.stage, self.alpha = stage, 1.0 if stage == 1 else float(alpha)
+            raise ValueError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
+        self.stage = stage
+
+    def start_whole(self) -> None:
+        """Draw as usual the weights of the encoder that growth starts at zero: for training at the last stage alone."""
+        for level in self.encoder.values():
+            if isinstance(level, EncoderLevel) and hasattr(level, "from_finer"):
+                level.from_finer.reset_parameters()
 
     def parts(self) -> dict[str, int]:
         """Return the name of every part, in a fixed order, with the stage at which it is born."""
-        born = {r: stage for stage, r in STAGE_RESOLUTIONS.items()}
-        parts = {}
-        for r in ENCODER_WIDTH:
-            if r != COARSEST:
-                parts[f"encoder.{r}.from_image"] = born[r]
-            if 2 * r in ENCODER_WIDTH:
-                parts[f"encoder.{r}.from_finer"] = born[2 * r]
-            parts[f"encoder.{r}.refine"] = born.get(r, 1)
-        for r in DECODER_WIDTH:
-            parts[f"decoder.{r}"] = born[r]
-            parts[f"heads.{r}"] = born[r]
+        parts = {f"encoder.{COARSEST}": 1}
+        for stage, r in STAGE_RESOLUTIONS.items():
+            parts |= dict.fromkeys((f"encoder.{r}.from_image", f"encoder.{r}.norm", f"encoder.{r}.refine"), stage)
+            if stage < LAST_STAGE:
+                parts[f"encoder.{r}.from_finer"] = stage + 1
+            parts |= dict.fromkeys((f"decoder.{r}", f"heads.{r}"), stage)
         return parts
 
     def live_parts(self) -> list[str]:
-        """Return the names of the parts that the forward pass uses at the current stage and alpha."""
-        readers = {self.resolution} | ({self.resolution // 2} if self.alpha < 1 else set())
-        image_parts = {f"encoder.{r}.from_image" for r in readers}
-        return [part for part, born in self.parts().items()
-                if (part in image_parts if part.endswith("from_image") else born <= self.stage)]
+        """Return the names of the parts that the forward pass uses at the current stage: all that are born."""
+        return [part for part, born in self.parts().items() if born <= self.stage]
 
     def forward(self, x: torch.Tensor, return_all_scales: bool = False,
                 scale: int | None = None) -> torch.Tensor | list[torch.Tensor]:
@@ -216,34 +204,18 @@ class ProgressiveUNet(Network):
             `return_all_scales` the list from coarse to fine, at stage 4 of sides H/8, H/4, H/2, H.
         """
         image = self._checked_and_normalised(x)
-        top = self.resolution
         last = self.checked_scale(scale)
-        features = self.encoder[str(top)].refine(self.encoder[str(top)].from_image(image))
-        skips = {top: features}
-        r = top // 2
-        while r >= COARSEST:
-            features = self.encoder[str(r)].refine(self._enter(r, features, image if 2 * r == top else None))
-            skips[r] = features
-            r //= 2
-
+        features, skips = None, {}
+        for r in reversed(self.scales):
+            features = skips[r] = self.encoder[str(r)](image, features)
+            image = mean2x2(image)
+        features = self.encoder[str(COARSEST)](features)
         scales: list[torch.Tensor] = []
-        r = 2 * COARSEST
-        while r <= last:
+        for r in [r for r in self.scales if r <= last]:
             features = self.decoder[str(r)](features, skips[r])
             residual = self.heads[str(r)](features)
             scales.append(residual if not scales else upsample2x(scales[-1]) + residual)
-            r *= 2
         return scales if return_all_scales else scales[-1]
-
-    def _enter(self, r: int, finer: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
-        """Enter level r from the finer level; while it fades in, also from the image as one stage below."""
-        level = self.encoder[str(r)]
-        if image is None or self.alpha == 1 or r == COARSEST:
-            return level.from_finer(F.max_pool2d(finer, 2))
-        old = level.from_image(mean2x2(image))
-        if self.alpha == 0:
-            return old
-        return torch.lerp(old, level.from_finer(F.max_pool2d(finer, 2)), self.alpha)
 
 
 class UNet(Network):
@@ -256,17 +228,17 @@ class UNet(Network):
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, base_channels: int = 64):
         super().__init__(in_channels, out_channels, base_channels)
-        self.stage, self.alpha = LAST_STAGE, 1.0
+        self.stage = LAST_STAGE
         widths = [base_channels * 2 ** i for i in range(LAST_STAGE + 1)]
         self.down = nn.ModuleList(DoubleConv(a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, kernel_size=2, stride=2) for w in reversed(widths[:-1]))
         self.join = nn.ModuleList(DoubleConv(2 * w, w) for w in reversed(widths[:-1]))
         self.head = ToLogits(base_channels, out_channels)
 
-    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
+    def set_stage(self, stage: int) -> None:
         """Accept stage 4, the only one of a network that does not grow."""
-        if stage != LAST_STAGE or alpha != 1:
-            raise UserError(f"stage is {stage!r} with alpha {alpha!r}; the classic U-Net does not grow and knows "
+        if stage != LAST_STAGE:
+            raise UserError(f"stage is {stage!r}; the classic U-Net does not grow and knows "
                              f"stage {LAST_STAGE} alone. Use ProgressiveUNet to grow")
 
     @property

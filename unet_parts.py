@@ -35,24 +35,51 @@ class DoubleConv(nn.Sequential):
 
 
 class EncoderLevel(nn.Module):
-    """Hold the convolutions of one encoder resolution.
+    """Read the image at one resolution, take the finer level's features in, refine.
 
-    The level enters through `from_image` while its resolution is the network's input and through `from_finer`
-    (after 2x2 max pooling of the finer level) once a finer level exists. `refine` follows either and stays for ever.
+    (N, image_channels, H, W) and, once a finer level exists, (N, finer_channels, 2H, 2W) -> (N, channels, H, W).
+    Both convolutions add up before one batch normalisation. `from_finer` starts at zero, so that a network which
+    gains a finer level does not change.
 
     Args:
-        image_channels: channels of the image, or None where the level never reads the image (the coarsest).
-        finer_channels: channels of the next finer level, or None where there is none (the finest).
+        image_channels: channels of the image, which the level sees for ever.
+        finer_channels: channels of the next finer level, or None where there never is one (the finest).
         channels: channels of this level.
     """
 
-    def __init__(self, image_channels: int | None, finer_channels: int | None, channels: int):
+    def __init__(self, image_channels: int, finer_channels: int | None, channels: int):
         super().__init__()
-        if image_channels is not None:
-            self.from_image = ConvBNReLU(image_channels, channels)
+        self.from_image = nn.Conv2d(image_channels, channels, kernel_size=3, padding=1, bias=False)
         if finer_channels is not None:
-            self.from_finer = ConvBNReLU(finer_channels, channels)
+            self.from_finer = nn.Conv2d(finer_channels, channels, kernel_size=3, padding=1, bias=False)
+            nn.init.zeros_(self.from_finer.weight)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
         self.refine = ConvBNReLU(channels, channels)
+
+    def forward(self, image: torch.Tensor, finer: torch.Tensor | None) -> torch.Tensor:
+        entered = self.from_image(image)
+        if finer is not None:
+            entered = entered + self.from_finer(F.max_pool2d(finer, 2))
+        return self.refine(F.relu(self.norm(entered), inplace=True))
+
+    def fold(self) -> None:
+        """Fold the batch normalisation into both convolutions before it, for prediction alone, in eval mode."""
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        if hasattr(self, "from_finer"):
+            variance = self.norm.get_buffer("running_var")
+            scale = self.norm.weight / torch.sqrt(variance + self.norm.eps)
+            self.from_finer.weight = nn.Parameter(self.from_finer.weight * scale.view(-1, 1, 1, 1))
+        self.from_image, self.norm = fuse_conv_bn_eval(self.from_image, self.norm), nn.Identity()
+
+
+class BottomLevel(nn.Sequential):
+    """Convolve what the finest of the coarse levels hands down, twice; the image is not seen here.
+
+    (N, finer_channels, 2H, 2W) -> (N, channels, H, W).
+    """
+
+    def __init__(self, finer_channels: int, channels: int):
+        super().__init__(nn.MaxPool2d(2), ConvBNReLU(finer_channels, channels), ConvBNReLU(channels, channels))
 
 
 class DecoderLevel(nn.Module):
@@ -106,22 +133,26 @@ class ToLogits(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, zero: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, kernel_size=1)
+        self.linear = nn.Linear(channels, out_channels)
         if zero:
-            for parameter in self.conv.parameters():
+            for parameter in self.linear.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        weight = self.conv.weight
         with torch.autocast(features.device.type, enabled=False):
             # As a matrix product, whose backward pass is twice as fast as the convolution's on a CPU.
-            last = features.permute(0, 2, 3, 1).to(weight.dtype)
-            return F.linear(last, weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
+            last = features.permute(0, 2, 3, 1).to(self.linear.weight.dtype)
+            return self.linear(last).permute(0, 3, 1, 2)
 
 
 def upsample2x(x: torch.Tensor) -> torch.Tensor:
-    """Enlarge (N, C, H, W) to (N, C, 2H, 2W) bilinearly with `align_corners=False`, which pairs with `mean2x2`."""
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    """Enlarge (N, C, H, W) to (N, C, 2H, 2W) bilinearly with `align_corners=False`, which pairs with `mean2x2`.
+
+    In the type of `x`: mixed precision on CUDA would return float32, and the features it is joined with would become
+    float32 as well.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def mean2x2(x: torch.Tensor) -> torch.Tensor:

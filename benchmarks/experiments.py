@@ -92,11 +92,9 @@ def measure_finetuning(args: argparse.Namespace) -> None:
     from images.pyramid import open_pyramids
     from inference import Predictor
     from scoring.scores import score_pairs, scored_pairs, summarise
-    from system.devices import choose_device
-    from system.machine import keep_freed_memory
+    from system.devices import choose_device, set_up_process
 
-    if choose_device(args.device).type == "cpu":
-        keep_freed_memory()
+    set_up_process(choose_device(args.device), "auto")
     checkpoint = load_checkpoint(Path(args.checkpoint))
     if checkpoint["stage"] != 4:
         raise UserError(f"{args.checkpoint}: its stage is {checkpoint['stage']}; the curve is measured at stage 4. "

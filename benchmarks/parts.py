@@ -153,8 +153,7 @@ def growth(setting: Setting, record: dict) -> Iterator:
     for name, preset in PRESETS.items():
         epochs = preset["epochs_per_stage"]
         yield Measure(f"epochs of --preset {name} ({','.join(map(str, epochs))}) against as many at stage 4, by "
-                      f"wall-clock", median([growth_ratio(epochs, cost) for cost in seconds]), "%", bar=0.5,
-                      at_most=True)
+                      f"wall-clock", median([growth_ratio(epochs, cost) for cost in seconds]), "%")
         yield Measure(f"epochs of --preset {name}, by operations", growth_ratio(epochs, operations), "%")
 
 

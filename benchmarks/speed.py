@@ -114,14 +114,13 @@ def run(args: argparse.Namespace) -> None:
     """Measure every part, print its figures as they come, and write the results after each."""
     from benchmarks.parts import MEASURES
     from benchmarks.workloads import Setting, write_fields
-    from system.devices import choose_device, choose_precision
-    from system.machine import keep_freed_memory, processor
+    from system.devices import choose_device, choose_precision, set_up_process
+    from system.machine import processor
     from training.run_folder import environment
 
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as train_papsmear.py does; the baseline runs in a separate process without it
+    set_up_process(device, precision)  # as train_papsmear.py does; the baseline runs in a separate process without it
     folder = prepared_folder(args.out, args.overwrite)
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     results = {"machine": environment() | {"processor": processor(), "load_average": load},

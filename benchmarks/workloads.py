@@ -28,8 +28,8 @@ from inference import Predictor, plan_axis
 from pap_smear_dataset import create_progressive_dataloaders
 from preparation.sample import make_field
 from progressive_trainer import ProgressiveTrainer
-from system.devices import autocast
-from system.machine import keep_freed_memory, peak_memory
+from system.devices import autocast, set_up_process
+from system.machine import peak_memory
 from system.processes import is_main_process, process_group
 from training.loss import multi_scale_loss
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, ProgressiveUNet, UNet, build_model
@@ -248,8 +248,7 @@ def tile_batches(predictor: Predictor, height: int, width: int) -> list[int]:
 
 def tiled_prediction(setting: Setting, height: int, width: int) -> dict[str, Callable[[], float]]:
     """Return a prediction of an image larger than a tile, and its network alone on as many tiles ('forward')."""
-    if setting.device.type == "cpu":
-        keep_freed_memory()
+    set_up_process(setting.device, setting.precision)
     predictor = new_predictor(setting.base_channels, str(setting.device), setting.precision)
     image, batches = drawn_image(height, width), tile_batches(predictor, height, width)
     inputs = {n: torch.rand(n, 1, predictor.tile, predictor.tile, device=setting.device).contiguous(
@@ -267,8 +266,7 @@ def tiled_prediction(setting: Setting, height: int, width: int) -> dict[str, Cal
 
 def predictions_by_side(setting: Setting, sides: Sequence[int]) -> dict[int, Callable[[], float]]:
     """Return side -> the prediction of a square image."""
-    if setting.device.type == "cpu":
-        keep_freed_memory()
+    set_up_process(setting.device, setting.precision)
     predictor = new_predictor(setting.base_channels, str(setting.device), setting.precision)
 
     def prediction(side: int) -> Callable[[], float]:
@@ -280,8 +278,7 @@ def predictions_by_side(setting: Setting, sides: Sequence[int]) -> dict[int, Cal
 
 def memory_of_prediction(side: int, base_channels: int, device: str, precision: str) -> int:
     """Predict one square image and return the largest resident memory of this process in bytes."""
-    if device == "cpu":
-        keep_freed_memory()
+    set_up_process(torch.device(device), precision)
     new_predictor(base_channels, device, precision).predict(drawn_image(side, side))
     return peak_memory()
 
@@ -291,7 +288,7 @@ def training_in_processes(root: str, base_channels: int, precision: str, steps: 
 
     Of several processes all but the first return None.
     """
-    keep_freed_memory()
+    set_up_process(torch.device("cpu"), precision)
     with process_group():
         setting = Setting(Path(root), base_channels, steps, True, torch.device("cpu"), precision)
         trainer, epoch = training_of(setting)

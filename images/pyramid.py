@@ -19,11 +19,12 @@ from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_cach
 from images.familiarity import describe, ranges_over
 from images.files import ImageFileError, load_image, resize
 from images.recipe import MASK, DataRecipe
-from images.resolutions import FINEST
+from images.resolutions import FINEST, RESOLUTIONS
 from images.splits import DatasetError, Pair, find_data_root, find_splits, sizing_of
 from images.targets import load_target
+from system.machine import cpu_count
 
-AHEAD = 4 * (os.cpu_count() or 1)  # pairs that are decoded before they are counted
+AHEAD = 4 * cpu_count()  # pairs that are decoded before they are counted
 
 
 class ImagePyramid:
@@ -38,6 +39,7 @@ class ImagePyramid:
         recipe: the same with mean, standard deviation and ranges of all images at 256, once they were read.
         sizes: (N, 2) original height and width in pixels.
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
+        lost: (N, 3) bool, whether the mask shows something at 256 pixels and nothing of it at 32, 64, 128.
         foreground: (N, classes) share of each mask's original pixels that belong to the class.
     """
 
@@ -45,6 +47,7 @@ class ImagePyramid:
         self.pairs, self.names, self.recipe = pairs, [pair.name for pair in pairs], recipe
         self.sizes = np.zeros((len(pairs), 2), dtype=int)
         self.foreground = np.zeros((len(pairs), recipe.classes))
+        self.lost = np.zeros((len(pairs), len(RESOLUTIONS) - 1), bool)
         self._cache: ImageCache | None = None
 
     def __len__(self) -> int:
@@ -83,12 +86,12 @@ class ImagePyramid:
         channels = self.recipe.in_channels
         sums = np.zeros((2, channels))
         problems, descriptions = [], []
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+        with ThreadPoolExecutor(max_workers=cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
             for i, found in enumerate(_in_order(pool, self._describe_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.sizes[i], self.foreground[i], description = found
+                image, mask, self.sizes[i], self.foreground[i], description, self.lost[i] = found
                 descriptions.append(description)
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(channels, -1) / np.float32(255)
@@ -147,12 +150,21 @@ class ImagePyramid:
         return image256, mask256, mask.shape[:2], mask[..., :self.recipe.classes].mean(axis=(0, 1))
 
     def _describe_pair(self, pair: Pair):
-        """Return what `_try_pair` does, with the description of the image at 256 at the end."""
+        """Return what `_try_pair` does, then the description of the image at 256 and where its mask is lost."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             return found
         image, mask, *_ = found
-        return *found, describe(image.transpose(1, 2, 0), mask[0] >= 128)
+        return *found, describe(image.transpose(1, 2, 0), mask[0] >= 128), _lost(mask[:self.recipe.classes])
+
+
+def _lost(mask: np.ndarray) -> list[bool]:
+    """Tell at which coarser resolutions, 32 first, nothing of a mask (K, 256, 256) uint8 covers half of a pixel."""
+    level, shown = torch.from_numpy(mask)[None], []
+    for _ in RESOLUTIONS:
+        shown.append(bool((level >= 128).any()))
+        level = halve(level)
+    return [shown[0] and not there for there in reversed(shown[1:])]
 
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,

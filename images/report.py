@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from images.pyramid import ImagePyramid, open_pyramids
+from images.resolutions import RESOLUTIONS
 from images.splits import SPLITS, find_data_root, groups_of, leaked, other_files, write_splits
+
+LOST_SHARE = 0.1  # of the masks of train, from which on it is said that a stage sees nothing of them
 
 
 @dataclass
@@ -72,6 +75,12 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     others = other_files(data_root)
     if others:
         report.warnings.append(f"{len(others)} files are of no type that is read, and left out, e.g. {others[0]}")
+    train = pyramids["train"]
+    for resolution, lost in zip(RESOLUTIONS, train.lost.sum(axis=0).tolist(), strict=False):
+        if lost > LOST_SHARE * len(train):
+            report.warnings.append(f"at {resolution}x{resolution} pixels {lost} of {len(train)} masks of train lose "
+                                   f"all they show (nothing covers half of a pixel), so that stage teaches little. Cut "
+                                   f"the images into tiles, or give that stage few epochs")
     for split, c in counts.items():
         if c["empty_masks"] == c["images"]:
             report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")

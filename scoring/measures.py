@@ -93,6 +93,26 @@ def _aggregated_jaccard(table: Overlaps, ious: np.ndarray) -> float:
     return float(table.shared[best].sum() / (table.unions[best].sum() + missed + unused))
 
 
+def soft_dice(probability: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """Compare probabilities with area fractions, per image and class, without a threshold.
+
+    The soft Dice of Milletari et al. 2016 (arXiv 1606.04797), with squares in the denominator, so that only equal maps
+    reach 1; the 1 added above and below makes two empty maps 1.
+
+    Args:
+        probability, fraction: (N, C, H, W) floating point in [0, 1].
+    Returns:
+        (N, C) in [0, 1], of the type of `probability`.
+
+    >>> half = torch.full((1, 1, 8, 8), 0.5)
+    >>> [round(float(soft_dice(p, half)), 3) for p in (half, torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))]
+    [1.0, 0.802, 0.059]
+    """
+    overlap = (probability * fraction).sum(dim=(2, 3))
+    size = probability.square().sum(dim=(2, 3)) + fraction.square().sum(dim=(2, 3))
+    return (2 * overlap + 1) / (size + 1)
+
+
 def boundary_f1(found: np.ndarray, drawn: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE) -> float:
     """Compare outlines: the boundary F1 of Csurka et al. 2013 (BMVC).
 

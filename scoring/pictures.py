@@ -25,9 +25,9 @@ def training_curves(rows: list[dict], path: Path) -> None:
 
     curve(axes[0, 0], "train_loss", "train", color="C0")
     curve(axes[0, 0], "loss", "valid", color="C1")
-    curve(axes[0, 1], "train_dice", "train, stage resolution", color="C0")
-    curve(axes[0, 1], "dice", "valid, stage resolution", color="C1")
-    curve(axes[0, 1], "dice_256", "valid, enlarged to 256", color="C2", linestyle="--")
+    curve(axes[0, 1], "train_soft_dice", "train, soft, stage resolution", color="C0", linestyle="--")
+    curve(axes[0, 1], "soft_dice", "valid, soft, stage resolution", color="C1", linestyle="--")
+    curve(axes[0, 1], "dice", "valid, at 256 pixels", color="C2")
     for key, color in (("precision", "C3"), ("recall", "C4"), ("iou", "C5")):
         curve(axes[1, 0], key, f"valid {key}", color=color)
     curve(axes[1, 1], "lr", "learning rate", color="C6")

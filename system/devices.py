@@ -4,8 +4,8 @@ import os
 
 import torch
 
+from system import machine
 from system.errors import UserError
-from system.machine import processor_has_bfloat16
 from system.processes import local_rank, local_world_size
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -39,7 +39,7 @@ def bfloat16_pays(device: torch.device) -> bool:
     """Tell whether bfloat16 is in hardware and at least as fast as float32: on CUDA from compute capability 8.0."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and processor_has_bfloat16()
+    return device.type == "cpu" and machine.processor_has_bfloat16()
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -62,6 +62,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network is run: mixed precision, or nothing for float32."""
     return torch.autocast(device.type, dtype=getattr(torch, precision) if precision != "float32" else None,
                           enabled=precision != "float32")
+
+
+def set_up_process(device: torch.device, precision: str) -> None:
+    """Set what holds for the whole process and what only a command line may decide.
+
+    On a CPU the C library keeps freed memory (see machine.py). On CUDA float32 is made what its name says: by itself
+    torch rounds the inputs of convolutions to 10 bits there (TF32).
+    """
+    if device.type == "cpu":
+        machine.keep_freed_memory()
+    if precision == "float32":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def compute_reproducibly() -> None:

@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 
+CGROUP = "/sys/fs/cgroup"  # of version 2, which a container sees as its own
+
 
 def fields(path: str) -> dict[str, str]:
     """Return field -> value of a system file, empty where there is no such file.
@@ -37,11 +39,32 @@ def processor_has_bfloat16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags and cpu.get("vendor_id") != "GenuineIntel"
 
 
+def content(path: str) -> str:
+    """Return the text of a system file without its line end, empty where there is no such file."""
+    try:
+        with open(path, encoding="ascii", errors="ignore") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def cpu_count() -> int:
+    """Return how many CPUs this process may use: those of its affinity, and no more than its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = content(f"{CGROUP}/cpu.max").partition(" ")
+    return max(1, min(count, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else count
+
+
 def free_memory() -> int:
-    """Return the bytes of memory that can be had without swapping (half of all where that is not told)."""
+    """Return the bytes of memory that can be had without swapping, in the container if its memory is limited.
+
+    Where that is not told, it is half of all.
+    """
     available = fields("/proc/meminfo").get("MemAvailable")
     if available:
-        return int(available.split()[0]) * 1024
+        free = int(available.split()[0]) * 1024
+        limit, used = content(f"{CGROUP}/memory.max"), content(f"{CGROUP}/memory.current")
+        return max(0, min(free, int(limit) - int(used))) if limit.isdecimal() and used.isdecimal() else free
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):  # Windows

@@ -92,9 +92,14 @@ def all_reduce_sum(*values: float) -> list[float]:
     """Return each number summed over all processes, in float64; what is not finite in one is not finite in the sum."""
     if not active():
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64)
+    sums = torch.tensor(values, dtype=torch.float64, device=exchange_device())
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def exchange_device() -> torch.device:
+    """Return where tensors lie that processes exchange: on the CPU, unless the group is of nccl alone."""
+    return torch.device("cpu" if "cpu:" in str(dist.get_backend_config()) else "cuda")
 
 
 def progress(items: Iterable, title: str) -> tqdm:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import experiments
-from conftest import PROJECT, TINY, run_script, write_checkpoint
+from conftest import PROJECT, TINY, run_script, words, write_checkpoint
 from images.pyramid import open_pyramids
 from system import machine
 from unet import ProgressiveUNet
@@ -40,19 +40,19 @@ def test_the_fine_tuning_curve_compares_both_starts_on_the_same_images(trained_r
 @pytest.mark.parametrize(("options", "message"), [
     (("--counts", "2,400"), "has 6 training images"), (("--counts", "9,4"), "rising whole numbers"),
     (("--seeds", "0"), "whole number of at least 1")])
-def test_what_the_curve_cannot_be_measured_with_is_refused(options, message, trained_run, shared_root, tmp_path):
-    done = run_script(EXPERIMENTS, "finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root,
-                      "--out", tmp_path / "out", *options)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_the_curve_cannot_be_measured_with_is_refused(options, message, trained_run, shared_root, tmp_path,
+                                                           capsys):
+    assert experiments.main(words("finetune", trained_run[0] / "best_stage_4.pth", "--data_root", shared_root, "--out",
+                                  tmp_path / "out", *options)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
 
 
-def test_a_checkpoint_of_an_early_stage_is_refused(shared_root, tmp_path):
+def test_a_checkpoint_of_an_early_stage_is_refused(shared_root, tmp_path, capsys):
     path = write_checkpoint(tmp_path / "a.pth", ProgressiveUNet(base_channels=4))
-    done = run_script(EXPERIMENTS, "finetune", path, "--data_root", shared_root, "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "its stage is 1" in done.stderr
+    assert experiments.main(words("finetune", path, "--data_root", shared_root, "--out", tmp_path / "out")) == 2
+    assert "its stage is 1" in capsys.readouterr().err
 
 
 def test_fine_tuning_keeps_freed_memory(trained_run, shared_root, tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from system.devices import choose_device
 from system.errors import NonFiniteLossError, UserError
 from system.processes import all_gather, all_reduce_sum, is_main_process, shard, unshard
 from training.optimization import age_batchnorms, young_batchnorms
-from training.parallel import GlobalBatchNorm2d, synchronised, weight_of
+from training.parallel import GlobalBatchNorm2d, synchronised
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
 LIMIT = 240  # seconds after which processes that wait for each other are given up
@@ -72,11 +72,11 @@ def train(trainer: Recorder, loaders: dict, epochs: dict[int, int]) -> dict:
 def scenarios(root: Path, folder: Path) -> dict[str, dict]:
     """Run every training that is compared, in whatever number of processes; 8 images in batches of 3 are 3, 3 and 2.
 
-    The 51 steps of `fade` have a growth and the end of a fade in the middle of an epoch. The first process saves
+    The 51 steps of `growth` have one in their middle. The first process saves
     `interrupted` in `folder`.
     """
     results = {
-        "fade": train(trainer_of(epochs=[8, 9, 1, 1], fade_epochs=2.5), loaders_of(root, 3), {1: 8, 2: 9}),
+        "growth": train(trainer_of(epochs=[8, 9, 1, 1]), loaders_of(root, 3), {1: 8, 2: 9}),
         "accumulated": train(trainer_of(epochs=[2, 2, 1, 1], accumulate=2, average=0.9), loaders_of(root, 3),
                              {1: 2, 2: 2, 3: 1}),
         "batches of one": train(trainer_of(), loaders_of(root, 1), {1: 1, 2: 1}),
@@ -137,7 +137,7 @@ def everything(root: Path, own: Path, other: Path) -> dict:
                                    "wrappers left": wrappers_left(root),
                                    "shards": (list(shard(range(5))), unshard(shard(range(5))),
                                               all_gather(is_main_process())),
-                                   "statistics": normalised(shard(numbers())), "weights": [weight_of(len(shard([1])))],
+                                   "statistics": normalised(shard(numbers())),
                                    "devices": [refused_device(name) for name in ("mps", "cuda:0")]}
 
 
@@ -207,13 +207,13 @@ def deviation(a: dict, b: dict, first: int | None = None) -> float:
     return max(differences)
 
 
-@pytest.mark.parametrize("name", ["fade", "accumulated", "batches of one", "continued"])
+@pytest.mark.parametrize("name", ["growth", "accumulated", "batches of one", "continued"])
 def test_two_processes_compute_what_one_does(results, name):
-    """Losses, measures, weights and running statistics, over growth, fade, uneven and empty shares and a resume."""
+    """Losses, measures, weights and running statistics, over growth, uneven and empty shares and a resume."""
     alone, together, _ = results
     for own in together:
         assert deviation(alone[name], own[name]) < 1e-9
-    assert len(alone["fade"]["losses"]) == 51 + 17, "51 steps of training, 17 batches of validation"
+    assert len(alone["growth"]["losses"]) == 51 + 17, "51 steps of training, 17 batches of validation"
 
 
 def test_fit_lets_the_wrapper_go_before_its_group(results):
@@ -231,10 +231,10 @@ def test_first_steps_in_float32_agree(results):
 
 def test_parameters_outside_the_graph_ask_for_no_gradient(results):
     alone, together, _ = results
-    live = set(together[0]["fade"]["live"])  # at stage 2, after the fade
-    assert "encoder.64.from_image.0.weight" in live
-    assert not any(name.startswith(("encoder.32.from_image", "encoder.128", "heads.128")) for name in live)
-    assert len(alone["fade"]["live"]) == len(list(ProgressiveUNet(base_channels=2).parameters())), "one: untouched"
+    live = set(together[0]["growth"]["live"])  # at stage 2
+    assert "encoder.64.from_image.weight" in live
+    assert not any(name.startswith(("encoder.64.from_finer", "encoder.128", "heads.128")) for name in live)
+    assert len(alone["growth"]["live"]) == len(list(ProgressiveUNet(base_channels=2).parameters())), "one: untouched"
 
 
 def test_batch_normalisation_of_parts_is_that_of_the_whole(results):
@@ -253,11 +253,9 @@ def test_lists_are_shared_and_put_together_again(results):
     _, together, _ = results
     assert together[0]["shards"] == ([0, 2, 4], [0, 1, 2, 3, 4], [True, False])
     assert together[1]["shards"] == ([1, 3], [0, 1, 2, 3, 4], [True, False])
-    assert [own["weights"] for own in together] == [[2.0], [0.0]], "the mean over processes is that over images"
     assert shard([1, 2]) == [1, 2]
     assert unshard([1, 2]) == [1, 2]
     assert all_reduce_sum(3) == [3]
-    assert weight_of(0) == 1
 
 
 def test_one_bad_image_stops_all_processes_with_one_message(results):
@@ -295,7 +293,7 @@ def test_one_process_writes_and_the_files_do_not_depend_on_their_number(results)
     assert [len(table) for table in rows] == [1, 1], "one epoch, written once"
     one, two = (load_checkpoint(folder / run / "last.pth") for run in ("run_of_one", "run_of_two"))
     assert list(one["model"]) == list(two["model"])
-    assert list(one["resting"]) == list(two["resting"])
+    assert list(one["unborn"]) == list(two["unborn"])
 
 
 def test_a_single_process_keeps_its_network_as_it_is():

@@ -1,6 +1,7 @@
 """Tests of what the machine and the shell give: exit codes, help, devices, files that are whole."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from conftest import run_script
 from progressive_trainer import ProgressiveTrainer
-from system.devices import choose_device, choose_precision
+from system import machine, processes
+from system.devices import choose_device, choose_precision, set_up_process
 from system.errors import NonFiniteLossError, UserError
 from system.options import command
 from unet import ProgressiveUNet
@@ -51,6 +53,20 @@ def test_help_needs_no_torch():
     assert run_script("train_papsmear.py", "--help").returncode == 0
 
 
+def test_memory_and_cpus_are_those_of_the_container(tmp_path, monkeypatch):
+    everything, cpus = machine.free_memory(), machine.cpu_count()
+    assert cpus == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cpus >= 1
+    monkeypatch.setattr(machine, "CGROUP", str(tmp_path))
+    for name, text in (("memory.max", "3000000"), ("memory.current", "1000000"), ("cpu.max", "100000 100000")):
+        (tmp_path / name).write_text(text + "\n")
+    assert machine.free_memory() == 2_000_000
+    assert machine.cpu_count() == 1
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert machine.free_memory() > 0.5 * everything
+    assert machine.cpu_count() == cpus
+
+
 def test_a_name_that_the_console_cannot_show_ends_no_command(tmp_path):
     code = ("from system.options import command\n"
             "@command()\n"
@@ -59,3 +75,24 @@ def test_a_name_that_the_console_cannot_show_ends_no_command(tmp_path):
             "raise SystemExit(main())\n")
     done = run_script("-c", code, environment={"PYTHONIOENCODING": "cp1252"})
     assert (done.returncode, done.stdout.strip()) == (0, r"Zelle_\u4e2d.png")
+
+
+def test_float32_on_cuda_is_no_tf32_in_a_command():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        set_up_process(torch.device("cuda"), "bfloat16")
+        assert torch.backends.cudnn.allow_tf32
+        set_up_process(torch.device("cuda"), "float32")
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("backend", "device"), [
+    ("cuda:nccl", "cuda"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_numbers_are_exchanged_where_the_group_can(backend, device, monkeypatch):
+    """A group of nccl alone knows no tensor on the CPU."""
+    monkeypatch.setattr(processes.dist, "get_backend_config", lambda: backend)
+    assert processes.exchange_device().type == device

@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate_papsmear
+import predict_papsmear
+import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint
-from conftest import TINY, run_script, write_checkpoint, write_data_set
+from conftest import TINY, words, write_checkpoint, write_data_set
 from images.augmentation import MAX_STAIN, augment, sample_numbers
 from images.files import save_instances, save_png
 from images.pyramid import open_pyramids
@@ -130,40 +133,34 @@ def test_a_checkpoint_of_format_1_is_refused_with_a_reason(tmp_path):
         save_checkpoint(tmp_path / "new.pth", stored | {"data": DataRecipe(), "extra": 1})
 
 
-def test_training_evaluation_and_prediction_with_a_boundary(shared_root, tmp_path):
-    done = run_script("train_papsmear.py", "--data_root", shared_root, "--output_dir", tmp_path, "--experiment_name",
-                      "rims", *TINY, "--targets", "mask,boundary")
-    assert done.returncode == 0, done.stderr
+def test_training_evaluation_and_prediction_with_a_boundary(shared_root, tmp_path, capsys):
+    assert train_papsmear.main(words("--data_root", shared_root, "--output_dir", tmp_path, "--experiment_name",
+                      "rims", *TINY, "--targets", "mask,boundary")) == 0, capsys.readouterr().err
     path = tmp_path / "rims/best_stage_4.pth"
     checkpoint = load_checkpoint(path)
     assert checkpoint["data"].targets == ("mask", "boundary")
     assert checkpoint["model_args"]["out_channels"] == 2
     assert checkpoint["data"].training_ranges["brightness"][0] < checkpoint["data"].training_ranges["brightness"][1]
-    done = run_script("evaluate_papsmear.py", path, "--data_root", shared_root, "--instances")
-    assert done.returncode == 0, done.stderr
-    assert "dice_1" not in done.stdout, "one class"
-    done = run_script("predict_papsmear.py", path, shared_root / "test/images", "--out", tmp_path / "out",
-                      "--probability")
-    assert done.returncode == 0, done.stderr
+    assert evaluate_papsmear.main(words(path, "--data_root", shared_root, "--instances")) == 0, capsys.readouterr().err
+    assert "dice_1" not in capsys.readouterr().out, "one class"
+    assert predict_papsmear.main(words(path, shared_root / "test/images", "--out", tmp_path / "out",
+                      "--probability")) == 0, capsys.readouterr().err
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"test_0_mask.png", "test_0_probability.png", "test_0_instances.png"} <= names
-    done = run_script("train_papsmear.py", "--resume", tmp_path / "rims")
-    assert done.returncode == 0, done.stderr
+    assert train_papsmear.main(words("--resume", tmp_path / "rims")) == 0, capsys.readouterr().err
 
 
-def test_resuming_a_run_that_knew_fewer_options(trained_run, tmp_path):
+def test_resuming_a_run_that_knew_fewer_options(trained_run, tmp_path, capsys):
     path = shutil.copytree(trained_run[0], tmp_path / "old") / "last.pth"
     checkpoint = load_checkpoint(path)
     del checkpoint["config"]["targets"]
     save_checkpoint(path, checkpoint)
-    done = run_script("train_papsmear.py", "--resume", tmp_path / "old")
-    assert done.returncode == 0, done.stderr
+    assert train_papsmear.main(words("--resume", tmp_path / "old")) == 0, capsys.readouterr().err
 
 
 def test_an_unknown_target_is_refused(capsys):
-    done = run_script("train_papsmear.py", "--targets", "edges")
-    assert done.returncode == 2
-    assert "'edges' is neither mask nor mask,boundary" in done.stderr
+    assert train_papsmear.main(words("--targets", "edges")) == 2
+    assert "'edges' is neither mask nor mask,boundary" in capsys.readouterr().err
 
 
 def test_stain_augmentation_scales_optical_density_and_keeps_white_white():

@@ -12,25 +12,16 @@ from torch.utils.data import DataLoader
 
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import draw_pair, make_trainer, metric_rows, write_data_set
+from images.files import save_png
 from images.recipe import MASK_AND_BOUNDARY, DataRecipe
+from images.report import check_dataset
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
-from scoring.measures import pixel_metrics
-from system.errors import UserError
+from scoring.measures import pixel_metrics, soft_dice
+from system.errors import NonFiniteLossError, UserError
 from training.memory import training_memory
 from training.schedule import TrainingPlan, epochs_by_stage
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
-
-
-def test_alpha_rises_in_optimizer_steps_and_is_done_in_time():
-    plan = TrainingPlan({1: 3, 2: 3, 3: 1}, fade_epochs=1.0)
-    alphas = [plan.alpha(2, e, s, 4) for e in range(3) for s in range(4)]
-    assert alphas[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert alphas[4:] == [1.0] * 8
-    long = TrainingPlan({1: 3, 2: 3}, fade_epochs=99)
-    assert [long.alpha(2, e, s, 4) == 1 for e in range(3) for s in range(4)] == [False] * 8 + [True] * 4
-    assert [plan.alpha(3, 0, s, 6) == 1 for s in range(6)] == [False] * 3 + [True] * 3
-    assert TrainingPlan({1: 1, 2: 5}).alpha(2, 0, 0, 10) == 1.0
 
 
 def test_one_rate_for_the_whole_run():
@@ -64,48 +55,28 @@ def test_epochs_per_stage():
             epochs_by_stage(wrong, [3, 4])
 
 
-def test_unborn_and_retired_parts_have_no_optimizer_state(shared_root):
+def test_unborn_parts_have_no_optimizer_state_and_born_ones_go_on_learning(shared_root):
     trainer, loaders = make_trainer(shared_root)
     trainer.train_epoch(loaders[32][0], 0)
-    unborn = trainer.model.decoder["64"].conv[0][0].weight
-    before = unborn.clone()
+    unborn, reader = trainer.model.encoder["32"].from_finer.weight, trainer.model.encoder["32"].from_image.weight
     trainer.train_epoch(loaders[32][0], 1)
     assert unborn not in trainer.optimizer.state
-    assert torch.equal(unborn, before)
+    assert not unborn.any()
     trainer.set_stage(2)
-    retired = trainer.model.encoder["32"].from_image[0].weight
-    before = retired.clone()
+    before = reader.clone()
     trainer.train_epoch(loaders[64][0], 0)
-    assert torch.equal(retired, before), "no decay either"
+    assert unborn.any()
+    assert not torch.equal(reader, before), "the level sees the image for ever"
     steps = {group["part"]: trainer.optimizer.state[group["params"][0]]["step"].item()
              for group in trainer.optimizer.param_groups if group["params"][0] in trainer.optimizer.state}
-    assert steps["decoder.64"] == 3, "bias correction counts from birth"
-    assert steps["decoder.32"] == 9
+    assert steps["encoder.32.from_finer"] == steps["decoder.64"] == 3, "bias correction counts from birth"
+    assert steps["encoder.32.from_image"] == steps["decoder.32"] == 9
     assert all((g["weight_decay"] == 0) == (g["params"][0].ndim <= 1) for g in trainer.optimizer.param_groups)
-
-
-def test_fade_begins_only_one_stage_above_a_trained_network(shared_root):
-    trainer, loaders = make_trainer(shared_root, fade_epochs=1.0, epochs_per_stage=3)
-    trainer.set_stage(2)
-    assert trainer.model.alpha == 1, "nothing to preserve in a network that was never trained"
-    trainer.set_stage(1)
-    trainer.train_epoch(loaders[32][0], 0)
-    trainer.set_stage(2)
-    assert trainer.model.alpha == 0
-    trainer.set_stage(2)
-    assert trainer.model.alpha == 0
-    train = trainer.train_epoch(loaders[64][0], 0)
-    assert 0 < trainer.model.alpha < 1
-    trainer.record(train, trainer.validate_epoch(loaders[64][1], 0))
-    assert 2 not in trainer.best_scores, "a network that still fades is no best one"
-    trainer.record(trainer.train_epoch(loaders[64][0], 1), trainer.validate_epoch(loaders[64][1], 1))
-    assert trainer.model.alpha == 1
-    assert 2 in trainer.best_scores
 
 
 def test_batchnorm_statistics_are_a_plain_mean_at_first(shared_root):
     trainer, loaders = make_trainer(shared_root)
-    layer, seen = trainer.model.encoder["32"].from_image[1], []
+    layer, seen = trainer.model.encoder["32"].norm, []
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().mean(dim=(0, 2, 3))))
     for epoch in range(3):
         trainer.train_epoch(loaders[32][0], epoch)
@@ -119,6 +90,56 @@ def test_accumulated_gradients_make_one_step(shared_root):
     trainer.train_epoch(loader, 0)  # 6 batches of one: steps of 4 and 2
     weight = trainer.model.encoder["32"].refine[0].weight
     assert trainer.optimizer.state[weight]["step"].item() == 2
+
+
+def test_images_of_a_short_last_group_weigh_as_the_others(shared_root):
+    """Batches of 4 and 2 images accumulated into one step are one batch of 6, but for its normalisation."""
+    def gradients(sizes: list[int]) -> list[torch.Tensor]:
+        trainer, loaders = make_trainer(shared_root, accumulate=2)
+        trainer.model.eval()
+        trainer.model.set_image_statistics([0.5], [0.2])
+        whole = loaders[32][0].first(6)
+        for start, size in zip((0, sizes[0]), sizes, strict=False):
+            part = {key: value[start:start + size] for key, value in whole.items()}
+            trainer._steps.add(trainer._forward(part, trainer.model)[2], size)
+        found = []
+        trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: found.extend(
+            p.grad.clone() for p in trainer.model.parameters() if p.grad is not None))
+        trainer._steps.take()
+        return found
+
+    whole, parts = gradients([6]), gradients([4, 2])
+    assert max((a - b).abs().max() / (a.abs().max() + 1e-6) for a, b in zip(whole, parts, strict=True)) < 1e-4
+
+
+def test_norm_of_the_gradients_is_logged_and_clipped(shared_root):
+    free, loaders = make_trainer(shared_root)
+    norm = free.train_epoch(loaders[32][0], 0)["gradient_norm"]
+    assert norm > 0
+    clipped, loaders = make_trainer(shared_root, clip_norm=norm / 100)
+    seen = []
+    clipped.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(torch.stack(
+        [p.grad.norm() for p in clipped.model.parameters() if p.grad is not None]).norm().item()))
+    metrics = clipped.train_epoch(loaders[32][0], 0)
+    assert max(seen) <= norm / 100 * 1.001
+    assert metrics["gradient_norm"] > norm / 10, "before clipping"
+    assert (metrics["skipped_steps"], metrics["loss_scale"]) == (0, 1)
+
+
+def test_gradients_of_a_refused_batch_do_not_enter_the_next_step(shared_root):
+    """With accumulation: the first batch of a step was good, the second is refused, the next epoch begins anew."""
+    def weights(refused: bool) -> list[torch.Tensor]:
+        trainer, loaders = make_trainer(shared_root, accumulate=2, recipe=DataRecipe(mean=(0.5,), std=(0.2,)))
+        batches = list(loaders[32][0])
+        if refused:
+            start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+            with pytest.raises(NonFiniteLossError):
+                trainer.train_epoch([batches[0], batches[1] | {"image": batches[1]["image"] * math.nan}], 0)
+            trainer.model.load_state_dict(start)
+        trainer.train_epoch(batches, 0)
+        return [p.detach() for p in trainer.model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(False), weights(True), strict=True))
 
 
 def test_a_split_smaller_than_a_batch_trains_even_with_one_image(tmp_path):
@@ -137,7 +158,7 @@ def test_compiled_steps_give_the_losses_of_plain_ones(shared_root, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced_alone))
 
     def losses(**more) -> list[float]:
-        trainer, loaders = make_trainer(shared_root, fade_epochs=0.5, epochs_per_stage=5, **more)  # of 3 batches
+        trainer, loaders = make_trainer(shared_root, epochs_per_stage=5, **more)  # of 3 batches
         found = []
         for stage, resolution in ((1, 32), (2, 64)):
             trainer.set_stage(stage)
@@ -145,7 +166,7 @@ def test_compiled_steps_give_the_losses_of_plain_ones(shared_root, monkeypatch):
         return found
 
     assert losses(compile=True) == pytest.approx(losses(), abs=1e-4)
-    assert len(graphs) == 2, "once a stage, after the first 10 batches and the fade"
+    assert len(graphs) == 2, "once a stage, after the first 10 batches"
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
@@ -213,7 +234,7 @@ def test_validation_enlarges_logits_to_256(shared_root):
         logits = trainer.model.eval()(valid.batch(32, np.arange(3))[0].float() / 255)
     enlarged = torch.nn.functional.interpolate(logits, (256, 256), mode="bilinear") >= 0
     expected = pixel_metrics(enlarged, valid.batch(256, np.arange(3))[1] >= 127.5)["dice"].mean().item()
-    assert metrics["dice_256"] == pytest.approx(expected)
+    assert metrics["dice"] == pytest.approx(expected)
 
 
 def test_expected_memory_grows_with_batch_and_stage():
@@ -403,3 +424,48 @@ def test_a_recipe_is_made_when_data_are_read_and_carried(shared_root):
 def test_recipes_that_make_no_sense_are_refused(values, words):
     with pytest.raises(UserError, match=words):
         DataRecipe(**values)
+
+
+# ---- nuclei that are small
+
+
+def small_discs(root: Path) -> Path:
+    """Write images of 256x256 with discs of 6 pixels, each over a pixel of 64x64 and a third of one of 32x32."""
+    write_data_set(root, counts=(4, 2, 2), side=256)
+    rows, columns = np.mgrid[:256, :256] + 0.5
+    mask = np.hypot(rows % 16 - 2, columns % 16 - 2) <= 3
+    mask[:, 64:] = False
+    for path in root.glob("*/images/*.png"):
+        save_png(path, np.where(mask, 60, 190).astype(np.uint8))
+        save_png(path.parent.parent / "masks" / path.name, mask)
+    return root
+
+
+def test_a_network_that_finds_nothing_scores_nothing_where_nuclei_are_small(tmp_path):
+    """At 32 pixels no mask covers half of a pixel; an empty prediction is still wrong, and is said to be."""
+    root = small_discs(tmp_path / "data")
+    trainer, loaders = make_trainer(root, tmp_path / "run")
+    mask = next(iter(loaders[32][1]))["mask"]
+    assert mask.max() < 0.5
+    assert mask.sum() > 0
+    train = trainer.train_epoch(loaders[32][0], 0)
+    with torch.no_grad():
+        trainer.model.heads["32"].linear.weight.zero_()
+        trainer.model.heads["32"].linear.bias.fill_(-20)
+    valid = trainer.validate_epoch(loaders[32][1], 0)
+    assert (valid["dice"], valid["foreground"], valid["empty_masks"]) == (0, 0, 0)
+    assert valid["soft_dice"] < 0.2
+    trainer.record(train, valid)
+    assert trainer.best_scores == {1: 0}
+    report = str(check_dataset(root))
+    assert "at 32x32 pixels 4 of 4 masks of train lose all they show" in report
+    assert "64x64 pixels" not in report
+
+
+def test_soft_dice_needs_no_threshold():
+    """Of area fractions below one half everywhere, which a cut would empty."""
+    fraction = torch.zeros(1, 1, 32, 32)
+    fraction[..., :16] = 0.4
+    assert soft_dice(fraction, fraction).item() == pytest.approx(1)
+    assert soft_dice(torch.zeros_like(fraction), fraction).item() == pytest.approx(1 / (0.16 * 512 + 1))
+    assert soft_dice(torch.zeros_like(fraction), torch.zeros_like(fraction)).item() == 1

@@ -7,8 +7,9 @@ def epoch_lines(stage: int, epoch: int, epochs: int, train: dict, valid: dict) -
     """Return what is said at the end of an epoch (from 0) of a stage: one line, and a warning where it is due."""
     side = STAGE_RESOLUTIONS[stage]
     lines = [f"stage {stage} ({side}x{side}) epoch {epoch + 1}/{epochs}  loss {train['loss']:.4f}  "
-             f"dice {train['dice']:.4f}  | valid loss {valid['loss']:.4f}  dice {valid['dice']:.4f}  "
-             f"dice_256 {valid['dice_256']:.4f}  | lr {train['lr']:.1e}  {train['images_per_second']:.0f} images/s"]
+             f"soft dice {train['soft_dice']:.4f}  | valid loss {valid['loss']:.4f}  "
+             f"soft dice {valid['soft_dice']:.4f}  dice {valid['dice']:.4f}  "
+             f"| lr {train['lr']:.1e}  {train['images_per_second']:.0f} images/s"]
     if valid["foreground"] == 0 and epoch + 1 == epochs:
         lines.append(f"warning: stage {stage} ends predicting no foreground at all. Train longer, lower --lr, or check "
                      f"that the masks are not empty")

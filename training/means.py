@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from scoring.measures import pixel_metrics
+from scoring.measures import pixel_metrics, soft_dice
 from system.processes import all_reduce_sum
 
 
@@ -59,23 +59,35 @@ class PassMeasures:
         return pixel_metrics(self.foreground(logits), mask[:, :self.classes] >= 0.5)
 
     def add(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor) -> None:
-        """Add a training batch: its loss, a scalar, and its pixel metrics."""
-        self._means.add(self.compare(logits, mask) | {"loss": loss.expand(len(mask))})
+        """Add a training batch at the stage's resolution: its loss, a scalar, and the soft Dice.
+
+        Args:
+            mask: (N, K, H, W) area fractions in [0, 1]. They are not cut at one half: where nuclei are small, nothing
+                would be left of them at a coarse stage, and a network that finds nothing would be right.
+        """
+        values = {"loss": loss.expand(len(mask)), "soft_dice": self._soft_dice(logits, mask)}
+        self._means.add(values | self.compare(logits, mask))
 
     def add_validation(self, logits: torch.Tensor, mask: torch.Tensor, loss: torch.Tensor,
                        finest: torch.Tensor | None) -> None:
-        """Add a validation batch: `foreground` and `dice_256` as well, and count its empty masks.
+        """Add a validation batch: loss and soft Dice at the stage's resolution, all else at 256 pixels.
 
         Args:
-            finest: the masks at 256 pixels, with which the enlarged logits are compared; None compares as they are.
+            finest: the masks at 256 pixels, with which the enlarged logits are compared; None where `mask` is as fine
+                as it gets.
         """
-        values = self.compare(logits, mask) | {"loss": loss.expand(len(mask))}
-        values["foreground"] = self.foreground(logits).float().mean(dim=(2, 3))
-        values["dice_256"] = values["dice"] if finest is None else self.compare(
-            F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False), finest)["dice"]
-        self._means.add(values)
+        soft_dice = self._soft_dice(logits, mask)
+        if finest is not None:
+            logits = F.interpolate(logits, finest.shape[-2:], mode="bilinear", align_corners=False)
+            mask = finest
+        self._means.add(self.compare(logits, mask) | {
+            "loss": loss.expand(len(mask)), "soft_dice": soft_dice,
+            "foreground": self.foreground(logits).float().mean(dim=(2, 3))})
         drawn = mask[:, :self.classes] >= 0.5
         self._empty_masks += int((~drawn.flatten(2).any(dim=2)).any(dim=1).sum())
+
+    def _soft_dice(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return soft_dice(logits[:, :self.classes].sigmoid(), mask[:, :self.classes])
 
     def so_far(self) -> dict[str, float]:
         """Return the means over the images of this process."""

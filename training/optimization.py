@@ -1,4 +1,7 @@
-"""Parameter groups of a network's parts, statistics of young batch normalisation, and averaged weights."""
+"""Parameter groups of a network's parts, statistics of batch normalisation, and averaged weights."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -31,10 +34,14 @@ def moving_average(decay: float):
     return update
 
 
+def live_batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch normalisations of the parts that live at the network's stage."""
+    return [m for part in model.live_parts() for m in model.get_submodule(part).modules() if isinstance(m, _BatchNorm)]
+
+
 def young_batchnorms(model: nn.Module) -> list[list]:
     """Return [layer, batches seen] of the live batch normalisations that are younger than 10 batches."""
-    layers = [m for part in model.live_parts() for m in model.get_submodule(part).modules()
-              if isinstance(m, _BatchNorm)]
+    layers = live_batchnorms(model)
     return [[m, int(m.num_batches_tracked)] for m in layers if int(m.num_batches_tracked) < BATCHNORM_CUMULATIVE]
 
 
@@ -48,3 +55,28 @@ def age_batchnorms(young: list[list]) -> bool:
         layer.momentum = max(BATCHNORM_MOMENTUM, 1 / (age + 1))
         entry[1] += 1
     return all(age >= BATCHNORM_CUMULATIVE for _, age in young)
+
+
+class BatchNormStatistics:
+    """Keep the running statistics of the live batch normalisations, and put them back after a refused batch."""
+
+    def __init__(self, model: nn.Module):
+        self._buffers = [buffer for layer in live_batchnorms(model) for buffer in layer.buffers()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the statistics as they are."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            kept.copy_(buffer)
+
+    @contextlib.contextmanager
+    def restored_after(self, error: type[BaseException]) -> Iterator[None]:
+        """Put back what was kept if a block ends with this error."""
+        try:
+            yield
+        except error:
+            with torch.no_grad():
+                for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                    buffer.copy_(kept)
+            raise

@@ -20,20 +20,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from system.errors import UserError
-from system.processes import active, all_gather, all_reduce_sum, world_size
+from system.processes import active, all_gather, world_size
 from unet import Network
 
 # What torch.compile calls on a CPU, unless CXX names another.
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-
-
-def weight_of(images: int) -> float:
-    """Return the factor for a mean over the images of this process, so that the processes' mean is that of all images.
-
-    Args:
-        images: of this process in the batch, which may be 0.
-    """
-    return world_size() * images / all_reduce_sum(images)[0] if active() else 1.0
 
 
 def synchronised(model: Network, device: torch.device) -> Network:
@@ -127,9 +118,8 @@ class ParallelSteps:
     """Run a growing network so that the gradients of a step are averaged over all processes.
 
     Args:
-        model: has `live_parts()` and `alpha`; it was through `synchronised`.
-        compile: whether `torch.compile` makes the steady steps (see `batch`), except those of a fade, as each has an
-            alpha of its own.
+        model: has `live_parts()`; it was through `synchronised`.
+        compile: whether `torch.compile` makes the steady steps (see `batch`).
     Raises:
         UserError: for `compile` with several processes, on MPS, or on a CPU without a C++ compiler.
     """
@@ -157,7 +147,7 @@ class ParallelSteps:
             steady: whether nothing changes from batch to batch that compiled code would be made for.
         """
         if not active():
-            yield self._compiled if self._compiled is not None and steady and self.model.alpha == 1 else self.model
+            yield self._compiled if self._compiled is not None and steady else self.model
             return
         self._wrap()
         with contextlib.nullcontext() if last else self._wrapper.no_sync():
@@ -170,10 +160,11 @@ class ParallelSteps:
         """
         if self._wrapper is not None:
             self._wrapper, self._live = None, []
+            self.model.requires_grad_(True)  # also of parts that are born later, in another loop
             gc.collect()  # it is part of a circle
 
     def _wrap(self) -> None:
-        """Wrap the network anew if other parts live than at the last step: after a growth and at the end of a fade."""
+        """Wrap the network anew if other parts live than at the last step: after a growth."""
         live = self.model.live_parts()
         if self._wrapper is not None and live == self._live:
             return

@@ -21,9 +21,11 @@ from scoring.pictures import training_curves
 from system.atomic import atomic_write
 from system.errors import UserError
 
-COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "alpha", "lr", "train_loss",
-           *(f"train_{name}" for name in PIXEL_METRICS), "loss", *PIXEL_METRICS, "dice_256", "foreground",
-           "empty_masks", "seconds", "images_per_second")
+# Losses and soft Dice are at the resolution of the stage, the other measures at 256 pixels.
+MEASURES = ("loss", "soft_dice", *PIXEL_METRICS)
+OF_STEPS = ("lr", "gradient_norm", "skipped_steps", "loss_scale", "seconds", "images_per_second")
+COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "train_loss", "train_soft_dice", *MEASURES, "foreground",
+           "empty_masks", *OF_STEPS)
 OWN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
                        r"|stage_\d_epoch_\d+\.pth|\..*\.(pth|json|csv)\..*\.tmp|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
@@ -97,7 +99,7 @@ class RunFolder:
         for name in COLUMNS[4:]:
             plain = name.removeprefix("train_")
             split = "train" if plain != name else "valid"
-            tag = f"{plain}/stage_{row['stage']}_{split}" if plain in ("loss", *PIXEL_METRICS) else f"run/{name}"
+            tag = f"{plain}/stage_{row['stage']}_{split}" if plain in MEASURES else f"run/{name}"
             self.tensorboard().add_scalar(tag, row[name], row["run_epoch"])
         self.tensorboard().flush()
 

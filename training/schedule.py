@@ -1,4 +1,4 @@
-"""The plan of a run: epochs of each stage, learning rate and alpha of every step, as pure functions of the position.
+"""The plan of a run: epochs of each stage and the learning rate of every step, as pure functions of the position.
 
 Nothing here has a state, so a resumed run needs none, and the loop of `train_epoch` takes the same path as `fit`.
 """
@@ -42,14 +42,12 @@ class TrainingPlan:
         epochs: stage -> epochs, in the order of training.
         lr: full learning rate.
         schedule: 'run', one schedule over the whole run, or 'stage', one that restarts at each stage.
-        fade_epochs: length of the fade at a growth, in epochs.
         old_lr_scale: factor on the rate of parts born before the current stage.
     """
 
     epochs: dict[int, int]
     lr: float = 1e-3
     schedule: str = "run"
-    fade_epochs: float = 0.0
     old_lr_scale: float = 1.0
 
     def __post_init__(self):
@@ -57,8 +55,6 @@ class TrainingPlan:
             raise UserError(f"lr is {self.lr!r}; it must be a number above 0, e.g. 1e-3")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-        if not (math.isfinite(self.fade_epochs) and self.fade_epochs >= 0):
-            raise UserError(f"fade_epochs is {self.fade_epochs!r}; it must be a number of at least 0")
         if not (math.isfinite(self.old_lr_scale) and self.old_lr_scale >= 0):
             raise UserError(f"old_lr_scale is {self.old_lr_scale!r}; it must be a number of at least 0")
 
@@ -77,22 +73,6 @@ class TrainingPlan:
     def work(self, stage: int, epochs: float) -> float:
         """Return what is done of the run after so many epochs of a stage, in the units of WORK times epochs."""
         return sum(WORK[s] * n for s, n in self.epochs.items() if s < stage) + WORK[stage] * epochs
-
-    def alpha(self, stage: int, epoch: int, step: int, steps: int) -> float:
-        """Decide the alpha of one optimizer step of a stage that fades in.
-
-        Args:
-            epoch: within the stage, from 0.
-            step, steps: optimizer step within the epoch, from 0, and how many an epoch has.
-        Returns:
-            A rise in equal steps, strictly between 0 and 1 during the fade and 1 from then on. The fade ends before
-            the stage's last epoch begins; with a single epoch, in its first half.
-        """
-        epochs = self.epochs[stage]
-        longest = (epochs - 1) * steps if epochs > 1 else steps // 2
-        fade_steps = min(round(self.fade_epochs * steps), longest)
-        done = epoch * steps + step
-        return 1.0 if done >= fade_steps else (done + 1) / (fade_steps + 1)
 
     def rate(self, stage: int, epoch: int, step: int, steps: int, born: int) -> float:
         """Return the learning rate of one optimizer step for a part born at stage `born`.

@@ -14,9 +14,8 @@ from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import UserError
 from system.options import Parser, flag, folder_name, number, regex, whole
 
-# An option given by hand beats a preset, a preset beats a default. Presets deal about 57, 8, 5 and 30 % of the epochs
-# to the stages: less than half the operations of as many epochs at 256 pixels, and as much of them at 256 as that
-# allows.
+# An option given by hand beats a preset, a preset beats a default. Presets deal about 25, 6, 7 and 62 % of the
+# operations to the stages: on Herlev that was ahead of 5, 9, 34 and 52 % (docs/results.md).
 PRESETS = {
     # The bundled sample in all four stages: 1.3 minutes on 2 cores of a server CPU in bfloat16, test Dice 0.96.
     "quick": {"epochs_per_stage": (44, 6, 4, 24), "base_channels": 16, "lr": 2e-3,
@@ -29,7 +28,7 @@ PRESETS = {
                 "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
 }
 BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
-CHANGEABLE_AT_RESUME = ("data_root", "device", "num_workers", "cache_images", "compile")
+CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cache_images", "compile")
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
@@ -110,9 +109,9 @@ def _add_training_options(add: Callable) -> None:
         help="images a batch at each resolution (32:64,64:32,128:16,256:8)")
     add("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
     add("--schedule", choices=("run", "stage"), default="run", help="one for the run, or one a stage (run)")
-    add("--fade_epochs", type=number(0), default=0.0, help="length of the fade at a growth (0)")
     add("--old_lr_scale", type=number(0), default=1.0, help="factor on the rate of older parts (1)")
     add("--weight_decay", type=number(0), default=1e-2, help="of convolutions (0.01)")
+    add("--clip_norm", type=number(0), default=0.0, help="largest norm of the gradients, e.g. 1 (0: off)")
     add("--average", type=number(0, 1, below=True), default=0.0, help="decay of averaged weights, e.g. 0.99 (0: off)")
     add("--accumulate", type=whole(1), default=1, help="batches a step (1)")
 

@@ -1,0 +1,54 @@
+"""Steps of the optimizer: gradients of one or several batches become the mean over their images, then a step."""
+
+import math
+
+import torch
+from torch import nn
+
+from system.processes import all_reduce_sum, world_size
+
+
+class OptimizerSteps:
+    """Add gradients batch by batch, weigh every image alike, and step.
+
+    Args:
+        optimizer: of the parameters of `model`.
+        scaler: of the loss, for float16; one that is not enabled changes nothing.
+        clip_norm: largest norm of all gradients together, above which they are scaled down; 0 leaves them.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                 clip_norm: float = 0.0):
+        self.model, self.optimizer, self.scaler, self.clip_norm = model, optimizer, scaler, clip_norm
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget gradients of a batch that was refused or a step that was cut off, and what was counted."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._images, self._norms, self._skipped = 0, [], 0
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        """Add the gradients of a batch: `loss` is the mean over its images, those of this process."""
+        self.scaler.scale(loss * images).backward()
+        self._images += images
+
+    def take(self) -> None:
+        """Step by the mean over all images added, of all processes; float16 skips a step that overflows."""
+        images, = all_reduce_sum(self._images)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, world_size() / images)  # the processes' gradients were averaged
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        self._skipped += skipped
+        self._norms += [] if skipped else [norm.detach()]
+        self.optimizer.zero_grad(set_to_none=True)
+        self._images = 0
+
+    def summary(self) -> dict[str, float]:
+        """Return of the steps since `begin`: mean `gradient_norm` before clipping, `skipped_steps` and `loss_scale`."""
+        norm = float(torch.stack(self._norms).mean()) if self._norms else math.nan
+        return {"gradient_norm": norm, "skipped_steps": self._skipped, "loss_scale": self.scaler.get_scale()}
