@@ -37,8 +37,11 @@ class OptimizerSteps:
         images, = all_reduce_sum(self._images)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, world_size() / images)  # the processes' gradients were averaged
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
+        factor = world_size() / images  # torch has averaged the gradients of the processes
+        norm = torch.stack(torch._foreach_norm(gradients)).norm() * factor
+        if self.clip_norm:
+            factor = factor * (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, factor)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
