@@ -13,7 +13,7 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     epoch           epochs finished within the stage
     score           validation Dice of these weights (None for a network that was not validated)
     best_scores     stage -> best validation Dice so far
-    plan            epochs of each stage, rate and schedule (see schedule.TrainingPlan)
+    plan            epochs of each stage, rate and schedule (see training.schedule.TrainingPlan)
     optimizer       state dict of AdamW
     scaler          state dict of the gradient scaler, empty unless float16
     averaged        in last.pth of a run with averaging: 'model', state dict of the averaged weights, and 'steps'; else

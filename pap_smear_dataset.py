@@ -28,7 +28,7 @@ class PapSmearDataset(Dataset):
     """Images and masks of one split, resized to the current target size.
 
     Args:
-        data_root: folder with train|valid|test / images|masks (see splits.py).
+        data_root: folder with train|valid|test / images|masks (see images/splits.py).
         split: 'train', 'valid' or 'test'; only 'train' augments.
         target_size: 32, 64, 128 or 256.
         use_augmented: take the copies with a prefix (flipped_*, ...) too.
@@ -37,7 +37,7 @@ class PapSmearDataset(Dataset):
         in_channels: 1 (luminance) or 3 (RGB).
         out_channels: mask channels.
         cache_images: decode once, and keep the images in memory or, if they are many, in memory-mapped files; None
-            does so where there is space (see image_cache.py).
+            does so where there is space (see images/cache.py).
         pyramid: the split as already decoded; data_root, use_augmented, cache_images and targets are then not used.
         targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
         augment_strength: factor on the amounts of the random transforms, 0..3.
@@ -221,7 +221,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
         batch_sizes: resolution -> images a batch; what is missing is 64, 32, 16 and 8 for 32, 64, 128 and 256.
         num_workers: processes that decode; none are started when images are cached.
         device: where batches are scaled, augmented and delivered.
-        pyramids: the splits as already decoded (`image_pyramid.open_pyramids`); the arguments on files are then
+        pyramids: the splits as already decoded (`images.pyramid.open_pyramids`); the arguments on files are then
             not used. For the others see PapSmearDataset.
     Returns:
         {32: (train, valid, test), 64: ..., 128: ..., 256: ...}

@@ -161,7 +161,7 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
 
 
 def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namespace):
-    """Predict one image as a whole and write its files; return a `streaming.Prediction`."""
+    """Predict one image as a whole and write its files; return a `nuclei.streaming.Prediction`."""
     import numpy as np
 
     from images.files import load_image, save_instances, save_png, to_image
@@ -188,7 +188,7 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
 
 
 def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespace):
-    """Predict one image from file to files; return a `streaming.Prediction`."""
+    """Predict one image from file to files; return a `nuclei.streaming.Prediction`."""
     from images.bands import ImageRows
     from images.files import save_png
     from nuclei.outlines import overlay

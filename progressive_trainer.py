@@ -3,8 +3,8 @@
     trainer = ProgressiveTrainer(model, device="auto", epochs_per_stage=50, output_dir="outputs/my_run")
     trainer.fit(create_progressive_dataloaders("data"))
 
-or, with the same result for the same seed, the loop that `fit` runs: `set_stage`, `train_epoch`, `validate_epoch`,
-`record`. Without `record` nothing is selected and nothing written.
+or, with the same weights for the same seed, the loop that `fit` runs: `set_stage`, `train_epoch`, `validate_epoch`,
+`record`. Without `record` nothing is selected. Pictures and final_model.pth are written by `fit` alone.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class ProgressiveTrainer:
         accumulate: batches that make one step, every image of which counts alike.
         save_every: epochs between two stage_X_epoch_Y.pth.
         keep: how many of them stay.
-        schedule, old_lr_scale: see schedule.TrainingPlan.
+        schedule, old_lr_scale: see training.schedule.TrainingPlan.
         weight_decay: of convolution weights; never on batch normalisation and biases.
         clip_norm: largest norm of the gradients, above which they are scaled down; 0 is off.
         average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
@@ -112,6 +112,8 @@ class ProgressiveTrainer:
         self.best_scores: dict[int, float] = {}
         self.finished_epochs = 0       # of the current stage
         self._steps_taken = 0          # by this trainer, resumed ones included
+        self._config_written = False
+        self._recorded: tuple[int, int] | None = None  # stage and epoch
 
     @property
     def evaluated_model(self) -> Network:
@@ -192,6 +194,9 @@ class ProgressiveTrainer:
             so that they compare across stages; 'foreground' (share predicted), 'empty_masks' (how many).
         """
         check_loader(loader)
+        carried = carried_recipe(loader)
+        if carried and self.recipe:
+            carried.check_agreement(self.recipe, "the loader", "the training so far")
         network = self.evaluated_model.eval()
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
         for i, batch in enumerate(progress(loader, "validate")):
@@ -216,13 +221,19 @@ class ProgressiveTrainer:
     def _begin_steps(self, batch: dict, recipe: DataRecipe) -> None:
         """Check the first batch; then claim the output folder and give the network its image statistics, once."""
         check_batch(batch, self.model)
-        if self.folder:
-            self.folder.claim()
+        self._claim_folder()
         if not self.model.has_image_statistics:
             for network in {self.model, self.evaluated_model}:
                 network.set_image_statistics(recipe.mean, recipe.std)
         mean, std = (tuple(buffer.tolist()) for buffer in (self.model.image_mean, self.model.image_std))
         self.recipe = dataclasses.replace(recipe, mean=mean, std=std)
+
+    def _claim_folder(self) -> None:
+        """Take possession of the output folder, once, and write the settings into it."""
+        if self.folder and not self._config_written:
+            self.folder.claim()
+            self.folder.write_config(self.config | {"resolved": self.resolved | self.config.get("resolved", {})})
+            self._config_written = True
 
     def _scored_classes(self, loader: Loader) -> int:
         """Return how many channels are classes; the rims of nuclei, the last, are not scored."""
@@ -235,9 +246,7 @@ class ProgressiveTrainer:
         Args:
             dataloaders: resolution -> (train, valid, ...), as `create_progressive_dataloaders` makes them.
         """
-        if self.folder:
-            self.folder.claim()
-            self.folder.write_config(self.config | {"resolved": self.resolved | self.config.get("resolved", {})})
+        self._claim_folder()
         for stage in [stage for stage in self._whole_plan.epochs if stage >= self.model.stage]:
             self.set_stage(stage)
             epochs = self.plan.epochs[stage]
@@ -331,8 +340,10 @@ class ProgressiveTrainer:
             train, valid: what `train_epoch` and `validate_epoch` returned.
         """
         stage, finished = self.model.stage, self.finished_epochs
-        if not finished:
-            raise UserError("there is no epoch to record; call train_epoch and validate_epoch before it")
+        if not finished or self._recorded == (stage, finished):
+            raise UserError("there is no epoch to record, or it is recorded already; call train_epoch and "
+                            "validate_epoch before each record")
+        self._recorded = stage, finished
         score = valid["dice"]
         best = score > self.best_scores.get(stage, -math.inf)
         if best:

@@ -185,8 +185,8 @@ def test_a_system_that_tells_nothing_is_no_error(monkeypatch, tmp_path):
 
 # The stations, each a module of the root or a folder: one imports from lines above its own and from itself alone.
 LAYERS = (
-    ("system",), ("images",), ("unet_parts",), ("unet",), ("checkpoints",), ("nuclei",), ("inference",), ("scoring",),
-    ("training",), ("pap_smear_dataset",), ("progressive_trainer",), ("preparation",),
+    ("system",), ("images",), ("preparation",), ("unet_parts",), ("unet",), ("checkpoints",), ("nuclei",),
+    ("inference",), ("scoring",), ("training",), ("pap_smear_dataset",), ("progressive_trainer",),
     ("train_papsmear", "evaluate_papsmear", "predict_papsmear", "prepare_data", "example_usage"), ("benchmarks",))
 
 
@@ -209,6 +209,12 @@ def test_modules_import_one_way():
     level = {station: i for i, layer in enumerate(LAYERS) for station in layer}
     assert {name.split(".")[0] for name in modules} == set(level)
     imports = {name: imported_modules(path) & set(modules) for name, path in modules.items()}
+    for name, path in modules.items():
+        station = name.split(".")[0]
+        of_tests = {other for other in imported_modules(path) if other.split(".")[0] in ("tests", "conftest")}
+        of_leaves = {other for other in imports[name] if other.startswith(("preparation.", "benchmarks."))}
+        assert not of_tests, f"{name} imports {of_tests}"
+        assert not of_leaves or station in ("preparation", "prepare_data", "benchmarks"), f"{name} imports {of_leaves}"
     for name, others in imports.items():
         station = name.split(".")[0]
         wrong = {other for other in others if other.split(".")[0] != station

@@ -12,7 +12,6 @@ normalisation and padded convolutions.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from images.resolutions import RESOLUTIONS
 from system.errors import UserError
@@ -79,11 +78,6 @@ class Network(nn.Module):
             raise UserError(f"scale is {scale!r}; at stage {self.stage} this network has logits at "
                              f"{', '.join(map(str, self.scales))}")
         return scale or self.resolution
-
-    @property
-    def trained(self) -> bool:
-        """Tell whether any training batch has passed through the network."""
-        return any(bool(m.num_batches_tracked) for m in self.modules() if isinstance(m, _BatchNorm))
 
     @property
     def has_image_statistics(self) -> bool:
@@ -169,11 +163,11 @@ class ProgressiveUNet(Network):
     def set_stage(self, stage: int) -> None:
         """Go to a stage, 1..4, up or down, without touching a weight."""
         if stage not in STAGE_RESOLUTIONS:
-            raise ValueError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
+            raise UserError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
         self.stage = stage
 
     def start_whole(self) -> None:
-        """Draw as usual the weights of the encoder that growth starts at zero: for training at the last stage alone."""
+        """Draw random weights for `from_finer`, which growth starts at zero; for training at the last stage alone."""
         for level in self.encoder.values():
             if isinstance(level, EncoderLevel) and hasattr(level, "from_finer"):
                 level.from_finer.reset_parameters()

@@ -1,6 +1,7 @@
 """The parts of the speed benchmark: each measures, and yields its figures with the bars that they should reach.
 
-Each takes the `workloads.Setting` and a record for benchmark.json, into which it puts what was measured in every round.
+Each takes the `benchmarks.workloads.Setting` and a record for benchmark.json, into which it puts what was measured in
+every round.
 """
 
 import functools

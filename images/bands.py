@@ -4,8 +4,8 @@
     for band in rows:                            # (n, rows.width, 3) uint8, from top to bottom
         ...
 
-A TIFF is read some rows of tiles, or strips, at a time. They become a small TIFF in memory that `images` decodes, so
-that the pixels are those of `images.load_image`. Any other file is decoded whole.
+A TIFF is read some rows of tiles, or strips, at a time. They become a small TIFF in memory that `images.files`
+decodes, so that the pixels are those of `images.files.load_image`. Any other file is decoded whole.
 """
 
 import io
@@ -27,7 +27,7 @@ TILE = 512               # side in pixels of the tiles that are written
 # The tags of a TIFF that say how its strips or tiles are decoded.
 DECODING_TAGS = (258, 259, 262, 266, 277, 284, 292, 293, 317, 320, 322, 323, 332, 338, 339, 347, 529, 530, 531, 532)
 WIDTH, LENGTH, STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES = 256, 257, 273, 278, 279, 324, 325
-SHORT, LONG, LONG8 = 3, 4, 16
+LONG, LONG8 = 4, 16
 UNCOMPRESSED, OLD_JPEG = 1, 6
 
 
@@ -38,7 +38,7 @@ class ImageRows:
     as are all other formats; everything else is read in parts.
 
     Args:
-        path, channels, max_pixels: as for `images.load_image`, which defines the values too.
+        path, channels, max_pixels: as for `images.files.load_image`, which defines the values too.
     Attributes:
         height, width: pixels.
         in_parts: whether parts are decoded one after the other.

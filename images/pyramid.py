@@ -1,4 +1,4 @@
-"""The decoded pairs of a split at all four resolutions, kept (see image_cache.py) or decoded when asked for.
+"""The decoded pairs of a split at all four resolutions, kept (see images/cache.py) or decoded when asked for.
 
 The 256 pixel image is made once; each coarser one is the exact 2x2 mean of the finer one, rounded to 8 bit, image and
 mask alike. That is why growth preserves the function on real data too.
@@ -37,7 +37,6 @@ class ImagePyramid:
     Attributes:
         names: of the pairs.
         recipe: the same with mean, standard deviation and ranges of all images at 256, once they were read.
-        sizes: (N, 2) original height and width in pixels.
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
         lost: (N, 3) bool, whether the mask shows something at 256 pixels and nothing of it at 32, 64, 128.
         foreground: (N, classes) share of each mask's original pixels that belong to the class.
@@ -45,7 +44,6 @@ class ImagePyramid:
 
     def __init__(self, pairs: list[Pair], recipe: DataRecipe):
         self.pairs, self.names, self.recipe = pairs, [pair.name for pair in pairs], recipe
-        self.sizes = np.zeros((len(pairs), 2), dtype=int)
         self.foreground = np.zeros((len(pairs), recipe.classes))
         self.lost = np.zeros((len(pairs), len(RESOLUTIONS) - 1), bool)
         self._cache: ImageCache | None = None
@@ -91,7 +89,7 @@ class ImagePyramid:
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.sizes[i], self.foreground[i], description, self.lost[i] = found
+                image, mask, self.foreground[i], description, self.lost[i] = found
                 descriptions.append(description)
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(channels, -1) / np.float32(255)
@@ -120,7 +118,7 @@ class ImagePyramid:
         return levels
 
     def _decode_pair(self, pair: Pair):
-        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, original size, foreground share."""
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, and the share of foreground."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             raise ImageFileError("; ".join(found))
@@ -147,7 +145,7 @@ class ImagePyramid:
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
         image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-        return image256, mask256, mask.shape[:2], mask[..., :self.recipe.classes].mean(axis=(0, 1))
+        return image256, mask256, mask[..., :self.recipe.classes].mean(axis=(0, 1))
 
     def _describe_pair(self, pair: Pair):
         """Return what `_try_pair` does, then the description of the image at 256 and where its mask is lost."""
@@ -180,7 +178,7 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
             memory-mapped files; None does the same, but decodes at every step where there is no space for them.
     Raises:
         DatasetError: one error that lists every problem of all these splits.
-        ValueError: if cache_images is True and there is no space.
+        UserError: if cache_images is True and there is no space.
     """
     data_root = find_data_root(data_root)
     splits, problems = find_splits(data_root, use_augmented, wanted)

@@ -24,7 +24,8 @@ class DataRecipe:
             last, for the rims of nuclei (see targets.py).
         in_channels: of the images, 1 for luminance or 3 for RGB.
         classes: of the masks; 1 for a binary mask.
-        mean, std: of the training images, a number a channel on the scale [0, 1]; empty until they are known.
+        mean, std: of the images that were read, a number a channel on the scale [0, 1]; empty until they are known. A
+            network, and its checkpoint, has those of its training images.
         training_ranges: name -> (low, high) of what describes the training images (see familiarity.py).
     """
 

@@ -88,7 +88,8 @@ def find_splits(data_root: Path, use_augmented: bool = True,
     """Return what `list_splits` does and the problems, so that files that do pair can be read all the same."""
     data_root = find_data_root(data_root)
     table = data_root / SPLITS_FILE
-    folders, problems = _read_folders(data_root, SPLITS if table.is_file() else wanted)
+    listed = table.is_file()
+    folders, problems = _read_folders(data_root, SPLITS if listed else wanted, all_needed=not listed)
     splits = _apply_splits_file(table, folders, problems) if table.is_file() else folders
     splits = {split: sorted(splits[split], key=lambda pair: pair.name) for split in wanted}
     for split, pairs in splits.items():
@@ -199,7 +200,7 @@ def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 
     Copies go to train only, and only those of train's own groups and of groups without an original. An image that lies
     in two folders is taken once.
     """
-    folders, problems = _read_folders(Path(data_root), SPLITS)
+    folders, problems = _read_folders(Path(data_root), SPLITS, all_needed=False)
     by_name: dict[str, Pair] = {}
     for pair in (pair for pairs in folders.values() for pair in pairs):
         first = by_name.setdefault(pair.name, pair)
@@ -235,13 +236,21 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0)
     return path
 
 
-def _read_folders(data_root: Path, wanted: Iterable[str]) -> tuple[dict[str, list[Pair]], list[str]]:
-    """Return the pairs of these folders, whatever `splits.csv` says, and the problems."""
+def _read_folders(data_root: Path, wanted: Iterable[str],
+                  all_needed: bool = True) -> tuple[dict[str, list[Pair]], list[str]]:
+    """Return the pairs of these folders, whatever `splits.csv` says, and the problems.
+
+    Args:
+        all_needed: False takes a missing folder for an empty one, unless all of them are missing.
+    """
     if not data_root.is_dir():
         found = "a file, not a folder" if data_root.exists() else "no such folder"
         raise DatasetError(data_root, [f"{found}. Name a folder laid out as {TREE}"])
     problems: list[str] = []
-    return {split: _pair_folder(data_root / split, problems) for split in wanted}, problems
+    wanted = list(wanted)
+    there = [split for split in wanted if (data_root / split).is_dir()]
+    read = wanted if all_needed or not there else there
+    return {split: _pair_folder(data_root / split, problems) if split in read else [] for split in wanted}, problems
 
 
 def other_files(data_root: Path) -> list[Path]:

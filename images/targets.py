@@ -1,7 +1,8 @@
 """What the network is taught of an image: the mask of each class and, if asked for, the boundaries of the nuclei.
 
 Nuclei that touch are one region in a mask. With the target `boundary` the network gets one output channel more, the
-last one, for the rim of every nucleus; where the rims of two nuclei meet, `separation.separate_nuclei` divides them.
+last one, for the rim of every nucleus; where the rims of two nuclei meet,
+`nuclei.separation.separate_nuclei` divides them.
 """
 
 from pathlib import Path

@@ -165,7 +165,7 @@ def read_geojson(path: Path) -> Annotation:
     """Read GeoJSON as QuPath exports it: a FeatureCollection, a list of features or a single one.
 
     Polygon and MultiPolygon, with holes; of a QuPath cell the nucleus is taken. Other geometries have no area and are
-    left out with a note. Raises ValueError for anything else.
+    left out with a note. Raises AnnotationError for anything else.
     """
     content = _read_json(path)
     if isinstance(content, dict):
@@ -200,7 +200,7 @@ def read_coco(path: Path) -> dict[str, Annotation]:
 
     Returns:
         The annotation of each image, by the stem of its file name.
-    Raises ValueError for JSON of another kind, for two images with one stem and for run lengths that do not fit.
+    Raises AnnotationError for JSON of another kind, for two images with one stem and for run lengths that do not fit.
     """
     content = _read_json(path)
     if not isinstance(content, dict) or not all(_dictionaries(content.get(k)) for k in ("images", "annotations")):
@@ -250,7 +250,8 @@ def decode_run_lengths(counts: list[int] | str, size: tuple[int, int]) -> np.nda
     Args:
         counts: the runs, or their compressed text (pycocotools: 5 bits a character from '0' on, the sixth says that
             the number goes on; from the fourth number on, differences to the last but one).
-    Raises ValueError, before memory is taken, for more than MAX_PIXELS and where the runs do not add up to the image.
+    Raises AnnotationError, before memory is taken, for more than MAX_PIXELS and where the runs do not add up to the
+    image.
     """
     # Not pycocotools 2.0.11: of runs that are too few it fills up with uninitialised memory, and large sizes crash it.
     height, width = map(_whole, size)

@@ -16,7 +16,6 @@ from skimage.filters import threshold_otsu
 from images.files import ImageFileError, load_image, load_mask
 from images.splits import SPLITS_FILE, Pair, find_data_root, list_splits
 from images.targets import drawn_nuclei
-from inference import Predictor
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
 from system.processes import progress, shard, unshard
 
@@ -39,7 +38,7 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> lis
     return list_splits(data_root, use_augmented, (split,))[split]
 
 
-def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
+def score_pairs(predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
     """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too.
 
     Several processes share the images, and each returns all rows.
@@ -47,7 +46,7 @@ def score_pairs(predictor: Predictor, pairs: list[Pair], instances: bool = False
     return unshard([score_pair(predictor, pair, instances)[0] for pair in progress(shard(pairs), "scoring")])
 
 
-def score_pair(predictor: Predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
+def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
     """Return the row of one image, its probabilities (H, W, K) float32 and its mask (H, W, K) bool, K the classes.
 
     Nuclei are those of the first class, separated by `Predictor.nuclei`.

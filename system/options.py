@@ -29,9 +29,9 @@ def is_first_of_launch() -> bool:
 def command(interrupted: str = "") -> Callable:
     """Return a decorator for `main(argv=None)` that turns what goes wrong into a line on stderr and an exit code.
 
-    The code is what `main` returns, 0 for None; 2 for what a user can mend (see `errors.is_for_user`); 1 for a training
-    whose numbers overflow; 130 for Ctrl-C. All else is a fault of ours and keeps its traceback. What goes wrong in all
-    processes of torchrun is said by the first.
+    The code is what `main` returns, 0 for None; 2 for what a user can mend (see `system.errors.is_for_user`); 1 for
+    a training whose numbers overflow; 130 for Ctrl-C. All else is a fault of ours and keeps its traceback. What goes
+    wrong in all processes of torchrun is said by the first.
 
     Args:
         interrupted: what to say at Ctrl-C, if anything: what became of the results.

@@ -2,10 +2,6 @@
 
     torchrun --nproc_per_node=2 train_papsmear.py --data_root data
     torchrun --nproc_per_node=2 evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data
-
-Every process holds the whole network and its own part of each batch. Statistics of batch normalisation, gradients and
-measures are those of the whole batch, so N processes compute what one would. In Python the same happens wherever
-`torch.distributed` is initialised when a trainer is made.
 """
 
 import contextlib

@@ -248,3 +248,15 @@ def test_loaders_left_in_the_middle_of_a_pass_end_their_workers_at_once(shared_r
     del loaders
     assert not workers & set(multiprocessing.active_children())
     assert time.monotonic() - start < 4
+
+
+def test_images_that_all_lie_in_train_are_dealt(tmp_path):
+    """The folders of valid and test may be missing altogether."""
+    root = write_data_set(tmp_path / "data", counts=(20, 1, 1))
+    for split in ("valid", "test"):
+        shutil.rmtree(root / split)
+    with pytest.raises(DatasetError, match="valid/images: no such folder"):
+        list_splits(root)
+    write_splits(root)
+    assert [len(pairs) for pairs in list_splits(root).values()] == [14, 3, 3]
+    check_dataset(root)

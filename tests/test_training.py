@@ -247,7 +247,7 @@ def test_expected_memory_grows_with_batch_and_stage():
     activations = training_memory(model, 8, "float32") - needed[-1]
     # The finest level alone keeps the input of both convolutions, normalisations and rectifiers of two DoubleConvs.
     assert activations > 4 * 4 * 256 * 256 * 4 * 6
-    assert not model.trained
+    assert not any(int(m.num_batches_tracked) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_a_failed_save_leaves_the_old_file(trained_run, tmp_path, monkeypatch):
@@ -334,6 +334,14 @@ def test_a_recipe_given_to_the_trainer_is_used(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_recipe_without_statistics_takes_those_of_the_loader(shared_root, capsys):
+    trainer, loaders = make_trainer(shared_root, recipe=DataRecipe())
+    trainer.train_epoch(loaders[32][0], 0)
+    assert trainer.recipe.mean == pytest.approx(loaders[32][0].recipe.mean, abs=1e-6)
+    assert trainer.recipe.training_ranges == loaders[32][0].recipe.training_ranges
+    assert capsys.readouterr().out == ""
+
+
 def test_statistics_that_a_network_brings_along_stay(shared_root):
     trainer, loaders = make_trainer(shared_root)
     trainer.model.set_image_statistics([0.25], [0.5])
@@ -380,6 +388,9 @@ def test_data_of_another_kind_than_before_are_refused(shared_root):
     rims = create_progressive_dataloaders(shared_root, targets=MASK_AND_BOUNDARY)[32][0]
     with pytest.raises(UserError, match=r"the loader: targets is \('mask', 'boundary'\), but \('mask',\) in the trai"):
         trainer.train_epoch(rims, 1)
+    two_classes = make_trainer(shared_root, recipe=DataRecipe(targets=MASK_AND_BOUNDARY))[0]
+    with pytest.raises(UserError, match="the loader: targets is"):
+        two_classes.validate_epoch(loaders[32][1], 0)
     with pytest.raises(UserError, match="out_channels of the network is 1, but the data have 2"):
         make_trainer(shared_root)[0].train_epoch(rims, 0)
 
@@ -392,12 +403,15 @@ def test_only_record_selects_and_writes(shared_root, tmp_path):
     train = trainer.train_epoch(loaders[32][0], 0)
     on_test = trainer.validate_epoch(loaders[32][2], 0)
     valid = trainer.validate_epoch(loaders[32][1], 0)
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
     assert trainer.best_scores == {}
     assert on_test["dice"] != valid["dice"]
     trainer.record(train, valid)
     assert trainer.best_scores == {1: valid["dice"]}
     assert load_checkpoint(tmp_path / "run/best_stage_1.pth")["score"] == valid["dice"]
+    assert (tmp_path / "run/config.json").exists(), "the settings, as after fit"
+    with pytest.raises(UserError, match="recorded already"):
+        trainer.record(train, valid)
     assert [float(row["dice"]) for row in metric_rows(tmp_path / "run")] == [valid["dice"]]
 
 

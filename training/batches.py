@@ -92,6 +92,8 @@ def recipe_for(model, loader: Loader, known: DataRecipe | None) -> DataRecipe:
     if known is not None and carried is not None:
         carried.check_agreement(known, "the loader", "the training so far")
     recipe = known or carried or DataRecipe(in_channels=model.in_channels, classes=model.out_channels)
+    if not recipe.mean and carried is not None:
+        recipe = replace(recipe, mean=carried.mean, std=carried.std, training_ranges=carried.training_ranges)
     for name, found in (("in_channels", recipe.in_channels), ("out_channels", recipe.target_channels)):
         if found != getattr(model, name):
             raise UserError(f"{name} of the network is {getattr(model, name)}, but the data have {found}. Build it "

@@ -26,7 +26,7 @@ MEASURES = ("loss", "soft_dice", *PIXEL_METRICS)
 OF_STEPS = ("lr", "gradient_norm", "skipped_steps", "loss_scale", "seconds", "images_per_second")
 COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "train_loss", "train_soft_dice", *MEASURES, "foreground",
            "empty_masks", *OF_STEPS)
-OWN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
+RUN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
                        r"|stage_\d_epoch_\d+\.pth|\..*\.(pth|json|csv)\..*\.tmp|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
@@ -52,7 +52,7 @@ class RunFolder:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
                              f"Choose another --output_dir or --experiment_name")
-        if not self.overwrite and self.path.is_dir() and any(OWN_FILES.fullmatch(p.name) for p in self.path.iterdir()):
+        if not self.overwrite and self.path.is_dir() and any(RUN_FILES.fullmatch(p.name) for p in self.path.iterdir()):
             raise UserError(f"{self.path}: this run folder exists already. Choose another --experiment_name, continue "
                              f"it with --resume {self.path}, or replace it with --overwrite (in Python: another "
                              f"output_dir, resume() or overwrite=True)")
@@ -162,7 +162,7 @@ class RunFolder:
         """Remove what an earlier run wrote here, and nothing else that lies in the folder."""
         logs = self.path / "logs"
         for path in (*self.path.iterdir(), *logs.glob("events.out.tfevents.*")):
-            if path.is_file() and (OWN_FILES.fullmatch(path.name) or path.parent == logs):
+            if path.is_file() and (RUN_FILES.fullmatch(path.name) or path.parent == logs):
                 path.unlink()
         if logs.is_dir() and not any(logs.iterdir()):
             logs.rmdir()

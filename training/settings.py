@@ -15,9 +15,9 @@ from system.errors import UserError
 from system.options import Parser, flag, folder_name, number, regex, whole
 
 # An option given by hand beats a preset, a preset beats a default. Presets deal about 25, 6, 7 and 62 % of the
-# operations to the stages: on Herlev that was ahead of 5, 9, 34 and 52 % (docs/results.md).
+# operations to the stages: on Herlev that was ahead of 5, 9, 34 and 52 % (docs/experiments.md).
 PRESETS = {
-    # The bundled sample in all four stages: 1.3 minutes on 2 cores of a server CPU in bfloat16, test Dice 0.96.
+    # The bundled sample in all four stages: 1.6 minutes on 2 cores of a server CPU in bfloat16, test Dice 0.96.
     "quick": {"epochs_per_stage": (44, 6, 4, 24), "base_channels": 16, "lr": 2e-3,
               "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}},
     # Figures, times and machine of these two are in docs/herlev.md and docs/monuseg.md.
