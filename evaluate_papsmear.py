@@ -28,14 +28,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
     parser = Parser(prog="evaluate_papsmear.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
+    parser.add_argument("checkpoint", type=checkpoint_list,
+                        help="a checkpoint, or several joined by commas, which are averaged")
     parser.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="what is scored (test)")
     parser.add_argument("--use_augmented", default=True, type=flag, nargs="?", const=True, metavar="true|false",
                         help="score flipped_*, mirrored_*, rotated_X_* too, as after training (true)")
     parser.add_argument("--instances", action="store_true", help="compare nucleus by nucleus too: AJI, PQ, DQ, SQ, F1")
     parser.add_argument("--all_scales", action="store_true", help="Dice and milliseconds at each scale of the decoder")
-    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint, scored on the same images and tested")
+    parser.add_argument("--compare", metavar="OTHER", type=checkpoint_list,
+                        help="a second checkpoint, scored on the same images and tested")
     parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the bootstrap (0)")
@@ -54,7 +56,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from system.processes import is_main_process
     from training.run_folder import RunFolder
 
-    first = Path(checkpoint_list(args.checkpoint)[0])
+    first = Path(args.checkpoint[0])
     folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
     existing = [folder / name for name in RESULT_FILES if (folder / name).exists()]
     if existing and not args.overwrite:
@@ -63,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> None:
     predictor = open_predictor(args, args.checkpoint)
     other = open_predictor(args, args.compare) if args.compare else None
     if other and other.classes != predictor.classes:
-        raise UserError(f"{args.compare}: {other.classes} classes, but {args.checkpoint} has "
+        raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
     folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
@@ -74,12 +76,12 @@ def evaluate(args: argparse.Namespace) -> None:
               f"parts of the mask")
 
     rows = score_pairs(predictor, pairs, args.instances)
-    summary = {"checkpoint": args.checkpoint, "images": str(pairs[0].image.parent), "seed": args.seed,
+    summary = {"checkpoint": joined(args.checkpoint), "images": str(pairs[0].image.parent), "seed": args.seed,
                "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
     others = score_pairs(other, pairs, args.instances) if other else None
     if others:
-        summary |= {"compared_with": args.compare, "other_scores": summarise(others, args.seed),
+        summary |= {"compared_with": joined(args.compare), "other_scores": summarise(others, args.seed),
                     "comparison": compare(rows, others, args.seed)}
         print_comparison(args, summary)
     if args.all_scales:
@@ -97,14 +99,19 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"look at {folder}/: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
 
 
-def open_predictor(args: argparse.Namespace, checkpoint: str):
+def joined(checkpoints: list[str]) -> str:
+    """Return the paths as the command line has them."""
+    return ",".join(checkpoints)
+
+
+def open_predictor(args: argparse.Namespace, checkpoints: list[str]):
     """Return the Predictor of a checkpoint, or of several joined by commas, and print what it is."""
     from inference import Predictor
     from system.devices import set_up_process
 
-    predictor = Predictor(checkpoint_list(checkpoint), args.device, args.precision, args.tile, augment=args.augment)
+    predictor = Predictor(checkpoints, args.device, args.precision, args.tile, augment=args.augment)
     set_up_process(predictor.device, predictor.precision)
-    print(f"{checkpoint}: {predictor}")
+    print(f"{joined(checkpoints)}: {predictor}")
     return predictor
 
 
@@ -119,7 +126,7 @@ def print_scores(scores: dict) -> None:
 
 def print_comparison(args: argparse.Namespace, summary: dict) -> None:
     """Print the means of both checkpoints and their difference, one measure a line."""
-    print(f"\n{args.checkpoint} minus {args.compare}, paired over images")
+    print(f"\n{joined(args.checkpoint)} minus {joined(args.compare)}, paired over images")
     print(f"{'':<14}{'first':>9}{'second':>9}{'difference':>12}   95 % interval         p bootstrap  p Wilcoxon")
     for name, value in summary["comparison"].items():
         print(f"{name:<14}{summary['scores'][name]['mean']:>9.4f}{summary['other_scores'][name]['mean']:>9.4f}"

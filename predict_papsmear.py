@@ -39,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
     parser = Parser(prog="predict_papsmear.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, or several joined by commas, which are averaged")
+    parser.add_argument("checkpoint", type=checkpoint_list,
+                        help="a checkpoint, or several joined by commas, which are averaged")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=results_folder, help="folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace results of these images that are there")
@@ -67,7 +68,7 @@ def predict(args: argparse.Namespace) -> int:
     index, count, device = shard_and_device(args)
     all_paths = list_images(args.images)
     paths = all_paths[index - 1::count]
-    predictor = Predictor(checkpoint_list(args.checkpoint), device, args.precision, args.tile, augment=args.augment,
+    predictor = Predictor(args.checkpoint, device, args.precision, args.tile, augment=args.augment,
                           scale=args.scale)
     set_up_process(predictor.device, predictor.precision)
     predictor.threshold = args.threshold or predictor.threshold
@@ -81,7 +82,7 @@ def predict(args: argparse.Namespace) -> int:
         raise UserError(f"{existing[0] if existing else table}: exists already, and nothing is overwritten unasked. "
                         f"Choose another --out, or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{args.checkpoint}: {predictor}")
+    print(f"{','.join(args.checkpoint)}: {predictor}")
     part = f", part {index} of {count}" if count > 1 else ""
     print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}")
 
