@@ -134,7 +134,7 @@ def in_processes(processes: int, out: Path, work, *args) -> list:
 def everything(root: Path, own: Path, other: Path) -> dict:
     """Do all that is tested inside a group, so that the processes are started once."""
     return scenarios(root, own) | {"continued": continued(root, other), "refusal": refusal(root),
-                                   "wrappers left": wrappers_left(root),
+                                   "wrappers left": wrappers_left(root), "all may learn": all_may_learn(root),
                                    "shards": (list(shard(range(5))), unshard(shard(range(5))),
                                               all_gather(is_main_process())),
                                    "statistics": normalised(shard(numbers())),
@@ -148,6 +148,14 @@ def wrappers_left(root: Path) -> int:
     trainer = ProgressiveTrainer(model, "cpu", 1, precision="float32")
     trainer.fit(loaders_of(root, 4), say=lambda line: None)
     return sum(type(thing) is DistributedDataParallel and thing.module is model for thing in gc.get_objects())
+
+
+def all_may_learn(root: Path) -> bool:
+    """Train at stage 1, leave the group, and tell whether parts that are born later can learn in another loop."""
+    trainer = trainer_of(torch.float32)
+    trainer.train_epoch(loaders_of(root, 4)[32][0], 0)
+    trainer.leave_group()
+    return all(p.requires_grad for p in trainer.model.parameters())
 
 
 def refused_device(name: str) -> str:
@@ -219,6 +227,7 @@ def test_two_processes_compute_what_one_does(results, name):
 def test_fit_lets_the_wrapper_go_before_its_group(results):
     _, together, _ = results
     assert [one["wrappers left"] for one in together] == [0, 0]
+    assert all(one["all may learn"] for one in together)
 
 
 def test_first_steps_in_float32_agree(results):

@@ -149,3 +149,10 @@ def test_classic_unet_and_overfit_run(shared_root, tmp_path, capsys):
                                 "classic", *TINY, "--model", "unet", "--overfit", "2", "--base_channels", "2"]) == 0
     assert load_model(tmp_path / "classic/best_stage_4.pth").name == "unet"
     assert "first 2 training images" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_in_another_precision(trained_run, tmp_path, capsys):
+    """As a float16 run must on a CPU."""
+    folder = shutil.copytree(trained_run[0], tmp_path / "tiny")
+    assert train_papsmear.main(["--resume", str(folder), "--precision", "float32", "--dry_run"]) == 0
+    assert "precision float32" in capsys.readouterr().out
