@@ -21,6 +21,7 @@ from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 from unet_parts import ToLogits
 
 PROJECT = Path(__file__).parent
+TIMING = {"seconds", "processor_seconds", "images_per_second"}  # columns that differ from run to run
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
 
 
@@ -153,8 +154,7 @@ def make_trainer(root, output=None, seed=0, **kwargs):
 
 
 def metric_rows(folder):
-    timing = ("seconds", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in timing} for row in read_rows(folder / "metrics.csv")]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(folder / "metrics.csv")]
 
 
 # ---- label maps, networks and images for prediction and scoring

@@ -147,12 +147,13 @@ class ProgressiveTrainer:
             epoch: within the stage, from 0; decides order, augmentation and learning rate.
         Returns:
             'loss', 'soft_dice' and the pixel metrics, all at the stage's resolution, as means over images; 'lr',
-            'gradient_norm', 'skipped_steps' and 'loss_scale' (float16), 'seconds', 'images_per_second'.
+            'gradient_norm', 'skipped_steps' and 'loss_scale' (float16), 'seconds', 'processor_seconds' (of all threads
+            of this process), 'images_per_second'.
         Raises:
             UserError: for a loader whose first batch is something else; what is wrong and what to change.
             NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight and no statistic.
         """
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         recipe = self._begin_epoch(loader, epoch)
         batches, young = len(loader), young_batchnorms(self.model)
         statistics = BatchNormStatistics(self.model)
@@ -183,7 +184,7 @@ class ProgressiveTrainer:
         self.finished_epochs = epoch + 1
         return metrics | self._steps.summary() | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "seconds": seconds,
-            "images_per_second": measures.images / seconds}
+            "processor_seconds": time.process_time() - busy, "images_per_second": measures.images / seconds}
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:

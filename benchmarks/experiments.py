@@ -2,6 +2,16 @@
 
     python benchmarks/experiments.py finetune outputs/NAME/best_stage_4.pth --data_root data_mine --out outputs/curve
     python benchmarks/experiments.py precision --data_root data --preset quick --seeds 5 --out outputs/precision
+    python benchmarks/experiments.py growth --data_root data --base_channels 16 --seeds 3 --out outputs/growth
+    python benchmarks/experiments.py growth --out outputs/growth --report
+
+growth: arms with equal operations, several seeds: direct (at 256 pixels from the start), grown, late (grown, with more
+of the operations at the fine stages), unet (the classic one, direct). Takes the options of train_papsmear.py but those
+that the study decides; --arm NAME="OPTIONS" adds an arm. The last weights are scored. Each training is a process of its
+own. After a kill the same command goes on; more seeds, arms or another --budget join what is there. Writes
+trainings.csv, images.csv, epochs.csv, growth.md (means, paired differences to the first arm with intervals, operations
+to equal Dice, Dice before and after each growth), growth.png, settings.json and runs/. --report writes the text and the
+picture anew from the tables.
 
 finetune: test Dice against the number of training images, started from the checkpoint and from scratch, with all else
 equal but the learning rate: the same images, number of steps and schedule at 256 pixels, the last weights scored. The
@@ -24,8 +34,9 @@ from pathlib import Path
 if not __package__:  # run as a file: modules are found from the project's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks import growth
 from system.errors import UserError
-from system.options import Parser, command, number, whole
+from system.options import Parser, command, folder_name, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -46,6 +57,24 @@ def count_list(text: str) -> tuple[int, ...]:
     return counts
 
 
+def arm_list(text: str) -> tuple[str, ...]:
+    """Read names of arms joined by commas: 'direct,grown'."""
+    names = tuple(text.split(","))
+    if len(set(names)) < len(names) or not set(names) <= set(growth.ARMS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(growth.ARMS)}, each once; --arm "
+                                         f"NAME=\"OPTIONS\" adds another")
+    return names
+
+
+def own_arm(text: str) -> tuple[str, str]:
+    """Read 'NAME=OPTIONS'."""
+    name, equals, options = text.partition("=")
+    if not equals or name in growth.ARMS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=OPTIONS with a name of your own, e.g. clipped=\"--clip_"
+                                         f"norm 1\"")
+    return folder_name(name), options
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is loaded."""
     parser = Parser(prog="benchmarks/experiments.py", description=__doc__, allow_abbrev=False,
@@ -63,6 +92,21 @@ def build_parser() -> argparse.ArgumentParser:
                           help="full rate from the checkpoint (3e-4)")
     finetune.add_argument("--out", required=True, help="folder for the results")
     finetune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    study = experiments.add_parser("growth", allow_abbrev=False, usage="%(prog)s [-h] --out OUT [--arms ARMS] [--arm "
+                                   "NAME=OPTIONS] [--seeds SEEDS] [--first_seed SEED] [--budget N] [--jobs JOBS] "
+                                   "[--report] [options of train_papsmear.py]", epilog="All options of "
+                                   f"train_papsmear.py are taken, but --{', --'.join(growth.DECIDED)}.")
+    study.add_argument("--out", required=True, help="folder of the study; one that is there goes on")
+    study.add_argument("--arms", type=arm_list, default=("direct", "grown"),
+                       help=f"some of {','.join(growth.ARMS)}; all are compared with the first (direct,grown)")
+    study.add_argument("--arm", type=own_arm, action="append", default=[], metavar='NAME="OPTIONS"',
+                       help="another arm, with these options of train_papsmear.py")
+    study.add_argument("--seeds", type=whole(1), default=3, help="trainings of each arm (3)")
+    study.add_argument("--first_seed", type=whole(0), default=0, help="seeds count from it (0)")
+    study.add_argument("--budget", type=number(0, above=True), default=10.0,
+                       help="operations of each training, in epochs at 256 pixels (10)")
+    study.add_argument("--jobs", type=whole(1, 64), default=1, help="trainings at a time, which share the cores (1)")
+    study.add_argument("--report", action="store_true", help="write growth.md and growth.png anew, without a training")
     precision = experiments.add_parser("precision", allow_abbrev=False, usage="%(prog)s [-h] [--seeds SEEDS] --out OUT "
                                        "[options of train_papsmear.py]", epilog="All options of train_papsmear.py are "
                                        f"taken, but --{', --'.join(DECIDED)}.")
@@ -81,6 +125,23 @@ def results_folder(out: str, *names: str):
             raise UserError(f"{folder.path / name}: exists already, and nothing is overwritten unasked. Choose "
                              f"another --out")
     return folder
+
+
+def study_growing(args: argparse.Namespace, options: list[str]) -> None:
+    """Run the trainings of a study that are missing, unless --report is given; write and print the report."""
+    from benchmarks.growth_report import PICTURE, REPORT, write_report
+
+    out = Path(args.out)
+    if not args.report:
+        arms = {name: growth.ARMS[name] for name in args.arms} | dict(args.arm)
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        trainings = growth.planned(args.out, arms, args.budget, seeds, options)
+        growth.check_settings(out, arms, options)
+        growth.run_study(out, trainings, args.jobs)
+    elif options:
+        raise UserError(f"--report reads the tables in --out alone and takes no {options[0]}. Leave it out")
+    print(write_report(out))
+    print(f"look at {out}/: {REPORT}, {PICTURE}, {', '.join(growth.TABLES)}")
 
 
 def measure_finetuning(args: argparse.Namespace) -> None:
@@ -253,7 +314,9 @@ def precision_sentence(summary: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    if args.experiment == "precision":
+    if args.experiment == "growth":
+        study_growing(args, others)
+    elif args.experiment == "precision":
         measure_precision(args, others)
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

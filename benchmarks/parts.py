@@ -34,6 +34,7 @@ from benchmarks.workloads import (
     tiled_prediction,
 )
 from images.resolutions import DEFAULT_BATCH_SIZES
+from training.schedule import WORK, deal
 from training.settings import PRESETS
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
@@ -116,17 +117,25 @@ def loading(setting: Setting, record: dict) -> Iterator:
                           bar=20 if kind == "cached" else None)
 
 
-def growth_ratio(epochs: Sequence[int], cost: dict[int, float]) -> float:
-    """Return what a run that grows costs, as a share of as many epochs at stage 4.
+def cost_of(epochs: Sequence[int], cost: dict[int, float]) -> float:
+    """Return what epochs of the stages 1..4 cost.
 
     Args:
-        epochs: of the stages 1..4.
-        cost: stage -> cost of an image.
+        cost: stage -> cost of an epoch.
 
-    >>> growth_ratio([10, 10, 10, 10], {1: 1, 2: 2, 3: 3, 4: 4})
+    >>> cost_of([10, 10, 10, 10], {1: 1, 2: 2, 3: 3, 4: 4})
+    100
+    """
+    return sum(n * cost[stage] for stage, n in zip(STAGES, epochs, strict=True))
+
+
+def growth_ratio(cost: dict[int, float]) -> float:
+    """Return what equal epochs at all stages cost, as a share of as many at stage 4.
+
+    >>> growth_ratio({1: 1, 2: 2, 3: 3, 4: 4})
     0.625
     """
-    return sum(n * cost[stage] for stage, n in zip(STAGES, epochs, strict=True)) / (sum(epochs) * cost[4])
+    return cost_of([1, 1, 1, 1], cost) / (4 * cost[4])
 
 
 def growth(setting: Setting, record: dict) -> Iterator:
@@ -146,16 +155,17 @@ def growth(setting: Setting, record: dict) -> Iterator:
         yield Measure(f"stage {stage}: against matrix products in {setting.precision}", share, "%")
 
     seconds = [{stage: trainings[stage][i] / batch_size(stage) for stage in STAGES} for i in range(setting.rounds)]
-    by_operations = growth_ratio([1] * 4, operations)
-    by_time = median([growth_ratio([1] * 4, cost) for cost in seconds])
+    by_operations = growth_ratio(operations)
+    by_time = median([growth_ratio(cost) for cost in seconds])
     yield Measure("equal epochs at all stages against as many at stage 4, by operations", by_operations, "%")
     yield Measure("the same by wall-clock", by_time, "%")
     yield Measure("the second over the first", by_time / by_operations, "x", bar=1.1, at_most=True)
     for name, preset in PRESETS.items():
-        epochs = preset["epochs_per_stage"]
-        yield Measure(f"epochs of --preset {name} ({','.join(map(str, epochs))}) against as many at stage 4, by "
-                      f"wall-clock", median([growth_ratio(epochs, cost) for cost in seconds]), "%")
-        yield Measure(f"epochs of --preset {name}, by operations", growth_ratio(epochs, operations), "%")
+        epochs = deal(preset["budget"])
+        direct = cost_of(epochs, WORK) / WORK[4]  # epochs with as many operations
+        yield Measure(f"--preset {name} ({','.join(map(str, epochs))}) against direct training with as many "
+                      f"operations, by wall-clock",
+                      median([cost_of(epochs, cost) / (direct * cost[4]) for cost in seconds]), "%")
 
 
 def start(setting: Setting, record: dict) -> Iterator:

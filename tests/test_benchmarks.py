@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import parts, speed, timing, workloads
-from benchmarks.parts import BASELINE, growth_ratio
+from benchmarks.parts import BASELINE, cost_of, growth_ratio
 from benchmarks.timing import (
     Measure,
     alternate,
@@ -38,7 +38,7 @@ from benchmarks.workloads import (
 from conftest import PROJECT, run_script, words
 from system import machine
 from system.machine import peak_memory
-from training.schedule import WORK
+from training.schedule import WORK, deal
 from training.settings import PRESETS
 from unet import ProgressiveUNet, UNet
 
@@ -108,16 +108,8 @@ def test_the_power_of_a_power_law(exponent):
 
 
 def test_what_growing_saves_by_hand():
-    cost = WORK
-    assert growth_ratio([1, 1, 1, 1], cost) == pytest.approx(425 / 740)
-    assert growth_ratio([0, 0, 0, 9], cost) == 1
-    assert growth_ratio([4, 6, 10, 16], cost) == pytest.approx((4 * 40 + 6 * 80 + 10 * 120 + 16 * 185) / (36 * 185))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_deal_operations_alike(name):
-    done = [n * WORK[stage] for stage, n in enumerate(PRESETS[name]["epochs_per_stage"], start=1)]
-    assert [part / sum(done) for part in done] == pytest.approx([0.25, 0.06, 0.07, 0.62], abs=0.025)
+    assert growth_ratio(WORK) == pytest.approx(425 / 740)
+    assert cost_of([4, 6, 10, 16], WORK) == 4 * 40 + 6 * 80 + 10 * 120 + 16 * 185
 
 
 def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monkeypatch):
@@ -138,9 +130,9 @@ def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monk
     ratio = found["the second over the first"]
     assert ratio.value == pytest.approx(0.625 / found[
         "equal epochs at all stages against as many at stage 4, by operations"].value)
-    epochs = PRESETS["quick"]["epochs_per_stage"]
-    quick = next(m for m in found.values() if m.what.startswith("epochs of --preset quick (44,6,4,24)"))
-    assert quick.value == sum(n * cost for n, cost in zip(epochs, (1, 2, 3, 4), strict=True)) / (sum(epochs) * 4)
+    quick = next(m for m in found.values() if m.what.startswith("--preset quick (49,4,4,24) against direct"))
+    operations = 49 * 40 + 4 * 80 + 4 * 120 + 24 * 185
+    assert quick.value == pytest.approx((49 * 1 + 4 * 2 + 4 * 3 + 24 * 4) / (operations / 185 * 4))
 
 
 def fake_rounds(costs: dict):
@@ -205,7 +197,7 @@ def test_processes_train_together(setting):
 
 
 def test_docstring_examples_hold():
-    for module, examples in ((timing, 2), (parts, 1)):
+    for module, examples in ((timing, 2), (parts, 2)):
         result = doctest.testmod(module)
         assert (result.attempted, result.failed) == (examples, 0)
 
@@ -307,8 +299,8 @@ def test_the_command_writes_its_three_files_and_replaces_none_unasked(tmp_path, 
     by_operations = measures["equal epochs at all stages against as many at stage 4, by operations"]["value"]
     assert by_operations == pytest.approx(0.57, abs=0.01)
     for name, preset in PRESETS.items():
-        measure = measures[f"epochs of --preset {name} ({','.join(map(str, preset['epochs_per_stage']))}) against as "
-                           f"many at stage 4, by wall-clock"]
+        measure = measures[f"--preset {name} ({','.join(map(str, deal(preset['budget'])))}) against direct training "
+                           f"with as many operations, by wall-clock"]
         assert 0 < measure["value"] < 1
     series, = results["parts"]["scaling"]["series"]
     assert series["sizes"] == [16, 32]

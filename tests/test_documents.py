@@ -29,7 +29,7 @@ PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / 
 # Commands that no test runs, and why; their options are read by their parsers all the same.
 TOO_LONG = {
     r"python train_papsmear\.py (?!--resume|.*--dry_run)": "trains at full size",
-    r"python benchmarks/|python -m benchmarks\.": "measures for minutes",
+    r"(python|bash) benchmarks/|python -m benchmarks\.": "measures for minutes",
     r"torchrun|OMP_NUM_THREADS=8 torchrun": "starts several processes; tests/test_processes.py does",
     r"python -m pytest|python test_|python -m tests|bash tests/|make test|\.venv/bin/": "runs tests and checks",
     r"make train|pip ": "installs packages",
@@ -178,7 +178,7 @@ def test_options_of_long_commands_are_read(command):
     name, arguments = call
     if name == "train_papsmear":
         settings.parse(arguments)
-    elif "precision" in arguments:
+    elif {"precision", "growth"} & set(arguments):
         settings.parse(importlib.import_module(name).build_parser().parse_known_args(arguments)[1])
     else:
         importlib.import_module(name).build_parser().parse_args(arguments)

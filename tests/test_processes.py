@@ -16,7 +16,7 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import load_checkpoint
-from conftest import TINY, read_rows, run_script, write_data_set
+from conftest import TIMING, TINY, read_rows, run_script, write_data_set
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from system import options
@@ -63,7 +63,7 @@ def train(trainer: Recorder, loaders: dict, epochs: dict[int, int]) -> dict:
             train_loader, valid_loader, _ = loaders[STAGE_RESOLUTIONS[stage]]
             both = trainer.train_epoch(train_loader, epoch), trainer.validate_epoch(valid_loader, epoch)
             trainer.record(*both)
-            rows += [{name: value for name, value in metrics.items() if name not in ("seconds", "images_per_second")}
+            rows += [{name: value for name, value in metrics.items() if name not in TIMING}
                      for metrics in both]
     live = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     return {"losses": trainer.losses, "rows": rows, "state": trainer.evaluated_model.state_dict(), "live": live}
@@ -338,7 +338,7 @@ def test_torchrun_trains_through_all_stages(run_of_two, trained_run):
     one, two = (read_rows(run / "metrics.csv") for run in (alone, folder))
     assert len(two) == 4
     for own, other in zip(one, two, strict=True):
-        for name in set(own) - {"seconds", "images_per_second"}:
+        for name in set(own) - TIMING:
             assert float(other[name]) == pytest.approx(float(own[name]), rel=0.02, abs=0.02), name
 
 

@@ -18,6 +18,12 @@ from training import settings
     (["--batch_sizes", "32:0"], "at least 1"),
     (["--epochs_per_stage", "-3"], "whole number of at least 1"),
     (["--epochs_per_stage", "1,2"], "stages 1..4"),
+    (["--epochs_per_stage", "1,2,3,0"], "the last at least 1"),
+    (["--budget", "0"], "number above 0"), (["--budget", "0.5"], "leaves no epoch at 256"),
+    (["--budget", "9", "--epochs_per_stage", "2"], "both say how long to train"),
+    (["--preset", "quick", "--shares", "1,1,1,1", "--epochs_per_stage", "2"], "both say how long to train"),
+    (["--shares", "1,1,1,1"], "--shares deals a --budget"), (["--shares", "1,1,1"], "four numbers"),
+    (["--budget", "9", "--shares", "1,1,1,0"], "the last above 0"),
     (["--progressive", "false", "--epochs_per_stage", "1,2,3,4"], "stage 4 alone"),
     (["--lr", "nan"], "number above 0"), (["--augment_strength", str(MAX_STRENGTH + 0.1)], "--augment_strength"),
     (["--lr", "0"], "number above 0"),
@@ -69,7 +75,11 @@ def test_defaults_are_those_documented_and_presets_yield_to_options():
     quick = settings.parse(["--preset", "quick", "--lr", "0.5"])
     assert quick.lr == 0.5
     assert quick.base_channels == settings.PRESETS["quick"]["base_channels"] != 64
-    assert settings.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == (24,)
+    assert settings.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == (39,)
+    assert settings.parse(["--preset", "quick", "--model", "unet"]).epochs_per_stage == (24,), "39 x 185 / 289"
+    assert settings.parse(["--preset", "quick", "--start_stage", "3"]).epochs_per_stage == (6, 35)
+    by_hand = settings.parse(["--preset", "quick", "--epochs_per_stage", "3"])
+    assert (by_hand.epochs_per_stage, by_hand.budget) == ((3,), None)
     for name, preset in settings.PRESETS.items():  # their values are such as the options themselves take
         by_hand = [word for key, value in preset.items() for word in (f"--{key}", as_option(value))]
         found = vars(settings.parse(["--preset", name, "--experiment_name", "a"]))

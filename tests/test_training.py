@@ -20,7 +20,7 @@ from progressive_trainer import ProgressiveTrainer
 from scoring.measures import pixel_metrics, soft_dice
 from system.errors import NonFiniteLossError, UserError
 from training.memory import training_memory
-from training.schedule import TrainingPlan, epochs_by_stage
+from training.schedule import WORK, TrainingPlan, deal, epochs_by_stage
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
 
@@ -50,9 +50,32 @@ def test_epochs_per_stage():
     assert epochs_by_stage(5, [3, 4]) == {3: 5, 4: 5}
     assert epochs_by_stage([1, 2, 3, 4], [3, 4]) == {3: 3, 4: 4}
     assert epochs_by_stage([7, 8], [3, 4]) == {3: 7, 4: 8}
-    for wrong in ([1, 2, 3], [0, 1], -1, 0):
+    assert epochs_by_stage([2, 0, 0, 1], [1, 2, 3, 4]) == {1: 2, 4: 1}, "0 skips a stage"
+    for wrong in ([1, 2, 3], [1, 0], [-1, 1], -1, 0):
         with pytest.raises(ValueError, match="epochs_per_stage"):
             epochs_by_stage(wrong, [3, 4])
+
+
+def test_a_budget_is_dealt_in_whole_epochs_from_coarse_to_fine():
+    assert deal(10, (27, 5, 7, 61)) == (13, 1, 1, 6), "500 of 1850 pay 12.5 at 40; what is left over goes on"
+    assert deal(10, (0, 0, 0, 1)) == (0, 0, 0, 10)
+    assert deal(2.5, (27, 5, 7, 61)) == (3, 0, 1, 1)
+    assert deal(10, (27, 5, 7, 61), first=3) == (1, 9), "7 and 61 of 68"
+    assert deal(425 / 185, (40, 80, 120, 185)) == (1, 1, 1, 1), "what is paid for exactly"
+    for budget in (1.7, 3, 10, 39, 77.7):
+        for shares in ((27, 5, 7, 61), (5, 9, 34, 52), (1, 1, 1, 1)):
+            done = sum(n * work for n, work in zip(deal(budget, shares), WORK.values(), strict=True))
+            assert budget * 185 - 40 < done <= budget * 185, "no epoch more would have been paid"
+    with pytest.raises(UserError, match="leaves no epoch at 256 pixels"):
+        deal(0.9)
+
+
+def test_a_stage_that_is_skipped_grows_two_levels_at_once(shared_root, tmp_path):
+    trainer, loaders = make_trainer(shared_root, tmp_path / "run", epochs_per_stage=[2, 0, 0, 1])
+    trainer.fit(loaders)
+    assert [row["stage"] for row in metric_rows(tmp_path / "run")] == ["1", "1", "4"]
+    plan = TrainingPlan({1: 50, 4: 50}, lr=1.0, old_lr_scale=0.5)
+    assert plan.rate(4, 0, 0, 10, born=2) == plan.rate(4, 0, 0, 10, born=4), "new at stage 4, not old"
 
 
 def test_unborn_parts_have_no_optimizer_state_and_born_ones_go_on_learning(shared_root):

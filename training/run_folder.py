@@ -23,7 +23,8 @@ from system.errors import UserError
 
 # Losses and soft Dice are at the resolution of the stage, the other measures at 256 pixels.
 MEASURES = ("loss", "soft_dice", *PIXEL_METRICS)
-OF_STEPS = ("lr", "gradient_norm", "skipped_steps", "loss_scale", "seconds", "images_per_second")
+OF_STEPS = ("lr", "gradient_norm", "skipped_steps", "loss_scale", "seconds", "processor_seconds",
+            "images_per_second")
 COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "train_loss", "train_soft_dice", *MEASURES, "foreground",
            "empty_masks", *OF_STEPS)
 RUN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
@@ -104,12 +105,12 @@ class RunFolder:
         self.tensorboard().flush()
 
     def rows(self) -> list[dict]:
-        """Return metrics.csv as numbers."""
+        """Return metrics.csv as numbers; NaN where a run that went on has rows from before a column was there."""
         path = self.path / "metrics.csv"
         if not path.is_file():
             return []
         with open(path, newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
 
     def drop_after(self, stage: int, epoch: int, run_epoch: int) -> None:
         """Drop what was logged beyond `epoch` finished epochs of `stage`, the `run_epoch`-th of the run."""

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from system.errors import UserError
-from unet import LAST_STAGE
 
-# Operations of an image at each stage, relative to one another (GFLOP, forward and backward, at 64 channels).
+# Operations of an image at each stage, relative to one another (GFLOP, forward and backward, at 64 channels), and
+# those of the classic U-Net at 256 pixels.
 WORK = {1: 40, 2: 80, 3: 120, 4: 185}
+CLASSIC_WORK = 289
+
+# Of the operations of a run, in per cent, dealt to stages 1 to 4 (docs/results.md has what was measured).
+SHARES = (27.0, 5.0, 7.0, 61.0)
 
 FLAT_SHARE = 0.4    # of the run's work, at the full rate, before the cosine
 WARM_UP = 0.02      # of the run's epochs, for every part from its birth
@@ -21,17 +25,50 @@ SCHEDULES = ("run", "stage")
 
 
 def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]) -> dict[int, int]:
-    """Return stage -> epochs from one number for all stages, one a planned stage, or one for each of the four."""
+    """Return stage -> epochs from one number for all stages, one a planned stage, or one for each of the four.
+
+    A stage of 0 epochs is left out; the last has at least 1.
+    """
     if isinstance(epochs_per_stage, Sequence):
         given = list(epochs_per_stage)
     else:
         given = [operator.index(epochs_per_stage)] * len(stages)  # NumPy's whole numbers too
-    if len(given) == LAST_STAGE and len(stages) < LAST_STAGE:
+    if len(given) == len(WORK) and len(stages) < len(WORK):
         given = [given[stage - 1] for stage in stages]
-    if len(given) != len(stages) or any(not isinstance(n, int) or n < 1 for n in given):
+    if len(given) != len(stages) or any(not isinstance(n, int) or n < 0 for n in given) or given[-1] < 1:
         raise UserError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
-                         f"for each of the stages {list(stages)}")
-    return dict(zip(stages, given, strict=True))
+                         f"for each of the stages {list(stages)}: 0 skips a stage, and the last has at least 1")
+    return {stage: n for stage, n in zip(stages, given, strict=True) if n}
+
+
+def deal(budget: float, shares: Sequence[float] = SHARES, first: int = 1) -> tuple[int, ...]:
+    """Deal operations to stages: return the epochs of each stage from `first` on, 0 where the share pays for none.
+
+    Whole epochs are dealt from coarse to fine. What they leave of a share goes to the next finer stage, and what is
+    left at the end to the finest stage that it pays an epoch of.
+
+    Args:
+        budget: in epochs at 256 pixels, whose operations the run has at most.
+        shares: of the budget, for stages 1 to 4, in any unit; of stages below `first` they are left out.
+    Raises:
+        UserError: if nothing is left for an epoch at 256 pixels.
+    """
+    wanted = dict(zip(WORK, shares, strict=True))
+    stages = [stage for stage in WORK if stage >= first]
+    total, whole = sum(wanted[stage] for stage in stages), budget * WORK[max(WORK)]
+    epochs, left = dict.fromkeys(stages, 0), 0.0
+    for stage in stages:
+        left += whole * wanted[stage] / total
+        epochs[stage] = int(left / WORK[stage] + 1e-9)  # a share of exactly two epochs is two epochs
+        left -= epochs[stage] * WORK[stage]
+    if not epochs[stages[-1]]:
+        raise UserError(f"a budget of {budget:g} with shares {', '.join(f'{share:g}' for share in shares)} leaves no "
+                        f"epoch at 256 pixels. Take a larger budget, or a larger last share")
+    for stage in reversed(stages):
+        more = int(left / WORK[stage] + 1e-9) if wanted[stage] else 0
+        epochs[stage] += more
+        left -= more * WORK[stage]
+    return tuple(epochs.values())
 
 
 @dataclass(frozen=True)
@@ -80,8 +117,9 @@ class TrainingPlan:
         Flat for 40 % of the run's work, then a cosine down to 1 %. Work is counted in operations, so that many cheap
         epochs at the coarse stages do not use the rate up before the finest level is born. Every part warms up
         linearly over 2 % of the run's epochs from the start of the stage of its birth (or from the start of the run,
-        if that stage is not in the plan).
+        if that stage comes before the plan; or from that of the next stage, if it is skipped).
         """
+        born = min((stage for stage in self.epochs if stage >= born), default=born)  # if its own stage is skipped
         total = sum(self.epochs.values())
         within = epoch + (step + 1) / steps
         position = self.start_of(stage) + within

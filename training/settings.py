@@ -13,19 +13,19 @@ from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import UserError
 from system.options import Parser, flag, folder_name, number, regex, whole
+from training.schedule import CLASSIC_WORK, SHARES, WORK, deal
 
-# An option given by hand beats a preset, a preset beats a default. Presets deal about 25, 6, 7 and 62 % of the
-# operations to the stages: on Herlev that was ahead of 5, 9, 34 and 52 % (docs/experiments.md).
+# An option given by hand beats a preset, a preset beats a default. A preset has a budget of operations instead of
+# epochs, so that direct training and other shares take the same with it.
 PRESETS = {
-    # The bundled sample in all four stages: 1.6 minutes on 2 cores of a server CPU in bfloat16, test Dice 0.96.
-    "quick": {"epochs_per_stage": (44, 6, 4, 24), "base_channels": 16, "lr": 2e-3,
-              "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}},
+    # The bundled sample in all four stages; test Dice and time are in the README.
+    "quick": {"budget": 39.0, "base_channels": 16, "lr": 2e-3, "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}},
     # Figures, times and machine of these two are in docs/herlev.md and docs/monuseg.md.
-    "herlev": {"in_channels": 3, "epochs_per_stage": (20, 2, 2, 10), "base_channels": 32,
+    "herlev": {"in_channels": 3, "budget": 16.5, "base_channels": 32,
                "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}, "group_regex": r"^\d+"},
-    "monuseg": {"in_channels": 3, "targets": MASK_AND_BOUNDARY, "epochs_per_stage": (100, 16, 8, 52),
-                "base_channels": 32, "batch_sizes": {32: 32, 64: 32, 128: 16, 256: 8}, "augment_strength": 2.0,
-                "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
+    "monuseg": {"in_channels": 3, "targets": MASK_AND_BOUNDARY, "budget": 86.0, "base_channels": 32,
+                "batch_sizes": {32: 32, 64: 32, 128: 16, 256: 8}, "augment_strength": 2.0, "average": 0.995,
+                "group_regex": r"^TCGA-\w+-\w+"},
 }
 BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
 CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cache_images", "compile")
@@ -33,10 +33,18 @@ CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cach
 
 def epoch_list(text: str) -> tuple[int, ...]:
     """Read '50', for every stage, or one number a stage: '10,10,20,60'."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor such numbers joined "
-                                         f"by commas, one a stage, e.g. 10,10,20,60")
+    if not re.fullmatch(r"(\d+,)*0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor whole numbers joined "
+                                         f"by commas, one a stage, the last at least 1, e.g. 10,10,20,60")
     return tuple(int(n) for n in text.split(","))
+
+
+def share_list(text: str) -> tuple[float, ...]:
+    """Read four numbers of at least 0 joined by commas: '27,5,7,61'."""
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){3}", text) or not float(text.rpartition(",")[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers of at least 0 joined by commas, for stages 1 "
+                                         f"to 4, the last above 0, e.g. 27,5,7,61")
+    return tuple(map(float, text.split(",")))
 
 
 def batch_table(text: str) -> dict[int, int]:
@@ -104,7 +112,12 @@ def _add_network_options(add: Callable) -> None:
 
 def _add_training_options(add: Callable) -> None:
     add("--preset", choices=sorted(PRESETS), help="a tried set of options, for the data set named")
-    add("--epochs_per_stage", type=epoch_list, default=(50,), help="50, or one a stage: 10,10,20,60 (50)")
+    add("--epochs_per_stage", type=epoch_list, default=(50,),
+        help="50, or one a stage, 0 to skip it: 10,10,20,60 (50)")
+    add("--budget", type=number(0, above=True), metavar="N", help="instead: stages share the operations of N epochs at "
+        "256 pixels; direct training and the classic U-Net take the same")
+    add("--shares", type=share_list, default=SHARES, metavar="27,5,7,61",
+        help="of the budget, for stages 1 to 4, in per cent (27,5,7,61)")
     add("--batch_sizes", type=batch_table, default=DEFAULT_BATCH_SIZES,
         help="images a batch at each resolution (32:64,64:32,128:16,256:8)")
     add("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
@@ -150,20 +163,29 @@ def parse(argv: list[str] | None, description: str = "") -> argparse.Namespace:
         changed = {key: by_hand[key] for key in CHANGEABLE_AT_RESUME if key in by_hand}
         return argparse.Namespace(**(defaults | by_hand), by_hand=changed)
     args = argparse.Namespace(**(defaults | PRESETS.get(by_hand.get("preset"), {}) | by_hand))
-    _check_stages(args, epochs_by_hand="epochs_per_stage" in by_hand)
+    _plan_epochs(args, by_hand)
     args.experiment_name = args.experiment_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return args
 
 
-def _check_stages(args: argparse.Namespace, epochs_by_hand: bool) -> None:
-    """Check the stages that are trained against the epochs; of a preset, direct training takes those of stage 4."""
+def _plan_epochs(args: argparse.Namespace, by_hand: dict) -> None:
+    """Check the stages that are trained against the epochs given by hand, or deal the budget to them."""
     grows = args.model == "pgunet" and args.progressive
     if not grows and args.start_stage != 1:
         raise UserError("--start_stage is for a network that grows; leave it out with --progressive false or "
                         "--model unet")
-    if not grows and not epochs_by_hand:
-        args.epochs_per_stage = args.epochs_per_stage[-1:]
     first = args.start_stage if grows else len(RESOLUTIONS)
+    if "epochs_per_stage" in by_hand:
+        for name in ("budget", "shares"):
+            if name in by_hand:
+                raise UserError(f"--{name} and --epochs_per_stage both say how long to train. Leave one of them out")
+        args.budget = None
+    elif args.budget:
+        work = args.budget * (WORK[max(WORK)] / CLASSIC_WORK if args.model == "unet" else 1)
+        args.epochs_per_stage = deal(work, args.shares, first)
+        return
+    elif "shares" in by_hand:
+        raise UserError("--shares deals a --budget to the stages, and there is none. Give both, e.g. --budget 10")
     trained = len(RESOLUTIONS) + 1 - first
     if len(args.epochs_per_stage) > 1 and (not grows or len(args.epochs_per_stage) not in {len(RESOLUTIONS), trained}):
         rule = f"stages {first}..4 are trained, so give one number, or {trained} joined by commas" if trained > 1 else \

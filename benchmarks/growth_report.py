@@ -1,0 +1,201 @@
+"""What a study of growing says: tables and statistics from its CSV files alone, without a training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.growth import read_table
+from benchmarks.pictures import dice_over_operations
+from images.resolutions import RESOLUTIONS
+from system.atomic import atomic_write
+from system.errors import UserError
+
+RESAMPLES, CONFIDENCE = 10_000, 0.95
+REPORT, PICTURE = "growth.md", "growth.png"
+SCORES = {"dice_256": "Dice at 256", "dice": "Dice at original size", "aji": "AJI"}
+
+
+class Study:
+    """The tables of one folder as numbers.
+
+    Raises:
+        UserError: if there is no finished training, or if they are of different data.
+    """
+
+    def __init__(self, out: Path):
+        trainings = read_table(out, "trainings.csv")
+        if not trainings:
+            raise UserError(f"{out}: no trainings.csv with a finished training in it. Run the study first, without "
+                            f"--report")
+        data = sorted({row["data"] for row in trainings})
+        if len(data) > 1:
+            raise UserError(f"{out / 'trainings.csv'}: its trainings are of different data (fingerprints "
+                            f"{', '.join(data)}), so they do not compare. Keep the rows of one, or start anew")
+        self.trainings = trainings
+        self.images, self.epochs = read_table(out, "images.csv"), read_table(out, "epochs.csv")
+        self.arms = list(dict.fromkeys(row["arm"] for row in trainings))
+        self.budgets = sorted({row["budget"] for row in trainings}, key=float)
+
+    def rows(self, table: list[dict], arm: str, budget: str) -> list[dict]:
+        """Return the rows of an arm at a budget."""
+        return [row for row in table if row["arm"] == arm and row["budget"] == budget]
+
+    def scores(self, arm: str, budget: str, score: str) -> dict[str, dict[tuple, float]]:
+        """Return seed -> (split, image) -> score, of all images that have it."""
+        found: dict[str, dict[tuple, float]] = {}
+        for row in self.rows(self.images, arm, budget):
+            if row[score]:
+                found.setdefault(row["seed"], {})[row["split"], row["image"]] = float(row[score])
+        return found
+
+    def curves(self, arm: str, budget: str) -> dict[str, list[tuple[int, float, float]]]:
+        """Return seed -> (stage, operations so far, validation Dice) of each epoch."""
+        found: dict[str, list] = {}
+        for row in self.rows(self.epochs, arm, budget):
+            found.setdefault(row["seed"], []).append(
+                (int(row["stage"]), float(row["operations"]), float(row["dice"])))
+        return found
+
+
+def write_report(out: Path) -> str:
+    """Write growth.md and growth.png into a study's folder and return the text."""
+    study = Study(out)
+    parts = ["# Growing against direct training\n",
+             "Scores are of the last weights, means over the images of valid and test, then over seeds, ± the standard "
+             "deviation over seeds. Operations count epochs times 40, 80, 120, 185 for stages 1 to 4."]
+    for budget in study.budgets:
+        parts += [f"\n## Operations of {budget} epochs at 256 pixels\n", *arm_table(study, budget),
+                  *comparison_table(study, budget), *effort_table(study, budget), *growth_table(study, budget)]
+    text = "\n".join(parts) + "\n"
+    with atomic_write(out / REPORT) as file:
+        file.write(text.encode())
+    dice_over_operations({budget: {arm: list(curves.values()) for arm in study.arms
+                                   if (curves := study.curves(arm, budget))} for budget in study.budgets},
+                         out / PICTURE)
+    return text
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def arm_table(study: Study, budget: str) -> list[str]:
+    """Return one line an arm: what it did, what it cost and what it reached."""
+    shown = [score for score in SCORES if any(row[score] for row in study.images)]
+    lines = []
+    for arm in study.arms:
+        trainings = study.rows(study.trainings, arm, budget)
+        if not trainings:
+            continue
+        cells = [f"**{arm}**", trainings[0]["epochs"].replace(",", ", "), str(len(trainings))]
+        cells += [f"{np.median([float(row[name]) for row in trainings]):.0f}"
+                  for name in ("operations", "images_seen", "processor_seconds")]
+        for score in shown:
+            means = [float(np.mean(list(of_seed.values()))) for of_seed in study.scores(arm, budget, score).values()]
+            spread = f" ± {np.std(means, ddof=1):.4f}" if len(means) > 1 else ""
+            cells.append(f"{np.mean(means):.4f}{spread} ({', '.join(f'{mean:.4f}' for mean in means)})")
+        lines.append(cells)
+    return table(("arm", "epochs a stage", "seeds", "operations", "images seen", "processor s",
+                  *(SCORES[score] for score in shown)), lines)
+
+
+def comparison_table(study: Study, budget: str) -> list[str]:
+    """Return the differences of all arms to the first, paired by image and seed."""
+    reference, lines = study.arms[0], []
+    for arm in study.arms[1:]:
+        for score, title in SCORES.items():
+            found = compare_arms(study.scores(arm, budget, score), study.scores(reference, budget, score))
+            if found:
+                p_seeds = f"{found['p_seeds']:.3f}" if found["seeds"] > 1 else ""
+                lines.append([f"{arm} minus {reference}", title, f"{found['difference']:+.4f}",
+                              f"{found['low']:+.4f} to {found['high']:+.4f}", str(found["seeds"]), str(found["images"]),
+                              p_seeds, f"{found['p_images']:.4f}"])
+    if not lines:
+        return []
+    return ["\nPaired by image and seed. The 95 % interval is a bootstrap over images and seeds together; p-values are "
+            "of Wilcoxon's signed rank test, over the means of seeds (with n seeds none is below 2 / 2^n) and over "
+            "the means of images.\n",
+            *table(("", "score", "difference", "95 % interval", "seeds", "images", "p over seeds", "p over images"),
+                   lines)]
+
+
+def compare_arms(one: dict[str, dict], other: dict[str, dict], seed: int = 0) -> dict | None:
+    """Compare two arms on the seeds and images that both have; None without any.
+
+    The bootstrap draws seeds and images with replacement, independently, and takes the mean over what was drawn
+    (Efron 1979, for two crossed factors).
+
+    Args:
+        one, other: seed -> image -> score.
+    Returns:
+        difference (one minus other), low, high, seeds, images, p_seeds, p_images.
+    """
+    seeds = [s for s in one if s in other]
+    both = [scores[s] for s in seeds for scores in (one, other)]
+    images = [i for i in both[0] if all(i in of_seed for of_seed in both)] if both else []
+    if not images:
+        return None
+    differences = np.array([[one[s][i] - other[s][i] for i in images] for s in seeds])
+    rng = np.random.default_rng(seed)
+    drawn_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)
+    drawn_images = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES) / len(images)
+    means = ((drawn_seeds @ differences) * drawn_images).sum(axis=1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+
+    def p_value(values: np.ndarray) -> float:
+        return float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
+
+    return {"difference": float(differences.mean()), "low": float(low), "high": float(high), "seeds": len(seeds),
+            "images": len(images), "p_seeds": p_value(differences.mean(axis=1)),
+            "p_images": p_value(differences.mean(axis=0))}
+
+
+def effort_table(study: Study, budget: str) -> list[str]:
+    """Return with how much of the first arm's operations each arm reached that arm's final validation Dice."""
+    reference = study.curves(study.arms[0], budget)
+    if not reference:
+        return []
+    goal = float(np.mean([curve[-1][2] for curve in reference.values()]))
+    whole = float(np.mean([curve[-1][1] for curve in reference.values()]))
+    lines = []
+    for arm in study.arms:
+        shares = [next((done / whole for _, done, dice in curve if dice >= goal), None)
+                  for curve in study.curves(arm, budget).values()]
+        if shares:
+            each = ", ".join("not reached" if share is None else f"{share:.0%}" for share in shares)
+            lines.append([arm, each])
+    return [f"\nOperations after which validation Dice first reached {goal:.4f}, the last of **{study.arms[0]}** (mean "
+            f"over seeds), as share of its operations, each seed:\n", *table(("arm", "operations"), lines)]
+
+
+def growth_table(study: Study, budget: str) -> list[str]:
+    """Return validation Dice before and after each growth, beside the noise from epoch to epoch."""
+    lines = []
+    for arm in study.arms:
+        curves = study.curves(arm, budget).values()
+        noise, growths = changes(list(curves))
+        for (before, after), pairs in growths.items():
+            steps = [b - a for a, b in pairs]
+            lines.append([arm, f"{RESOLUTIONS[before - 1]} to {RESOLUTIONS[after - 1]}",
+                          ", ".join(f"{a:.3f} to {b:.3f}" for a, b in pairs), f"{min(steps):+.3f}",
+                          f"{noise:.3f}" if noise is not None else ""])
+    if not lines:
+        return []
+    return ["\nValidation Dice at 256 pixels in the last epoch before and the first epoch after a growth, each seed; "
+            "noise is the standard deviation of the change from one epoch to the next within the stages.\n",
+            *table(("arm", "growth", "Dice before and after", "lowest change", "noise"), lines)]
+
+
+def changes(curves: list[list[tuple[int, float, float]]]) -> tuple[float | None, dict[tuple[int, int], list]]:
+    """Return the noise within stages (None if no stage has two epochs), and (from, to) -> Dice before and after."""
+    within, growths = [], {}
+    for curve in curves:
+        for (stage, _, dice), (next_stage, _, next_dice) in zip(curve, curve[1:], strict=False):
+            if stage == next_stage:
+                within.append(next_dice - dice)
+            else:
+                growths.setdefault((stage, next_stage), []).append((dice, next_dice))
+    return (float(np.std(within)) if within else None), growths
