@@ -15,17 +15,14 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
 from images.recipe import DataRecipe
-from images.resolutions import FINEST
-from scoring.pictures import predictions
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
 from system.errors import NonFiniteLossError, UserError
 from system.processes import is_main_process, progress, world_size
-from training.batches import Loader, carried_recipe, check_batch, check_loader, recipe_for
+from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
@@ -37,12 +34,10 @@ from training.optimization import (
     young_batchnorms,
 )
 from training.parallel import ParallelSteps, synchronised
-from training.run_folder import OF_STEPS, RunFolder
+from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
 from training.schedule import TrainingPlan, epochs_by_stage
 from training.steps import OptimizerSteps
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
-
-SHOWN_IMAGES = 6
 
 
 class ProgressiveTrainer:
@@ -195,9 +190,6 @@ class ProgressiveTrainer:
             so that they compare across stages; 'foreground' (share predicted), 'empty_masks' (how many).
         """
         check_loader(loader)
-        carried = carried_recipe(loader)
-        if carried and self.recipe:
-            carried.check_agreement(self.recipe, "the loader", "the training so far")
         network = self.evaluated_model.eval()
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
         for i, batch in enumerate(progress(loader, "validate")):
@@ -205,7 +197,7 @@ class ProgressiveTrainer:
                 check_batch(batch, self.model)
             logits, mask, loss = self._forward(batch, network)
             self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
-            measures.add_validation(logits, mask, loss, self._finest_masks(loader, batch, mask))
+            measures.add_validation(logits, mask, loss, finest_masks(loader, batch, mask))
         return measures.result() | {"empty_masks": measures.empty_masks()}
 
     def _begin_epoch(self, loader: Loader, epoch: int) -> DataRecipe:
@@ -238,7 +230,7 @@ class ProgressiveTrainer:
 
     def _scored_classes(self, loader: Loader) -> int:
         """Return how many channels are classes; the rims of nuclei, the last, are not scored."""
-        recipe = self.recipe or carried_recipe(loader)
+        recipe = agreed_recipe(loader, self.recipe) or self.recipe
         return recipe.classes if recipe else self.model.out_channels
 
     def fit(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
@@ -385,21 +377,6 @@ class ProgressiveTrainer:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
         logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
-        finest = self._finest_masks(loader, batch, mask)
-        shown = mask if finest is None else finest
-        image, logits = (F.interpolate(tensor.float(), shown.shape[-2:], mode=mode) for tensor, mode in
-                         ((batch["image"], "nearest"), (logits, "bilinear")))
-        dice = PassMeasures(self.threshold, self._scored_classes(loader)).compare(logits, shown)["dice"].mean(dim=1)
-        images, masks, found = (list(tensor[:SHOWN_IMAGES].cpu().numpy()) for tensor in
-                                (image, shown, logits.sigmoid()))
-        names = batch.get("name", [f"image {i + 1}" for i in range(len(mask))])
-        picture, stage = f"predictions_stage_{self.model.stage}.png", self.model.stage
-        predictions(images, masks, found, names[:SHOWN_IMAGES], dice.tolist(), folder.file(picture), self.threshold)
-        folder.show_picture("predictions", picture, stage)
-
-    def _finest_masks(self, loader: Loader, batch: dict, mask: torch.Tensor) -> torch.Tensor | None:
-        """Return the masks of a batch at 256 pixels, of a data set that has them; None where `mask` is as fine."""
-        finest_masks = getattr(getattr(loader, "dataset", None), "finest_masks", None)
-        if finest_masks is None or mask.shape[-1] == FINEST:
-            return None
-        return finest_masks(batch["name"]).to(self.device)
+        finest = finest_masks(loader, batch, mask)
+        measures = PassMeasures(self.threshold, self._scored_classes(loader))
+        folder.draw_predictions(self.model.stage, batch, logits, mask if finest is None else finest, measures)

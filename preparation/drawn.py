@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from images.files import IMAGE_SUFFIXES, ImageFileError, has_suffix, image_size, load_image, load_instances
 from images.splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
-from preparation.annotations import Annotation, rasterise, read_coco, read_geojson
+from preparation.annotation_files import read_coco, read_geojson
+from preparation.annotations import Annotation, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from images.files import ImageFileError, has_suffix, load_image
 from images.splits import DatasetError, deal_groups
-from preparation.annotations import Annotation, rasterise, read_imagescope
+from preparation.annotation_files import read_imagescope
+from preparation.annotations import Annotation, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
 

@@ -12,15 +12,8 @@ from PIL import Image
 
 from conftest import PROJECT, imagescope, square
 from images.files import ImageFileError, load_instances, save_instances
-from preparation.annotations import (
-    AnnotationError,
-    Region,
-    decode_run_lengths,
-    rasterise,
-    read_coco,
-    read_geojson,
-    read_imagescope,
-)
+from preparation.annotation_files import AnnotationError, decode_run_lengths, read_coco, read_geojson, read_imagescope
+from preparation.annotations import Region, rasterise
 
 SHARED = PROJECT.parent / "shared" / "data"
 

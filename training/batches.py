@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from images.recipe import DataRecipe
+from images.resolutions import FINEST
 from system.errors import UserError
 from system.processes import all_reduce_sum, is_main_process
 from training.loss import refuse_non_finite
@@ -76,6 +77,25 @@ def carried_recipe(loader: Loader) -> DataRecipe | None:
     return None
 
 
+def agreed_recipe(loader: Loader, known: DataRecipe | None) -> DataRecipe | None:
+    """Return the recipe that a loader carries, if any; raises UserError where it is not of the known kind of data."""
+    carried = carried_recipe(loader)
+    if carried is not None and known is not None:
+        carried.check_agreement(known, "the loader", "the training so far")
+    return carried
+
+
+def finest_masks(loader: Loader, batch: dict, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the masks of a batch at 256 pixels, on the device of `mask` (N, K, S, S).
+
+    None where `mask` is as fine, and for a data set that has no finer ones.
+    """
+    finest = getattr(getattr(loader, "dataset", None), "finest_masks", None)
+    if finest is None or mask.shape[-1] == FINEST:
+        return None
+    return finest(batch["name"]).to(mask.device)
+
+
 def recipe_for(model, loader: Loader, known: DataRecipe | None) -> DataRecipe:
     """Return the recipe with which a network is trained on a loader: the known, else the carried, else a new one.
 
@@ -88,9 +108,7 @@ def recipe_for(model, loader: Loader, known: DataRecipe | None) -> DataRecipe:
     Raises:
         UserError: for data of another kind than those before, or than the network is built for.
     """
-    carried = carried_recipe(loader)
-    if known is not None and carried is not None:
-        carried.check_agreement(known, "the loader", "the training so far")
+    carried = agreed_recipe(loader, known)
     recipe = known or carried or DataRecipe(in_channels=model.in_channels, classes=model.out_channels)
     if not recipe.mean and carried is not None:
         recipe = replace(recipe, mean=carried.mean, std=carried.std, training_ranges=carried.training_ranges)

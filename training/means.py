@@ -42,7 +42,8 @@ class PassMeasures:
     """
 
     def __init__(self, threshold: float, classes: int):
-        self.logit, self.classes = math.log(threshold / (1 - threshold)), classes
+        self.threshold, self.classes = threshold, classes
+        self.logit = math.log(threshold / (1 - threshold))
         self._means, self._empty_masks = MeanOverImages(), 0
 
     @property

@@ -14,12 +14,14 @@ from io import TextIOWrapper
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from images.files import load_image
 from scoring.measures import PIXEL_METRICS
-from scoring.pictures import training_curves
+from scoring.pictures import predictions, training_curves
 from system.atomic import atomic_write
 from system.errors import UserError
+from training.means import PassMeasures
 
 # Losses and soft Dice are at the resolution of the stage, the other measures at 256 pixels.
 MEASURES = ("loss", "soft_dice", *PIXEL_METRICS)
@@ -29,6 +31,7 @@ COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "train_loss", "train_sof
            "empty_masks", *OF_STEPS)
 RUN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
                        r"|stage_\d_epoch_\d+\.pth|\..*\.(pth|json|csv)\..*\.tmp|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
+SHOWN_IMAGES = 6
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
 
@@ -135,9 +138,24 @@ class RunFolder:
         """Draw training_curves.png from metrics.csv."""
         training_curves(self.rows(), self.file("training_curves.png"))
 
-    def show_picture(self, tag: str, name: str, step: int) -> None:
-        """Put a PNG of the folder into TensorBoard."""
-        self.tensorboard().add_image(tag, load_image(self.path / name, 3), step, dataformats="HWC")
+    def draw_predictions(self, stage: int, batch: dict, logits: torch.Tensor, mask: torch.Tensor,
+                         measures: PassMeasures) -> None:
+        """Draw predictions_stage_X.png, for TensorBoard too.
+
+        Args:
+            batch: has `image` (N, C, S, S) in [0, 1], and `name` if it is known.
+            logits: (N, K, S, S).
+            mask: (N, K, H, W) of any resolution, to which image and logits are enlarged.
+        """
+        image, logits = (F.interpolate(tensor.float(), mask.shape[-2:], mode=mode) for tensor, mode in
+                         ((batch["image"], "nearest"), (logits, "bilinear")))
+        dice = measures.compare(logits, mask)["dice"].mean(dim=1)
+        images, masks, found = (list(tensor[:SHOWN_IMAGES].cpu().numpy()) for tensor in
+                                (image, mask, logits.sigmoid()))
+        names = batch.get("name", [f"image {i + 1}" for i in range(len(mask))])
+        path = self.file(f"predictions_stage_{stage}.png")
+        predictions(images, masks, found, names[:SHOWN_IMAGES], dice.tolist(), path, measures.threshold)
+        self.tensorboard().add_image("predictions", load_image(path, 3), stage, dataformats="HWC")
 
     def prune(self) -> None:
         """Remove the oldest stage_X_epoch_Y.pth beyond the number to keep."""
