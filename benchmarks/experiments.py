@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--out", required=True, help="folder of the study; one that is there goes on")
     study.add_argument("--arms", type=arm_list, default=("direct", "grown"),
                        help=f"some of {','.join(growth.ARMS)}; all are compared with the first (direct,grown)")
-    study.add_argument("--arm", type=own_arm, action="append", default=[], metavar='NAME="OPTIONS"',
+    study.add_argument("--arm", type=own_arm, action="append", metavar='NAME="OPTIONS"',
                        help="another arm, with these options of train_papsmear.py")
     study.add_argument("--seeds", type=whole(1), default=3, help="trainings of each arm (3)")
     study.add_argument("--first_seed", type=whole(0), default=0, help="seeds count from it (0)")
@@ -133,11 +133,10 @@ def study_growing(args: argparse.Namespace, options: list[str]) -> None:
 
     out = Path(args.out)
     if not args.report:
-        arms = {name: growth.ARMS[name] for name in args.arms} | dict(args.arm)
+        arms = {name: growth.ARMS[name] for name in args.arms} | dict(args.arm or ())
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         trainings = growth.planned(args.out, arms, args.budget, seeds, options)
-        growth.check_settings(out, arms, options)
-        growth.run_study(out, trainings, args.jobs)
+        growth.run_study(out, trainings, growth.check_settings(out, arms, options), args.jobs)
     elif options:
         raise UserError(f"--report reads the tables in --out alone and takes no {options[0]}. Leave it out")
     print(write_report(out))

@@ -98,9 +98,11 @@ def planned(out: str, arms: dict[str, str], budget: float, seeds: range, options
     return trainings
 
 
-def check_settings(out: Path, arms: dict[str, str], options: list[str]) -> None:
+def check_settings(out: Path, arms: dict[str, str], options: list[str]) -> list[str]:
     """Write the settings of a study, or compare them with those it was begun with; other arms may join.
 
+    Returns:
+        The names of all its arms, those of before first.
     Raises:
         UserError: for other options, or other options of an arm: its rows would not compare.
     """
@@ -115,8 +117,9 @@ def check_settings(out: Path, arms: dict[str, str], options: list[str]) -> None:
                 {arm: kept["arms"][arm] for arm in differing}, {arm: arms[arm] for arm in differing})
             raise UserError(f"{path}: this study was begun with {was}, asked for is {asked}. Its trainings would not "
                             f"compare. Choose another --out, or another name for the arm")
-    RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {
-        "options": options, "arms": kept.get("arms", {}) | arms})
+    arms = kept.get("arms", {}) | arms
+    RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {"options": options, "arms": arms})
+    return list(arms)
 
 
 def read_table(out: Path, name: str) -> list[dict[str, str]]:
@@ -128,9 +131,11 @@ def read_table(out: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run_study(out: Path, trainings: list[Training], jobs: int) -> None:
+def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) -> None:
     """Run what is not finished, `jobs` at a time; each finished training is added to the tables at once.
 
+    Args:
+        arms: all of the study, in the order of the tables.
     Raises:
         UserError: if a training failed; the others are finished first.
     """
@@ -153,6 +158,7 @@ def run_study(out: Path, trainings: list[Training], jobs: int) -> None:
         for name, rows in tables.items():
             mine = dict(zip(KEYS, training.key, strict=True))
             rows += [mine | row for row in result[name]]
+            rows.sort(key=lambda row: (float(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
             RunFolder(out).write_csv(name, rows, TABLES[name])
         row = result["trainings.csv"][0]
         print(f"{training.name:<16} epochs {row['epochs']:<10} Dice at 256: valid {row['dice_256_valid']}, test "
@@ -226,8 +232,9 @@ def train_and_score(training: Training) -> None:
               for row in score_images(trainer, settings, loaders[256][number].dataset, split)]
     names = dict.fromkeys((split, name) for split in ("valid", "test") for name in ("dice_256", "dice", "aji"))
     means = {f"{name}_{split}": mean_of(images, split, name) for split, name in names}
+    data = "".join(part[:4] for part in trainer.config["data_fingerprint"].split())  # of train, valid and test
     row = {"epochs": ",".join(map(str, settings.epochs_per_stage)), "operations": done,
-           "images_seen": len(epochs) * len(loaders[256][0].dataset), "data": trainer.config["data_fingerprint"][:8]}
+           "images_seen": len(epochs) * len(loaders[256][0].dataset), "data": data}
     row |= {name: round(sum(r[name] for r in trainer.folder.rows()), 1) for name in ("seconds", "processor_seconds")}
     trainer.folder.write_json(RESULT, {"trainings.csv": [row | means], "images.csv": images, "epochs.csv": epochs})
 

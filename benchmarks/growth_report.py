@@ -1,6 +1,7 @@
 """What a study of growing says: tables and statistics from its CSV files alone, without a training."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +111,10 @@ def comparison_table(study: Study, budget: str) -> list[str]:
             found = compare_arms(study.scores(arm, budget, score), study.scores(reference, budget, score))
             if found:
                 p_seeds = f"{found['p_seeds']:.3f}" if found["seeds"] > 1 else ""
+                p_images = "< 0.0001" if found["p_images"] < 1e-4 else f"{found['p_images']:.4f}"
                 lines.append([f"{arm} minus {reference}", title, f"{found['difference']:+.4f}",
                               f"{found['low']:+.4f} to {found['high']:+.4f}", str(found["seeds"]), str(found["images"]),
-                              p_seeds, f"{found['p_images']:.4f}"])
+                              p_seeds, p_images])
     if not lines:
         return []
     return ["\nPaired by image and seed. The 95 % interval is a bootstrap over images and seeds together; p-values are "
@@ -172,30 +174,32 @@ def effort_table(study: Study, budget: str) -> list[str]:
 
 
 def growth_table(study: Study, budget: str) -> list[str]:
-    """Return validation Dice before and after each growth, beside the noise from epoch to epoch."""
+    """Return validation Dice before and after each growth, beside the changes from epoch to epoch."""
     lines = []
     for arm in study.arms:
-        curves = study.curves(arm, budget).values()
-        noise, growths = changes(list(curves))
+        within, growths = changes(list(study.curves(arm, budget).values()))
         for (before, after), pairs in growths.items():
             steps = [b - a for a, b in pairs]
             lines.append([arm, f"{RESOLUTIONS[before - 1]} to {RESOLUTIONS[after - 1]}",
-                          ", ".join(f"{a:.3f} to {b:.3f}" for a, b in pairs), f"{min(steps):+.3f}",
-                          f"{noise:.3f}" if noise is not None else ""])
+                          ", ".join(f"{a:.3f} to {b:.3f}" for a, b in pairs), f"{np.mean(steps):+.3f}",
+                          f"{min(steps):+.3f}", f"{np.std(within):.3f}" if within else "",
+                          f"{min(within):+.3f}" if within else ""])
     if not lines:
         return []
-    return ["\nValidation Dice at 256 pixels in the last epoch before and the first epoch after a growth, each seed; "
-            "noise is the standard deviation of the change from one epoch to the next within the stages.\n",
-            *table(("arm", "growth", "Dice before and after", "lowest change", "noise"), lines)]
+    return ["\nValidation Dice at 256 pixels in the last epoch before and the first epoch after a growth, each seed. "
+            "Beside it the changes from one epoch to the next within the stages.\n",
+            *table(("arm", "growth", "Dice before and after", "mean change", "lowest", "within stages: deviation",
+                    "within stages: lowest"), lines)]
 
 
-def changes(curves: list[list[tuple[int, float, float]]]) -> tuple[float | None, dict[tuple[int, int], list]]:
-    """Return the noise within stages (None if no stage has two epochs), and (from, to) -> Dice before and after."""
-    within, growths = [], {}
+def changes(curves: list[list[tuple[int, float, float]]]) -> tuple[list[float], dict[tuple[int, int], list]]:
+    """Return the changes of Dice from epoch to epoch within stages, and (from, to) -> Dice before and after."""
+    within: list[float] = []
+    growths: dict[tuple[int, int], list] = {}
     for curve in curves:
-        for (stage, _, dice), (next_stage, _, next_dice) in zip(curve, curve[1:], strict=False):
+        for (stage, _, dice), (next_stage, _, next_dice) in pairwise(curve):
             if stage == next_stage:
                 within.append(next_dice - dice)
             else:
                 growths.setdefault((stage, next_stage), []).append((dice, next_dice))
-    return (float(np.std(within)) if within else None), growths
+    return within, growths
