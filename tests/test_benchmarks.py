@@ -154,6 +154,7 @@ def test_training_is_compared_within_each_round(setting, monkeypatch):
     assert found["ours against the classic U-Net, baseline training"].value == 6
     assert found["ours against the classic U-Net, baseline training"].verdict == "holds"
     assert found["ours against the classic U-Net in our loop (the network)"].value == 2
+    assert found["bfloat16 products against float32 ones, on which the bar of 5x depends"].value == 2
     in_float32, in_bfloat16 = (found[f"ours, in float32, against matrix products in {p}"] for p in
                                ("float32", "bfloat16"))
     done, possible = found["operations an image, ours"].value * 1e9 * BATCH / 2, 10 * 2 * 2048 ** 3
