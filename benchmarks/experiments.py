@@ -95,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     study = experiments.add_parser("growth", allow_abbrev=False, usage="%(prog)s [-h] --out OUT [--arms ARMS] [--arm "
                                    "NAME=OPTIONS] [--seeds SEEDS] [--first_seed SEED] [--budget N] [--jobs JOBS] "
                                    "[--report] [options of train_papsmear.py]", epilog="All options of "
-                                   f"train_papsmear.py are taken, but --{', --'.join(growth.DECIDED)}.")
+                                   "train_papsmear.py are taken, but --"
+                                   f"{', --'.join((*growth.DECIDED, *growth.OF_ARMS))}.")
     study.add_argument("--out", required=True, help="folder of the study; one that is there goes on")
     study.add_argument("--arms", type=arm_list, default=("direct", "grown"),
                        help=f"some of {','.join(growth.ARMS)}; all are compared with the first (direct,grown)")
@@ -133,10 +134,13 @@ def study_growing(args: argparse.Namespace, options: list[str]) -> None:
 
     out = Path(args.out)
     if not args.report:
+        names = [name for name, _ in args.arm or ()]
+        if len(set(names)) < len(names):
+            raise UserError(f"--arm {max(names, key=names.count)} is given twice. Give each arm a name of its own")
         arms = {name: growth.ARMS[name] for name in args.arms} | dict(args.arm or ())
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        trainings = growth.planned(args.out, arms, args.budget, seeds, options)
-        growth.run_study(out, trainings, growth.check_settings(out, arms, options), args.jobs)
+        trainings = growth.planned(out, arms, args.budget, seeds, options)
+        growth.run_study(out, trainings, growth.check_settings(out, trainings, options), args.jobs)
     elif options:
         raise UserError(f"--report reads the tables in --out alone and takes no {options[0]}. Leave it out")
     print(write_report(out))
@@ -222,11 +226,8 @@ def measure_precision(args: argparse.Namespace, options: list[str]) -> None:
     """Train with these options of train_papsmear.py in both precisions for each seed; print and save the test Dice."""
     from training.settings import parse
 
-    given = {word.split("=")[0] for word in options}
-    for name in DECIDED:
-        if f"--{name}" in given:
-            raise UserError(f"--{name} is decided by the experiment: both precisions are trained for each of --seeds, "
-                             f"in folders of --out. Leave it out")
+    growth.refuse_decided(options, DECIDED, "the experiment: both precisions are trained for each of --seeds, in "
+                                            "folders of --out")
     runs = [(seed, precision, parse([*options, "--seed", str(seed), "--precision", precision, "--output_dir", args.out,
                                      "--experiment_name", f"seed_{seed}_{precision}"]))
             for seed in range(args.seeds) for precision in PRECISIONS]

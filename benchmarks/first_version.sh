@@ -16,16 +16,24 @@ if [ $# -lt 5 ]; then
 fi
 project=$(cd "$(dirname "$0")/.." && pwd)
 data=$(realpath "$1"); mkdir -p "$2"; out=$(realpath "$2"); seeds=$3; arm=$4; epochs=$5; shift 5
-if [ ! -d "$out/code" ]; then
-    git clone --quiet "$project" "$out/code"
-    git -C "$out/code" checkout --quiet "$FIRST_VERSION"
+[ -d "$out/code" ] || git clone --quiet "$project" "$out/code"
+git -C "$out/code" fetch --quiet "$project" "$FIRST_VERSION"
+git -C "$out/code" checkout --quiet "$FIRST_VERSION"
+table=$out/first_version.csv command="$data $epochs $*"
+if [ -f "$out/$arm.command" ] && [ "$(cat "$out/$arm.command")" != "$command" ]; then
+    echo "error: $out: arm $arm was begun with '$(cat "$out/$arm.command")', asked for is '$command'; their rows would" \
+        "not compare. Choose another OUT or ARM" >&2
+    exit 2
 fi
-table=$out/first_version.csv
+echo "$command" > "$out/$arm.command"
 [ -f "$table" ] || echo "arm,epochs,seed,dice_valid,dice_test,seconds" > "$table"
 cd "$out/code"
 for ((seed = 0; seed < seeds; seed++)); do
     name=${arm}_$seed
-    grep -q "^$arm,\"$epochs\",$seed," "$table" && continue
+    if grep -q "^$arm,\"$epochs\",$seed," "$table"; then
+        echo "$name: trained already, its row is in $table"
+        continue
+    fi
     begin=$(date +%s)
     python train_papsmear.py --data_root "$data" --epochs_per_stage "$epochs" --seed "$seed" --output_dir "$out/runs" \
         --experiment_name "$name" --overwrite --keep 0 "$@" > "$out/$name.log"

@@ -4,6 +4,7 @@ A study is a folder: settings.json, trainings.csv (a row a training), images.csv
 epochs.csv (a row an epoch) and runs/, where the run folders lie. The three tables are enough for the report.
 """
 
+import argparse
 import csv
 import json
 import multiprocessing
@@ -11,9 +12,11 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import accumulate
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from system.errors import UserError
 from training.schedule import CLASSIC_WORK, WORK
 from training.settings import parse
 
-# Torch and all modules that need it are imported inside the functions: wrong options answer at once.
+# Torch, NumPy and all modules that need them are imported inside the functions: wrong options answer at once.
 
 # Name -> options of train_papsmear.py, which takes the budget besides.
 ARMS = {
@@ -31,16 +34,21 @@ ARMS = {
     "unet": "--model unet",
 }
 KEYS = ("arm", "budget", "seed")
-TABLES = {
-    "trainings.csv": (*KEYS, "epochs", "operations", "images_seen", "seconds", "processor_seconds", "dice_256_valid",
-                      "dice_256_test", "dice_valid", "dice_test", "aji_valid", "aji_test", "data"),
-    "images.csv": (*KEYS, "split", "image", "dice_256", "dice", "aji"),
-    "epochs.csv": (*KEYS, "stage", "epoch", "operations", "dice"),
+TRAININGS, IMAGES, EPOCHS = TABLES = ("trainings.csv", "images.csv", "epochs.csv")
+COLUMNS = {
+    TRAININGS: (*KEYS, "epochs", "operations", "images_seen", "seconds", "processor_seconds", "dice_256_valid",
+                "dice_256_test", "dice_valid", "dice_test", "aji_valid", "aji_test", "data"),
+    IMAGES: (*KEYS, "split", "image", "dice_256", "dice", "aji"),
+    EPOCHS: (*KEYS, "stage", "epoch", "operations", "dice"),
 }
 SETTINGS, RUNS, RESULT = "settings.json", "runs", "result.json"
-# Options that the study decides; those of the second line belong to an arm.
+# Options that the study decides; that belong to an arm; that all arms must have alike, because they change the data.
 DECIDED = ("budget", "seed", "output_dir", "experiment_name", "resume", "overwrite", "dry_run", "overfit",
-           "progressive", "model", "shares", "epochs_per_stage", "start_stage")
+           "epochs_per_stage", "keep", "save_every")
+OF_ARMS = ("progressive", "model", "shares", "start_stage")
+OF_DATA = ("data_root", "in_channels", "out_channels", "targets", "use_augmented")
+# Settings in which trainings may differ and yet be compared.
+FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Training:
         options: of train_papsmear.py, those of the arm included.
     """
 
-    out: str
+    out: Path
     arm: str
     budget: float
     seed: int
@@ -64,42 +72,66 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out, RUNS, self.name)
+        return self.out / RUNS / self.name
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> dict[str, str]:
         """Return what identifies the training in the tables, as text."""
-        return self.arm, f"{self.budget:g}", str(self.seed)
+        return dict(zip(KEYS, (self.arm, f"{self.budget:g}", str(self.seed)), strict=True))
 
-    def settings(self):
+    def settings(self) -> argparse.Namespace:
         """Return the checked settings; a training that was cut off is not replaced but continued."""
-        fixed = [] if any(word.startswith("--epochs_per_stage") for word in self.options) else ["--budget",
-                                                                                               str(self.budget)]
         begun = (self.folder / "last.pth").exists()
-        return parse([*self.options, *fixed, "--seed", str(self.seed), "--output_dir", str(self.folder.parent),
-                      "--experiment_name", self.name, "--keep", "0", *([] if begun else ["--overwrite"])])
+        return parse([*self.options, "--budget", str(self.budget), "--seed", str(self.seed), "--output_dir",
+                      str(self.folder.parent), "--experiment_name", self.name, "--keep", "0",
+                      *([] if begun else ["--overwrite"])])
 
 
-def planned(out: str, arms: dict[str, str], budget: float, seeds: range, options: list[str]) -> list[Training]:
+def planned(out: Path, arms: dict[str, str], budget: float, seeds: range, options: list[str]) -> list[Training]:
     """Return the trainings of a study, all arms of one seed before the next seed.
 
     Raises:
-        UserError: for options that the study decides, or that train_papsmear.py refuses.
+        UserError: for options that the study decides or train_papsmear.py refuses, and for a data set that is not one.
     """
-    given = {word.split("=")[0] for word in options}
-    for name in DECIDED:
-        if f"--{name}" in given:
-            raise UserError(f"--{name} is decided by the study: by --arms or --arm, --budget, --seeds and --out. Leave "
-                            f"it out")
-    trainings = [Training(out, arm, budget, seed, (*options, *shlex.split(arms[arm]))) for seed in seeds
-                 for arm in arms]
+    from images.splits import find_data_root, list_splits
+
+    refuse_decided(options, (*DECIDED, *OF_ARMS), "the study: by --arms or --arm, --budget, --seeds and --out")
+    own = {arm: arm_words(arm, text) for arm, text in arms.items()}
+    trainings = [Training(out, arm, budget, seed, (*options, *own[arm])) for seed in seeds for arm in arms]
     for training in trainings:
-        training.settings()
+        settings = training.settings()
+    list_splits(find_data_root(settings.data_root), settings.use_augmented)
     return trainings
 
 
-def check_settings(out: Path, arms: dict[str, str], options: list[str]) -> list[str]:
-    """Write the settings of a study, or compare them with those it was begun with; other arms may join.
+def refuse_decided(words: Sequence[str], names: Iterable[str], by: str) -> None:
+    """Raise UserError if one of these options is among the words of a command."""
+    given = {word.split("=")[0] for word in words}
+    for name in names:
+        if f"--{name}" in given:
+            raise UserError(f"--{name} is decided by {by}. Leave it out")
+
+
+def arm_words(arm: str, text: str) -> list[str]:
+    """Return the options of an arm as words; a backslash stays one."""
+    reader = shlex.shlex(text, posix=True)
+    reader.whitespace_split, reader.escape, reader.commenters = True, "", ""
+    try:
+        words = list(reader)
+    except ValueError as error:
+        raise UserError(f"--arm {arm}={text}: {error}. Close every quote") from None
+    refuse_decided(words, DECIDED, f"the study, not by arm {arm}")
+    refuse_decided(words, OF_DATA, f"all arms together, not by arm {arm}: they are compared on the same images")
+    return words
+
+
+def comparable(settings: argparse.Namespace) -> dict:
+    """Return the settings that trainings which are compared have alike within an arm, as JSON gives them back."""
+    return json.loads(json.dumps({key: value for key, value in vars(settings).items() if key not in FREE}))
+
+
+def check_settings(out: Path, trainings: list[Training], options: list[str]) -> list[str]:
+    """Write the settings of a study, or compare them with those of its finished trainings; other arms may join.
 
     Returns:
         The names of all its arms, those of before first.
@@ -108,18 +140,22 @@ def check_settings(out: Path, arms: dict[str, str], options: list[str]) -> list[
     """
     from training.run_folder import RunFolder, environment
 
-    path, kept = out / SETTINGS, {}
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        differing = [arm for arm in arms if kept["arms"].get(arm, arms[arm]) != arms[arm]]
-        if kept["options"] != options or differing:
-            was, asked = (kept["options"], options) if kept["options"] != options else (
-                {arm: kept["arms"][arm] for arm in differing}, {arm: arms[arm] for arm in differing})
-            raise UserError(f"{path}: this study was begun with {was}, asked for is {asked}. Its trainings would not "
-                            f"compare. Choose another --out, or another name for the arm")
+    path, rows = out / SETTINGS, read_table(out, TRAININGS)
+    kept = json.loads(path.read_text(encoding="utf-8")) if rows and path.is_file() else {}
+    common = comparable(parse(options))
+    arms = {training.arm: comparable(training.settings()) for training in trainings}
+    pairs = [("this study", kept.get("common", common), common)]
+    pairs += [(f"arm {arm}", kept.get("arms", {}).get(arm, arms[arm]), arms[arm]) for arm in arms]
+    for name, was, now in pairs:
+        differing = [key for key in now if was.get(key) != now[key]]
+        if differing:
+            key = differing[0]
+            raise UserError(f"{path}: {name} was begun with {key} {was.get(key)}, asked for is {now[key]}. Its "
+                            f"trainings would not compare. Choose another --out, or another name for the arm")
     arms = kept.get("arms", {}) | arms
-    RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {"options": options, "arms": arms})
-    return list(arms)
+    RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {
+        "options": options, "common": common, "arms": arms})
+    return list(dict.fromkeys([*arms, *(row["arm"] for row in rows)]))
 
 
 def read_table(out: Path, name: str) -> list[dict[str, str]]:
@@ -131,20 +167,35 @@ def read_table(out: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def add_rows(out: Path, training: Training, result: dict[str, list[dict]], arms: list[str]) -> None:
+    """Put the rows of a training into all tables, in the place of those that it may have there.
+
+    The table of trainings, which says what is finished, comes last.
+
+    Args:
+        arms: of the study, in the order of the tables.
+    """
+    from training.run_folder import RunFolder
+
+    for name in reversed(TABLES):
+        others = [row for row in read_table(out, name) if {key: row[key] for key in KEYS} != training.key]
+        rows = others + [training.key | row for row in result[name]]
+        rows.sort(key=lambda row: (float(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
+        RunFolder(out).write_csv(name, rows, COLUMNS[name])
+
+
 def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) -> None:
     """Run what is not finished, `jobs` at a time; each finished training is added to the tables at once.
 
     Args:
-        arms: all of the study, in the order of the tables.
+        arms: of the study, in the order of the tables.
     Raises:
         UserError: if a training failed; the others are finished first.
     """
     from system.machine import cpu_count
-    from training.run_folder import RunFolder
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))  # of each process that is started
-    tables = {name: read_table(out, name) for name in TABLES}
-    finished = {tuple(row[key] for key in KEYS) for row in tables["trainings.csv"]}
+    finished = [{key: row[key] for key in KEYS} for row in read_table(out, TRAININGS)]
     missing = [training for training in trainings if training.key not in finished]
     print(f"{len(trainings)} trainings, {len(missing)} to run, {jobs} at a time; logs: {out / RUNS}/NAME.log",
           flush=True)
@@ -152,15 +203,11 @@ def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) 
     for training, code in run_in_processes(missing, jobs):
         if code:
             failed.append(training)
-            print(f"{training.name} failed; see {training.folder}.log", flush=True)
+            print(f"{training.name} failed with exit code {code}; see {training.folder}.log", flush=True)
             continue
         result = json.loads((training.folder / RESULT).read_text(encoding="utf-8"))
-        for name, rows in tables.items():
-            mine = dict(zip(KEYS, training.key, strict=True))
-            rows += [mine | row for row in result[name]]
-            rows.sort(key=lambda row: (float(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
-            RunFolder(out).write_csv(name, rows, TABLES[name])
-        row = result["trainings.csv"][0]
+        add_rows(out, training, result, arms)
+        row = result[TRAININGS][0]
         print(f"{training.name:<16} epochs {row['epochs']:<10} Dice at 256: valid {row['dice_256_valid']}, test "
               f"{row['dice_256_test']}; {float(row['processor_seconds']):.0f} s of processor time", flush=True)
     if failed:
@@ -207,36 +254,63 @@ def run_training(training: Training) -> None:
     with open(f"{training.folder}.log", "a", encoding="utf-8", buffering=1) as log, redirect_stdout(log), \
             redirect_stderr(log):
         try:
-            train_and_score(training)
+            complete(training)
         except UserError as error:
             print(error)
             sys.exit(2)
+        except BaseException:  # also Ctrl-C: the log says why it ended
+            traceback.print_exc()
+            sys.exit(1)
 
 
-def train_and_score(training: Training) -> None:
-    """Train and write result.json: the rows of each table, without the keys."""
+def complete(training: Training) -> None:
+    """Train what is left and write result.json: the rows of each table, without the keys."""
     from train_papsmear import prepare
 
     settings = training.settings()
     _, trainer, loaders = prepare(settings, training.folder)
+    # The first digits for train, valid and test each.
+    data = "".join(part[:4] for part in trainer.config["data_fingerprint"].split())
+    check_data(training, data)
     if (training.folder / "last.pth").exists():
+        check_begun(training, trainer.config)
         trainer.resume(training.folder / "last.pth")
     trainer.fit(loaders)
+    logged = trainer.folder.rows()
     work = WORK if settings.model == "pgunet" else {4: CLASSIC_WORK}
-    epochs, done = [], 0
-    for row in trainer.folder.rows():
-        done += work[int(row["stage"])]
-        epochs.append({"stage": int(row["stage"]), "epoch": int(row["epoch"]), "operations": done,
-                       "dice": round(row["dice"], 5)})
+    operations = list(accumulate(work[int(row["stage"])] for row in logged))
+    epochs = [{"stage": int(row["stage"]), "epoch": int(row["epoch"]), "operations": done,
+               "dice": round(row["dice"], 5)} for row, done in zip(logged, operations, strict=True)]
     images = [{"split": split} | row for number, split in ((1, "valid"), (2, "test"))
               for row in score_images(trainer, settings, loaders[256][number].dataset, split)]
-    names = dict.fromkeys((split, name) for split in ("valid", "test") for name in ("dice_256", "dice", "aji"))
-    means = {f"{name}_{split}": mean_of(images, split, name) for split, name in names}
-    data = "".join(part[:4] for part in trainer.config["data_fingerprint"].split())  # of train, valid and test
-    row = {"epochs": ",".join(map(str, settings.epochs_per_stage)), "operations": done,
+    row = {"epochs": ",".join(map(str, settings.epochs_per_stage)), "operations": operations[-1],
            "images_seen": len(epochs) * len(loaders[256][0].dataset), "data": data}
-    row |= {name: round(sum(r[name] for r in trainer.folder.rows()), 1) for name in ("seconds", "processor_seconds")}
-    trainer.folder.write_json(RESULT, {"trainings.csv": [row | means], "images.csv": images, "epochs.csv": epochs})
+    row |= {name: round(sum(r[name] for r in logged), 1) for name in ("seconds", "processor_seconds")}
+    row |= {f"{name}_{split}": mean_of(images, split, name) for name in ("dice_256", "dice", "aji")
+            for split in ("valid", "test")}
+    trainer.folder.write_json(RESULT, {TRAININGS: [row], IMAGES: images, EPOCHS: epochs})
+
+
+def check_data(training: Training, data: str) -> None:
+    """Raise UserError if the finished trainings of the study saw other data."""
+    others = {row["data"] for row in read_table(training.out, TRAININGS)} - {data}
+    if others:
+        raise UserError(f"the data set has the fingerprint {data}, but that of the finished trainings in "
+                        f"{training.out} is {', '.join(sorted(others))}; they would not compare. Give --data_root of "
+                        f"the same files, or choose another --out")
+
+
+def check_begun(training: Training, config: dict) -> None:
+    """Raise UserError if the training was begun with other settings or data than it would go on with."""
+    from checkpoints import load_checkpoint
+
+    saved = load_checkpoint(training.folder / "last.pth")["config"]
+    was, now = (comparable(argparse.Namespace(**settings)) for settings in (saved, config))
+    differing = [key for key in now if key != "resolved" and was.get(key) != now[key]]
+    if differing:
+        key = differing[0]
+        raise UserError(f"{training.folder}: this training was begun with {key} {was.get(key)}, asked for is "
+                        f"{now[key]}. Remove the folder, or choose another --out")
 
 
 def score_images(trainer, settings, dataset, split: str) -> list[dict]:

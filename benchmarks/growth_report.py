@@ -1,19 +1,20 @@
 """What a study of growing says: tables and statistics from its CSV files alone, without a training."""
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy.stats import median_abs_deviation
 
-from benchmarks.growth import read_table
+from benchmarks.growth import EPOCHS, IMAGES, SETTINGS, TRAININGS, read_table
 from benchmarks.pictures import dice_over_operations
 from images.resolutions import RESOLUTIONS
+from scoring.scores import CONFIDENCE, RESAMPLES, wilcoxon_p
 from system.atomic import atomic_write
 from system.errors import UserError
 
-RESAMPLES, CONFIDENCE = 10_000, 0.95
 REPORT, PICTURE = "growth.md", "growth.png"
 SCORES = {"dice_256": "Dice at 256", "dice": "Dice at original size", "aji": "AJI"}
 
@@ -26,17 +27,19 @@ class Study:
     """
 
     def __init__(self, out: Path):
-        trainings = read_table(out, "trainings.csv")
+        trainings = read_table(out, TRAININGS)
         if not trainings:
-            raise UserError(f"{out}: no trainings.csv with a finished training in it. Run the study first, without "
+            raise UserError(f"{out}: no {TRAININGS} with a finished training in it. Run the study first, without "
                             f"--report")
         data = sorted({row["data"] for row in trainings})
         if len(data) > 1:
-            raise UserError(f"{out / 'trainings.csv'}: its trainings are of different data (fingerprints "
+            raise UserError(f"{out / TRAININGS}: its trainings are of different data (fingerprints "
                             f"{', '.join(data)}), so they do not compare. Keep the rows of one, or start anew")
         self.trainings = trainings
-        self.images, self.epochs = read_table(out, "images.csv"), read_table(out, "epochs.csv")
-        self.arms = list(dict.fromkeys(row["arm"] for row in trainings))
+        self.images, self.epochs = read_table(out, IMAGES), read_table(out, EPOCHS)
+        kept = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["arms"] if (out / SETTINGS).is_file() else ()
+        there = dict.fromkeys(row["arm"] for row in trainings)
+        self.arms = [arm for arm in dict.fromkeys([*kept, *there]) if arm in there]
         self.budgets = sorted({row["budget"] for row in trainings}, key=float)
 
     def rows(self, table: list[dict], arm: str, budget: str) -> list[dict]:
@@ -65,7 +68,8 @@ def write_report(out: Path) -> str:
     study = Study(out)
     parts = ["# Growing against direct training\n",
              "Scores are of the last weights, means over the images of valid and test, then over seeds, ± the standard "
-             "deviation over seeds. Operations count epochs times 40, 80, 120, 185 for stages 1 to 4."]
+             "deviation over seeds. Operations count epochs times 40, 80, 120, 185 for stages 1 to 4, of the classic "
+             "U-Net times 289."]
     for budget in study.budgets:
         parts += [f"\n## Operations of {budget} epochs at 256 pixels\n", *arm_table(study, budget),
                   *comparison_table(study, budget), *effort_table(study, budget), *growth_table(study, budget)]
@@ -106,6 +110,8 @@ def arm_table(study: Study, budget: str) -> list[str]:
 def comparison_table(study: Study, budget: str) -> list[str]:
     """Return the differences of all arms to the first, paired by image and seed."""
     reference, lines = study.arms[0], []
+    if not study.rows(study.trainings, reference, budget):
+        return [f"\nNothing is compared: no training of **{reference}** at this budget is finished."]
     for arm in study.arms[1:]:
         for score, title in SCORES.items():
             found = compare_arms(study.scores(arm, budget, score), study.scores(reference, budget, score))
@@ -117,9 +123,10 @@ def comparison_table(study: Study, budget: str) -> list[str]:
                               p_seeds, p_images])
     if not lines:
         return []
-    return ["\nPaired by image and seed. The 95 % interval is a bootstrap over images and seeds together; p-values are "
-            "of Wilcoxon's signed rank test, over the means of seeds (with n seeds none is below 2 / 2^n) and over "
-            "the means of images.\n",
+    return ["\nPaired by image and seed. The 95 % interval is a bootstrap over images and seeds together (of one seed: "
+            "over images alone). With few seeds it is still too narrow, and images of one patient or field of view "
+            "count as independent. p-values are of Wilcoxon's signed rank test, over the means of seeds (with n seeds "
+            "none is below 2 / 2^n) and over the means of images.\n",
             *table(("", "score", "difference", "95 % interval", "seeds", "images", "p over seeds", "p over images"),
                    lines)]
 
@@ -128,7 +135,8 @@ def compare_arms(one: dict[str, dict], other: dict[str, dict], seed: int = 0) ->
     """Compare two arms on the seeds and images that both have; None without any.
 
     The bootstrap draws seeds and images with replacement, independently, and takes the mean over what was drawn
-    (Efron 1979, for two crossed factors).
+    (Efron 1979, for two crossed factors). What it draws of n seeds is spread by sqrt(n / (n - 1)), as the deviation
+    of a sample is smaller than that of what it was drawn from.
 
     Args:
         one, other: seed -> image -> score.
@@ -142,21 +150,18 @@ def compare_arms(one: dict[str, dict], other: dict[str, dict], seed: int = 0) ->
         return None
     differences = np.array([[one[s][i] - other[s][i] for i in images] for s in seeds])
     rng = np.random.default_rng(seed)
-    drawn_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)
-    drawn_images = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES) / len(images)
-    means = ((drawn_seeds @ differences) * drawn_images).sum(axis=1)
+    of_seeds, of_images = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in differences.shape)
+    n = len(seeds)
+    of_seeds = 1 / n + (of_seeds - 1 / n) * np.sqrt(n / max(n - 1, 1))
+    means = ((of_seeds @ differences) * of_images).sum(axis=1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-
-    def p_value(values: np.ndarray) -> float:
-        return float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
-
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high), "seeds": len(seeds),
-            "images": len(images), "p_seeds": p_value(differences.mean(axis=1)),
-            "p_images": p_value(differences.mean(axis=0))}
+    return {"difference": float(differences.mean()), "low": float(low), "high": float(high), "seeds": n,
+            "images": len(images), "p_seeds": wilcoxon_p(differences.mean(axis=1)),
+            "p_images": wilcoxon_p(differences.mean(axis=0))}
 
 
 def effort_table(study: Study, budget: str) -> list[str]:
-    """Return with how much of the first arm's operations each arm reached that arm's final validation Dice."""
+    """Return with how much of the first arm's operations each arm reached that arm's last validation Dice."""
     reference = study.curves(study.arms[0], budget)
     if not reference:
         return []
@@ -164,13 +169,23 @@ def effort_table(study: Study, budget: str) -> list[str]:
     whole = float(np.mean([curve[-1][1] for curve in reference.values()]))
     lines = []
     for arm in study.arms:
-        shares = [next((done / whole for _, done, dice in curve if dice >= goal), None)
-                  for curve in study.curves(arm, budget).values()]
-        if shares:
-            each = ", ".join("not reached" if share is None else f"{share:.0%}" for share in shares)
+        reached = [operations_to(curve, goal) for curve in study.curves(arm, budget).values()]
+        if reached:
+            each = ", ".join("not reached" if done is None else f"{done / whole:.0%}" for done in reached)
             lines.append([arm, each])
-    return [f"\nOperations after which validation Dice first reached {goal:.4f}, the last of **{study.arms[0]}** (mean "
-            f"over seeds), as share of its operations, each seed:\n", *table(("arm", "operations"), lines)]
+    return [f"\nOperations from which on validation Dice stayed at {goal:.4f} or above, the last of "
+            f"**{study.arms[0]}** (mean over seeds), as share of its operations, each seed:\n",
+            *table(("arm", "operations"), lines)]
+
+
+def operations_to(curve: list[tuple[int, float, float]], goal: float) -> float | None:
+    """Return the operations from which on Dice stays at a goal or above; None if it is below at the end."""
+    found = None
+    for _, done, dice in reversed(curve):
+        if dice < goal:
+            break
+        found = done
+    return found
 
 
 def growth_table(study: Study, budget: str) -> list[str]:
@@ -178,16 +193,17 @@ def growth_table(study: Study, budget: str) -> list[str]:
     lines = []
     for arm in study.arms:
         within, growths = changes(list(study.curves(arm, budget).values()))
+        noise = f"{median_abs_deviation(within, scale='normal'):.3f}" if within else ""
         for (before, after), pairs in growths.items():
             steps = [b - a for a, b in pairs]
             lines.append([arm, f"{RESOLUTIONS[before - 1]} to {RESOLUTIONS[after - 1]}",
                           ", ".join(f"{a:.3f} to {b:.3f}" for a, b in pairs), f"{np.mean(steps):+.3f}",
-                          f"{min(steps):+.3f}", f"{np.std(within):.3f}" if within else "",
-                          f"{min(within):+.3f}" if within else ""])
+                          f"{min(steps):+.3f}", noise, f"{min(within):+.3f}" if within else ""])
     if not lines:
         return []
     return ["\nValidation Dice at 256 pixels in the last epoch before and the first epoch after a growth, each seed. "
-            "Beside it the changes from one epoch to the next within the stages.\n",
+            "Beside it the changes from one epoch to the next within the stages: their deviation (1.4826 times the "
+            "median absolute deviation, which single dips do not move) and the lowest.\n",
             *table(("arm", "growth", "Dice before and after", "mean change", "lowest", "within stages: deviation",
                     "within stages: lowest"), lines)]
 

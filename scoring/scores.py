@@ -126,8 +126,13 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
             tail = min((means <= 0).mean(), (means >= 0).mean())
             result[name] = {"difference": float(values.mean()), "low": low, "high": high,
                             "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
-                            "p_wilcoxon": float(stats.wilcoxon(values).pvalue) if values.any() else 1.0}
+                            "p_wilcoxon": wilcoxon_p(values)}
     return result
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """Return the p-value of Wilcoxon's signed rank test (scipy) that differences (N,) lie around 0; 1 if all are 0."""
+    return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
 def bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float, np.ndarray]:

@@ -16,7 +16,9 @@ from PIL import Image
 
 from benchmarks import experiments, growth, growth_report
 from conftest import PROJECT, TIMING, run_script
+from images.files import load_image, save_png
 from progressive_trainer import ProgressiveTrainer
+from training.run_folder import RunFolder
 
 SMALL = ("--base_channels", "2", "--batch_sizes", "32:4,64:4,128:4,256:4")
 
@@ -92,7 +94,8 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
         if len(done) == 2:
             raise KeyboardInterrupt
     monkeypatch.setattr(ProgressiveTrainer, "record", record_twice)
-    assert experiments.main(command) == 130
+    assert experiments.main(command) == 2
+    assert "KeyboardInterrupt" in (out / "runs/grown_2.5_7.log").read_text()
     assert rows_of(out / "runs/grown_2.5_7/metrics.csv")[-1]["epoch"] == "2"
     assert not (out / "trainings.csv").exists()
     assert experiments.main(command) == 0
@@ -106,7 +109,62 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
     assert "1 trainings, 0 to run" in capsys.readouterr().out
     assert len(done) == 5
     assert experiments.main([*command, "--lr", "0.5"]) == 2
-    assert "this study was begun with" in capsys.readouterr().err
+    assert "this study was begun with lr 0.001, asked for is 0.5" in capsys.readouterr().err
+    assert experiments.main([*command, "--num_workers", "0"]) == 0, "what changes no number may differ"
+
+
+def test_what_was_begun_otherwise_is_not_continued(study, shared_root, data_root, tmp_path, in_this_process, capsys):
+    """Run folders without the tables that belonged to them, and other images under the same options."""
+    out = tmp_path / "growth"
+    shutil.copytree(study[0] / "runs", out / "runs")
+    common = ["--out", str(out), "--arms", "direct", "--seeds", "1", "--first_seed", "7", "--budget", "2.5", *SMALL]
+    assert experiments.main(["growth", "--data_root", str(shared_root), *common, "--lr", "0.5"]) == 2
+    assert "begun with lr 0.001, asked for is 0.5" in (out / "runs/direct_2.5_7.log").read_text()
+    image = data_root / "test/images/test_0.png"
+    save_png(image, 255 - load_image(image, 1)[..., 0])
+    assert experiments.main(["growth", "--data_root", str(data_root), *common]) == 2
+    assert "begun with data_fingerprint" in (out / "runs/direct_2.5_7.log").read_text()
+    shutil.rmtree(out / "runs")
+    shutil.copy(study[0] / "trainings.csv", out)
+    assert experiments.main(["growth", "--data_root", str(data_root), *common, "--first_seed", "8"]) == 2
+    assert "that of the finished trainings" in (out / "runs/direct_2.5_8.log").read_text()
+    capsys.readouterr()
+
+
+def test_a_kill_between_two_tables_loses_and_doubles_nothing(study, tmp_path, monkeypatch):
+    shutil.copytree(study[0], tmp_path, dirs_exist_ok=True)
+    before = {name: rows_of(tmp_path / name) for name in growth.TABLES}
+    training = growth.Training(tmp_path, "grown", 2.5, 7, ())
+    result = json.loads((training.folder / growth.RESULT).read_text())
+    write, written = RunFolder.write_csv, []
+
+    def write_once(self, name, rows, columns):
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, rows, columns)
+    (tmp_path / "trainings.csv").unlink()
+    monkeypatch.setattr(RunFolder, "write_csv", write_once)
+    with pytest.raises(KeyboardInterrupt):
+        growth.add_rows(tmp_path, training, result, ["direct", "grown"])
+    assert not (tmp_path / "trainings.csv").exists(), "nothing counts as finished"
+    monkeypatch.setattr(RunFolder, "write_csv", write)
+    for arm in ("grown", "direct", "grown"):
+        training = growth.Training(tmp_path, arm, 2.5, 7, ())
+        growth.add_rows(tmp_path, training, json.loads((training.folder / growth.RESULT).read_text()),
+                        ["direct", "grown"])
+    assert {name: rows_of(tmp_path / name) for name in growth.TABLES} == before
+
+
+def test_a_crash_is_in_the_log_of_its_training(tmp_path, monkeypatch):
+    def crash(training):
+        raise ZeroDivisionError("what broke")
+    monkeypatch.setattr(growth, "complete", crash)
+    training = growth.Training(tmp_path, "direct", 1, 0, ())
+    with pytest.raises(SystemExit):
+        growth.run_training(training)
+    log = training.folder.with_name(f"{training.name}.log").read_text()
+    assert "ZeroDivisionError: what broke" in log
 
 
 def test_a_training_that_fails_is_named_and_the_others_finish(shared_root, tmp_path, in_this_process, capsys):
@@ -118,14 +176,19 @@ def test_a_training_that_fails_is_named_and_the_others_finish(shared_root, tmp_p
     assert "nothing.pth: no such file" in (tmp_path / "o/runs/bad_1.6_0.log").read_text()
     training, = rows_of(tmp_path / "o/trainings.csv")
     assert (training["arm"], training["epochs"], training["operations"]) == ("unet", "1", "289")
-    assert experiments.main([*command, "bad=--lr 0.1", *rest]) == 2, "an arm cannot become another"
-    assert "another name for the arm" in capsys.readouterr().err
+    assert experiments.main([*command, "good=--lr 0.1", *rest]) == 0
+    assert experiments.main([*command, "good=--lr 0.2", *rest]) == 2, "an arm cannot become another"
+    assert "arm good was begun with lr 0.1, asked for is 0.2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--arms", "direct,frozen"), "is not some of direct,grown,late,unet"), (("--arm", "fast"), "is not NAME=OPTIONS"),
     (("--arm", "a/b=--lr 1"), "folder name"), (("--seed", "3"), "--seed is decided by the study"),
-    (("--progressive=false",), "--progressive is decided"), (("--budget", "0.1"), "leaves no epoch"),
+    (("--progressive=false",), "--progressive is decided"), (("--budget", "0.1"), "pays for no epoch"),
+    (("--arms", "grown", "--budget", "0.9"), "leaves no epoch"),
+    (("--arm", "a=--seed 3"), "--seed is decided by the study, not by arm a"),
+    (("--arm", "a=--in_channels 3"), "compared on the same images"), (("--arm", "a=--lr '1"), "Close every quote"),
+    (("--arm", "a=--lr 1", "--arm", "a=--lr 2"), "--arm a is given twice"), (("--data_root", "nowhere"), "nowhere"),
     (("--lr", "fast"), "is not a number"), (("--report",), "no trainings.csv with a finished training"),
     (("--report", "--lr", "1"), "takes no --lr")])
 def test_what_a_study_cannot_be_is_refused_before_anything_is_written(options, message, tmp_path, capsys):
@@ -146,6 +209,9 @@ def test_arms_are_compared_by_image_and_seed():
     assert (found["seeds"], found["images"]) == (4, 10)
     assert found["p_seeds"] == pytest.approx(2 / 2 ** 4)
     assert found["p_images"] == pytest.approx(2 / 2 ** 10)
+    one = {s: {("test", "0"): 0.5 + d} for s, d in (("0", -0.1), ("1", 0.1))}
+    found = growth_report.compare_arms(one, {s: {("test", "0"): 0.5} for s in one})
+    assert found["high"] == pytest.approx(0.1 * 2 ** 0.5), "two seeds are spread by more than they show"
     other = scores_by_hand(0)
     for image in other["0"]:
         other["0"][image] += 0.2  # one seed of four is as much behind as the others would have to be ahead
@@ -162,6 +228,42 @@ def test_what_falls_at_a_growth_stands_beside_the_noise():
     assert within == pytest.approx([0.3, -0.1])
     assert growths == {(1, 3): [(0.4, 0.45)]}
     assert growth_report.changes([[(4, 185, 0.5)]]) == ([], {})
+
+
+def write_study(out, curves: dict[tuple[str, str, str], list[tuple[int, int, float]]]) -> None:
+    """Write the tables of a study whose last Dice is that of each of two images."""
+    tables = {name: [] for name in growth.TABLES}
+    for (arm, budget, seed), curve in curves.items():
+        key = dict(zip(growth.KEYS, (arm, budget, seed), strict=True))
+        tables["trainings.csv"].append(key | {
+            "epochs": "1,1", "operations": curve[-1][1], "images_seen": 8, "processor_seconds": 3, "data": "a"})
+        tables["images.csv"] += [key | {"split": "test", "image": i, "dice_256": curve[-1][2]} for i in (1, 2)]
+        tables["epochs.csv"] += [key | {"stage": stage, "epoch": 1, "operations": done, "dice": dice}
+                                 for stage, done, dice in curve]
+    for name, rows in tables.items():
+        RunFolder(out).write_csv(name, rows, growth.COLUMNS[name])
+    RunFolder(out).write_json("settings.json", {"arms": {"direct": {}, "grown": {}, "late": {}}})
+
+
+def test_the_report_by_hand(tmp_path):
+    """Two budgets; seeds of unequal number and length; no training of the first arm at the small budget."""
+    write_study(tmp_path, {
+        ("grown", "5", "0"): [(1, 40, 0.3), (4, 225, 0.1)],
+        ("grown", "10", "0"): [(1, 40, 0.85), (1, 80, 0.7), (4, 265, 0.9)],
+        ("grown", "10", "1"): [(1, 40, 0.75), (4, 225, 0.86)],
+        ("direct", "10", "0"): [(4, 185, 0.5), (4, 370, 0.8)],
+        ("direct", "10", "1"): [(4, 185, 0.6), (4, 370, 0.82)],
+        ("direct", "10", "2"): [(4, 185, 0.6), (4, 370, 0.81)]})
+    small, large = growth_report.write_report(tmp_path).split("## Operations of ")[1:]
+    assert small.startswith("5 epochs")
+    assert "Nothing is compared: no training of **direct**" in small
+    assert "| **direct** | 1, 1 | 3 | 370 | 8 | 3 | 0.8100 ± 0.0100 (0.8000, 0.8200, 0.8100) |" in large
+    assert "| grown minus direct | Dice at 256 | +0.0700 | " in large, "0.1 and 0.04, of the two seeds that both have"
+    assert "| grown | 72%, 61% |" in large, "265 and 225 of 370: 0.85 was touched once, at 40, and lost again"
+    assert "| direct | not reached, 100%, 100% |" in large
+    assert "| grown | 32 to 256 | 0.700 to 0.900, 0.750 to 0.860 | +0.155 | +0.110 | 0.000 | -0.150 |" in large
+    assert "**late**" not in small + large
+    assert Image.open(tmp_path / "growth.png").size[0] > 1200, "a panel a budget"
 
 
 def test_a_report_refuses_trainings_of_different_data(study, tmp_path, capsys):

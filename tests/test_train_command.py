@@ -20,6 +20,7 @@ from training import settings
     (["--epochs_per_stage", "1,2"], "stages 1..4"),
     (["--epochs_per_stage", "1,2,3,0"], "the last at least 1"),
     (["--budget", "0"], "number above 0"), (["--budget", "0.5"], "leaves no epoch at 256"),
+    (["--budget", "1.5", "--model", "unet"], "no epoch at 256 pixels; with --model unet one takes 1.56"),
     (["--budget", "9", "--epochs_per_stage", "2"], "both say how long to train"),
     (["--preset", "quick", "--shares", "1,1,1,1", "--epochs_per_stage", "2"], "both say how long to train"),
     (["--shares", "1,1,1,1"], "--shares deals a --budget"), (["--shares", "1,1,1"], "four numbers"),

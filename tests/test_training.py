@@ -76,6 +76,9 @@ def test_a_stage_that_is_skipped_grows_two_levels_at_once(shared_root, tmp_path)
     assert [row["stage"] for row in metric_rows(tmp_path / "run")] == ["1", "1", "4"]
     plan = TrainingPlan({1: 50, 4: 50}, lr=1.0, old_lr_scale=0.5)
     assert plan.rate(4, 0, 0, 10, born=2) == plan.rate(4, 0, 0, 10, born=4), "new at stage 4, not old"
+    assert plan.rate(4, 0, 0, 10, born=1) == 0.5 * TrainingPlan({1: 50, 4: 50}, lr=1.0).rate(4, 0, 0, 10, born=1)
+    fine = TrainingPlan({4: 10}, lr=1.0, old_lr_scale=0.5)
+    assert fine.rate(4, 2, 0, 10, born=3) == 0.5 * fine.rate(4, 2, 0, 10, born=4), "born before the plan begins"
 
 
 def test_unborn_parts_have_no_optimizer_state_and_born_ones_go_on_learning(shared_root):

@@ -62,8 +62,9 @@ def deal(budget: float, shares: Sequence[float] = SHARES, first: int = 1) -> tup
         epochs[stage] = int(left / WORK[stage] + 1e-9)  # a share of exactly two epochs is two epochs
         left -= epochs[stage] * WORK[stage]
     if not epochs[stages[-1]]:
-        raise UserError(f"a budget of {budget:g} with shares {', '.join(f'{share:g}' for share in shares)} leaves no "
-                        f"epoch at 256 pixels. Take a larger budget, or a larger last share")
+        dealt = f" with shares {', '.join(f'{share:g}' for share in shares)}" if len(stages) > 1 else ""
+        raise UserError(f"a budget of {budget:g}{dealt} leaves no epoch at 256 pixels. Take a larger budget"
+                        + (", or a larger last share" if dealt else ""))
     for stage in reversed(stages):
         more = int(left / WORK[stage] + 1e-9) if wanted[stage] else 0
         epochs[stage] += more
@@ -119,7 +120,8 @@ class TrainingPlan:
         linearly over 2 % of the run's epochs from the start of the stage of its birth (or from the start of the run,
         if that stage comes before the plan; or from that of the next stage, if it is skipped).
         """
-        born = min((stage for stage in self.epochs if stage >= born), default=born)  # if its own stage is skipped
+        if born > min(self.epochs):  # if its own stage is skipped, it comes with the next
+            born = min((stage for stage in self.epochs if stage >= born), default=born)
         total = sum(self.epochs.values())
         within = epoch + (step + 1) / steps
         position = self.start_of(stage) + within

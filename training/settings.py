@@ -181,8 +181,11 @@ def _plan_epochs(args: argparse.Namespace, by_hand: dict) -> None:
                 raise UserError(f"--{name} and --epochs_per_stage both say how long to train. Leave one of them out")
         args.budget = None
     elif args.budget:
-        work = args.budget * (WORK[max(WORK)] / CLASSIC_WORK if args.model == "unet" else 1)
-        args.epochs_per_stage = deal(work, args.shares, first)
+        epoch = CLASSIC_WORK / WORK[max(WORK)] if args.model == "unet" else 1.0
+        if not grows and args.budget < epoch:
+            raise UserError(f"--budget {args.budget:g} pays for no epoch at 256 pixels; with --model {args.model} one "
+                            f"takes {epoch:.3g}. Take at least that")
+        args.epochs_per_stage = deal(args.budget / epoch, args.shares, first)
         return
     elif "shares" in by_hand:
         raise UserError("--shares deals a --budget to the stages, and there is none. Give both, e.g. --budget 10")
