@@ -34,7 +34,7 @@ from benchmarks.workloads import (
     tiled_prediction,
 )
 from images.resolutions import DEFAULT_BATCH_SIZES
-from training.schedule import WORK, deal
+from training.schedule import SHARES, WORK, deal
 from training.settings import PRESETS
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
@@ -164,7 +164,7 @@ def growth(setting: Setting, record: dict) -> Iterator:
     yield Measure("the same by wall-clock", by_time, "%")
     yield Measure("the second over the first", by_time / by_operations, "x", bar=1.1, at_most=True)
     for name, preset in PRESETS.items():
-        epochs = deal(preset["budget"])
+        epochs = deal(preset["budget"], preset.get("shares", SHARES))
         direct = cost_of(epochs, WORK) / WORK[4]  # epochs with as many operations
         yield Measure(f"--preset {name} ({','.join(map(str, epochs))}) against direct training with as many "
                       f"operations, by wall-clock",

@@ -16,7 +16,7 @@ WORK = {1: 40, 2: 80, 3: 120, 4: 185}
 CLASSIC_WORK = 289
 
 # Of the operations of a run, in per cent, dealt to stages 1 to 4 (docs/results.md has what was measured).
-SHARES = (27.0, 5.0, 7.0, 61.0)
+SHARES: tuple[float, ...] = (27, 5, 7, 61)
 
 FLAT_SHARE = 0.4    # of the run's work, at the full rate, before the cosine
 WARM_UP = 0.02      # of the run's epochs, for every part from its birth
