@@ -20,6 +20,7 @@ from progressive_trainer import ProgressiveTrainer
 from scoring.measures import pixel_metrics, soft_dice
 from system.errors import NonFiniteLossError, UserError
 from training.memory import training_memory
+from training.run_folder import COLUMNS, RunFolder
 from training.schedule import WORK, TrainingPlan, deal, epochs_by_stage
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
@@ -509,3 +510,15 @@ def test_soft_dice_needs_no_threshold():
     assert soft_dice(fraction, fraction).item() == pytest.approx(1)
     assert soft_dice(torch.zeros_like(fraction), fraction).item() == pytest.approx(1 / (0.16 * 512 + 1))
     assert soft_dice(torch.zeros_like(fraction), torch.zeros_like(fraction)).item() == 1
+
+
+def test_a_run_from_before_a_column_was_there_goes_on(tmp_path):
+    columns = [name for name in COLUMNS if name != "processor_seconds"]
+    (tmp_path / "metrics.csv").write_text(f"{','.join(columns)}\n{','.join('1' for _ in columns)}\n")
+    folder = RunFolder(tmp_path)
+    folder.drop_after(1, 1, 1)
+    folder.log_epoch(dict.fromkeys(COLUMNS, 2))
+    folder.close()
+    first, second = folder.rows()
+    assert math.isnan(first["processor_seconds"])
+    assert (first["loss"], second["processor_seconds"]) == (1, 2)
