@@ -9,7 +9,7 @@
 # not trained again. Its history must be at hand (no shallow clone), and python is that of the present environment.
 set -euo pipefail
 
-FIRST_VERSION=c11aca4
+FIRST_VERSION=c11aca436a5b82859adb192f0e18211053b715a2
 if [ $# -lt 5 ]; then
     sed -n '2,10p' "$0" >&2
     exit 2
