@@ -167,6 +167,11 @@ def read_table(out: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def key_of(row: dict[str, str]) -> dict[str, str]:
+    """Return what identifies the training of a row, as `Training.key` does."""
+    return {key: row[key] for key in KEYS}
+
+
 def add_rows(out: Path, training: Training, result: dict[str, list[dict]], arms: list[str]) -> None:
     """Put the rows of a training into all tables, in the place of those that it may have there.
 
@@ -178,7 +183,7 @@ def add_rows(out: Path, training: Training, result: dict[str, list[dict]], arms:
     from training.run_folder import RunFolder
 
     for name in reversed(TABLES):
-        others = [row for row in read_table(out, name) if {key: row[key] for key in KEYS} != training.key]
+        others = [row for row in read_table(out, name) if key_of(row) != training.key]
         rows = others + [training.key | row for row in result[name]]
         rows.sort(key=lambda row: (float(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
         RunFolder(out).write_csv(name, rows, COLUMNS[name])
@@ -195,7 +200,7 @@ def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) 
     from system.machine import cpu_count
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))  # of each process that is started
-    finished = [{key: row[key] for key in KEYS} for row in read_table(out, TRAININGS)]
+    finished = [key_of(row) for row in read_table(out, TRAININGS)]
     missing = [training for training in trainings if training.key not in finished]
     print(f"{len(trainings)} trainings, {len(missing)} to run, {jobs} at a time; logs: {out / RUNS}/NAME.log",
           flush=True)
@@ -265,6 +270,7 @@ def run_training(training: Training) -> None:
 
 def complete(training: Training) -> None:
     """Train what is left and write result.json: the rows of each table, without the keys."""
+    from inference import Predictor
     from train_papsmear import prepare
 
     settings = training.settings()
@@ -281,8 +287,9 @@ def complete(training: Training) -> None:
     operations = list(accumulate(work[int(row["stage"])] for row in logged))
     epochs = [{"stage": int(row["stage"]), "epoch": int(row["epoch"]), "operations": done,
                "dice": round(row["dice"], 5)} for row, done in zip(logged, operations, strict=True)]
+    predictor = Predictor(trainer.folder.file("final_model.pth"), str(trainer.device), trainer.precision)
     images = [{"split": split} | row for number, split in ((1, "valid"), (2, "test"))
-              for row in score_images(trainer, settings, loaders[256][number].dataset, split)]
+              for row in score_images(predictor, settings, loaders[256][number].dataset, split)]
     row = {"epochs": ",".join(map(str, settings.epochs_per_stage)), "operations": operations[-1],
            "images_seen": len(epochs) * len(loaders[256][0].dataset), "data": data}
     row |= {name: round(sum(r[name] for r in logged), 1) for name in ("seconds", "processor_seconds")}
@@ -313,8 +320,8 @@ def check_begun(training: Training, config: dict) -> None:
                         f"{now[key]}. Remove the folder, or choose another --out")
 
 
-def score_images(trainer, settings, dataset, split: str) -> list[dict]:
-    """Score the last weights on each image of a split: Dice at 256 pixels and at the original size, AJI.
+def score_images(predictor, settings: argparse.Namespace, dataset, split: str) -> list[dict]:
+    """Score a network on each image of a split: Dice at 256 pixels and at the original size, AJI.
 
     Where training sees tiles, these have a Dice at 256, and the whole images, in rows of their own, the other two. AJI
     is there where every image has an instance map.
@@ -322,11 +329,9 @@ def score_images(trainer, settings, dataset, split: str) -> list[dict]:
     import torch
 
     from images.targets import instance_file
-    from inference import Predictor
     from scoring.measures import pixel_metrics
     from scoring.scores import score_pairs, scored_pairs
 
-    predictor = Predictor(trainer.folder.file("final_model.pth"), str(trainer.device), trainer.precision)
     rows: dict[str, dict] = {}
     for i in range(len(dataset)):
         sample = dataset[i]

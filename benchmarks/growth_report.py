@@ -42,14 +42,10 @@ class Study:
         self.arms = [arm for arm in dict.fromkeys([*kept, *there]) if arm in there]
         self.budgets = sorted({row["budget"] for row in trainings}, key=float)
 
-    def rows(self, table: list[dict], arm: str, budget: str) -> list[dict]:
-        """Return the rows of an arm at a budget."""
-        return [row for row in table if row["arm"] == arm and row["budget"] == budget]
-
     def scores(self, arm: str, budget: str, score: str) -> dict[str, dict[tuple, float]]:
         """Return seed -> (split, image) -> score, of all images that have it."""
         found: dict[str, dict[tuple, float]] = {}
-        for row in self.rows(self.images, arm, budget):
+        for row in rows_of(self.images, arm, budget):
             if row[score]:
                 found.setdefault(row["seed"], {})[row["split"], row["image"]] = float(row[score])
         return found
@@ -57,7 +53,7 @@ class Study:
     def curves(self, arm: str, budget: str) -> dict[str, list[tuple[int, float, float]]]:
         """Return seed -> (stage, operations so far, validation Dice) of each epoch."""
         found: dict[str, list] = {}
-        for row in self.rows(self.epochs, arm, budget):
+        for row in rows_of(self.epochs, arm, budget):
             found.setdefault(row["seed"], []).append(
                 (int(row["stage"]), float(row["operations"]), float(row["dice"])))
         return found
@@ -82,6 +78,11 @@ def write_report(out: Path) -> str:
     return text
 
 
+def rows_of(table: list[dict], arm: str, budget: str) -> list[dict]:
+    """Return the rows of an arm at a budget."""
+    return [row for row in table if row["arm"] == arm and row["budget"] == budget]
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
@@ -92,7 +93,7 @@ def arm_table(study: Study, budget: str) -> list[str]:
     shown = [score for score in SCORES if any(row[score] for row in study.images)]
     lines = []
     for arm in study.arms:
-        trainings = study.rows(study.trainings, arm, budget)
+        trainings = rows_of(study.trainings, arm, budget)
         if not trainings:
             continue
         cells = [f"**{arm}**", trainings[0]["epochs"].replace(",", ", "), str(len(trainings))]
@@ -110,7 +111,7 @@ def arm_table(study: Study, budget: str) -> list[str]:
 def comparison_table(study: Study, budget: str) -> list[str]:
     """Return the differences of all arms to the first, paired by image and seed."""
     reference, lines = study.arms[0], []
-    if not study.rows(study.trainings, reference, budget):
+    if not rows_of(study.trainings, reference, budget):
         return [f"\nNothing is compared: no training of **{reference}** at this budget is finished."]
     for arm in study.arms[1:]:
         for score, title in SCORES.items():
