@@ -16,8 +16,8 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     plan            epochs of each stage, rate and schedule (see training.schedule.TrainingPlan)
     optimizer       state dict of AdamW
     scaler          state dict of the gradient scaler, empty unless float16
-    averaged        in last.pth of a run with averaging: 'model', state dict of the averaged weights, and 'steps'; else
-                    None
+    averaged        in last.pth of a run with averaging: 'model', state dict of the averaged weights, and 'updates',
+                    stage -> updates of the parts born there; else None
     random_states   'cpu' and, where present, 'cuda'
     config          settings of the run that made it
 """
@@ -110,6 +110,9 @@ def load_resumable(path: Path, model_args: dict) -> dict:
     if saved["model_args"] != model_args:
         raise UserError(f"{path}: it holds {saved['model_args']}, the trainer's network is {model_args}. Build it "
                          f"with unet.build_model")
+    if saved["averaged"] and "updates" not in saved["averaged"]:
+        raise UserError(f"{path}: its averaged weights were begun anew at each stage, as in versions before this one. "
+                        f"Resume with the version that wrote it, or train again")
     return saved
 
 

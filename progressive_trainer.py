@@ -11,17 +11,16 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
 from images.recipe import DataRecipe
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
 from system.errors import NonFiniteLossError, UserError
 from system.processes import is_main_process, progress, world_size
+from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
 from training.loss import multi_scale_loss, refuse_non_finite
@@ -29,13 +28,12 @@ from training.means import PassMeasures
 from training.optimization import (
     BatchNormStatistics,
     age_batchnorms,
-    moving_average,
     parameter_groups,
     young_batchnorms,
 )
 from training.parallel import ParallelSteps, synchronised
 from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
-from training.schedule import TrainingPlan, epochs_by_stage
+from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
 from training.steps import OptimizerSteps
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
@@ -57,8 +55,8 @@ class ProgressiveTrainer:
         schedule, old_lr_scale: see training.schedule.TrainingPlan.
         weight_decay: of convolution weights; never on batch normalisation and biases.
         clip_norm: largest norm of the gradients, above which they are scaled down; 0 is off.
-        average: decay of an exponential moving average of the weights, which is then validated and saved; 0 is off. It
-            starts anew at each stage, so that new parts do not carry their untrained start with them.
+        average: decay of an exponential moving average of the weights, which is then validated and saved (see
+            training/averaging.py); 0 is off.
         threshold: probability from which a pixel is foreground.
         recipe: the data recipe (see images/recipe.py), for a loader that does not carry it. Without both it is made
             from one pass over the first loader that is trained on.
@@ -72,7 +70,7 @@ class ProgressiveTrainer:
 
     def __init__(self, model: Network, device="auto", epochs_per_stage: int | Sequence[int] = 50, lr: float = 1e-3,
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
-                 keep: int = 3, schedule: str = "run", old_lr_scale: float = 1.0,
+                 keep: int = 3, schedule: str = "run", old_lr_scale: float = OLD_LR_SCALE,
                  weight_decay: float = 1e-2, clip_norm: float = 0.0, average: float = 0.0, threshold: float = 0.5,
                  recipe: DataRecipe | None = None, compile: bool = False, overwrite: bool = False,
                  config: dict | None = None):
@@ -101,7 +99,7 @@ class ProgressiveTrainer:
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self._steps = OptimizerSteps(self.model, self.optimizer, self.scaler, clip_norm)
-        self.averaged = AveragedModel(model, multi_avg_fn=moving_average(average)) if average else None
+        self.averaged = AveragedNetwork(self.model, average) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
         self.best_scores: dict[int, float] = {}
@@ -113,7 +111,7 @@ class ProgressiveTrainer:
     @property
     def evaluated_model(self) -> Network:
         """Return the network that is validated and saved: the averaged one if averaging is on."""
-        return cast(Network, self.averaged.module) if self.averaged else self.model
+        return self.averaged.network if self.averaged else self.model
 
     def set_stage(self, stage: int, epochs: int | None = None) -> None:
         """Grow (or shrink) to a stage; nothing happens if it is the current one.
@@ -124,8 +122,6 @@ class ProgressiveTrainer:
         if stage != self.model.stage:
             self._set_network(stage)
             self.finished_epochs = 0
-            if self.averaged:
-                self.averaged.n_averaged.zero_()
         whole = self._whole_plan
         if epochs is not None or stage not in whole.epochs:
             whole = whole.with_epochs(stage, epochs or next(iter(whole.epochs.values())))
@@ -278,11 +274,8 @@ class ProgressiveTrainer:
         self._set_network(saved["stage"])
         load_weights(self.model, saved["model"], path)
         self.model.transfer_weights(saved["unborn"])
-        if self.averaged and saved["averaged"] is not None:
-            self.averaged.module.load_state_dict(saved["averaged"]["model"])
-            self.averaged.n_averaged.fill_(saved["averaged"]["steps"])
-        elif self.averaged:
-            self.averaged.module.load_state_dict(self.model.state_dict())
+        if self.averaged:
+            self.averaged.load(saved["averaged"] or self.averaged.state() | {"model": self.model.state_dict()})
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
@@ -310,7 +303,7 @@ class ProgressiveTrainer:
         self._steps.take()
         self._steps_taken += 1
         if self.averaged:
-            self.averaged.update_parameters(self.model)
+            self.averaged.update(self.model)
 
     def _forward(self, batch: dict, network: nn.Module):
         """Return the finest logits, the mask on the device, and the loss over all scales, which is 0 without images."""
@@ -368,9 +361,8 @@ class ProgressiveTrainer:
 
     def _resumable(self) -> dict:
         """Return what last.pth holds beyond and instead of `_checkpoint`: every part as it was trained."""
-        averaged = {"model": self.averaged.module.state_dict(),
-                    "steps": int(self.averaged.n_averaged)} if self.averaged else None
-        return {"model": self.model.live_state(), "unborn": self.model.unborn_state(), "averaged": averaged}
+        return {"model": self.model.live_state(), "unborn": self.model.unborn_state(),
+                "averaged": self.averaged.state() if self.averaged else None}
 
     @torch.inference_mode()
     def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:

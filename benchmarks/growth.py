@@ -26,12 +26,14 @@ from training.settings import parse
 
 # Torch, NumPy and all modules that need them are imported inside the functions: wrong options answer at once.
 
+IMAGE_ONCE = "image_once"  # direct, and the image is read at the finest level alone (see `read_image_once`)
 # Name -> options of train_papsmear.py, which takes the budget besides.
 ARMS = {
     "direct": "--progressive false",
     "grown": "",
     "late": "--shares 5,9,34,52",
     "unet": "--model unet",
+    IMAGE_ONCE: "--progressive false",
 }
 KEYS = ("arm", "budget", "seed")
 TRAININGS, IMAGES, EPOCHS = TABLES = ("trainings.csv", "images.csv", "epochs.csv")
@@ -274,7 +276,9 @@ def complete(training: Training) -> None:
     from train_papsmear import prepare
 
     settings = training.settings()
-    _, trainer, loaders = prepare(settings, training.folder)
+    model, trainer, loaders = prepare(settings, training.folder)
+    if training.arm == IMAGE_ONCE:
+        read_image_once(model)
     # The first digits for train, valid and test each.
     data = "".join(part[:4] for part in trainer.config["data_fingerprint"].split())
     check_data(training, data)
@@ -296,6 +300,20 @@ def complete(training: Training) -> None:
     row |= {f"{name}_{split}": mean_of(images, split, name) for name in ("dice_256", "dice", "aji")
             for split in ("valid", "test")}
     trainer.folder.write_json(RESULT, {TRAININGS: [row], IMAGES: images, EPOCHS: epochs})
+
+
+def read_image_once(model) -> None:
+    """Take the image away from all encoder levels but the finest, as in a classic U-Net, before training.
+
+    The convolutions that read it there are zero and stay so: without a gradient AdamW leaves a weight alone.
+    """
+    from unet import LAST_STAGE, STAGE_RESOLUTIONS
+
+    for stage, resolution in STAGE_RESOLUTIONS.items():
+        if stage < LAST_STAGE:
+            weight = model.encoder[str(resolution)].from_image.weight
+            weight.data.zero_()
+            weight.requires_grad_(False)
 
 
 def check_data(training: Training, data: str) -> None:

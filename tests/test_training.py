@@ -27,24 +27,24 @@ from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
 def test_one_rate_for_the_whole_run():
     plan = TrainingPlan({1: 10, 2: 10, 3: 10, 4: 20}, lr=1.0)
-    assert plan.rate(2, 5, 0, 10, born=1) == 1.0
-    assert plan.rate(4, 19, 9, 10, born=1) == pytest.approx(0.01)
-    assert plan.rate(4, 90, 0, 10, born=1) == pytest.approx(0.01)
+    assert plan.rate(2, 5, 0, 10, born=2) == 1.0
+    assert plan.rate(4, 19, 9, 10, born=4) == pytest.approx(0.01)
+    assert plan.rate(4, 90, 0, 10, born=4) == pytest.approx(0.01)
     assert plan.rate(1, 0, 4, 10, born=1) == pytest.approx(0.5), "half of a warm-up of 2 % of 50 epochs"
     assert plan.rate(2, 0, 1, 10, born=2) == pytest.approx(0.2), "a new part warms up"
-    assert plan.rate(2, 0, 1, 10, born=1) == 1.0, "an old one goes on"
+    assert plan.rate(2, 0, 1, 10, born=1) == 0.3, "an old one goes on, more slowly"
     work = 10 * 40 + 10 * 80 + 10 * 120 + 5 * 185, 10 * 40 + 10 * 80 + 10 * 120 + 20 * 185
     falling = (work[0] / work[1] - 0.4) / 0.6
-    assert plan.rate(4, 4, 9, 10, born=1) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2)
+    assert plan.rate(4, 4, 9, 10, born=4) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2)
     slow = TrainingPlan({1: 10, 2: 10, 3: 10, 4: 20}, lr=1.0, old_lr_scale=0.1)
     assert [slow.rate(2, 5, 0, 10, born) for born in (1, 2)] == pytest.approx([0.1, 1.0])
-    assert TrainingPlan({1: 10, 2: 10}, lr=1.0, schedule="stage").rate(2, 1, 9, 10, born=1) == 1.0
+    assert TrainingPlan({1: 10, 2: 10}, lr=1.0, schedule="stage").rate(2, 1, 9, 10, born=2) == 1.0
 
 
 def test_cheap_epochs_do_not_use_the_rate_up():
     plan = TrainingPlan({1: 36, 2: 28, 3: 18, 4: 18}, lr=1.0)
-    assert plan.rate(2, 26, 9, 10, born=1) == 1.0, "63 % of the epochs, 39 % of the work"
-    assert plan.rate(4, 0, 0, 10, born=1) > 0.6
+    assert plan.rate(2, 26, 9, 10, born=2) == 1.0, "63 % of the epochs, 39 % of the work"
+    assert plan.rate(4, 0, 0, 10, born=1) > 0.6 * plan.old_lr_scale
 
 
 def test_epochs_per_stage():
@@ -77,9 +77,10 @@ def test_a_stage_that_is_skipped_grows_two_levels_at_once(shared_root, tmp_path)
     assert [row["stage"] for row in metric_rows(tmp_path / "run")] == ["1", "1", "4"]
     plan = TrainingPlan({1: 50, 4: 50}, lr=1.0, old_lr_scale=0.5)
     assert plan.rate(4, 0, 0, 10, born=2) == plan.rate(4, 0, 0, 10, born=4), "new at stage 4, not old"
-    assert plan.rate(4, 0, 0, 10, born=1) == 0.5 * TrainingPlan({1: 50, 4: 50}, lr=1.0).rate(4, 0, 0, 10, born=1)
+    even = TrainingPlan({1: 50, 4: 50}, lr=1.0, old_lr_scale=1.0)
+    assert plan.rate(4, 0, 0, 10, born=1) == 0.5 * even.rate(4, 0, 0, 10, born=1)
     fine = TrainingPlan({4: 10}, lr=1.0, old_lr_scale=0.5)
-    assert fine.rate(4, 2, 0, 10, born=3) == 0.5 * fine.rate(4, 2, 0, 10, born=4), "born before the plan begins"
+    assert fine.rate(4, 2, 0, 10, born=1) == fine.rate(4, 2, 0, 10, born=4), "direct training: no earlier stage"
 
 
 def test_unborn_parts_have_no_optimizer_state_and_born_ones_go_on_learning(shared_root):

@@ -1,4 +1,4 @@
-"""Parameter groups of a network's parts, statistics of batch normalisation, and averaged weights."""
+"""Parameter groups of a network's parts, and statistics of batch normalisation."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,19 +19,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
                               (0.0, [p for p in parameters if p.ndim <= 1])):
             groups.append({"params": chosen, "weight_decay": decay, "part": part, "born": born})
     return [group for group in groups if group["params"]]
-
-
-def moving_average(decay: float):
-    """Return the update of an exponential moving average for `torch.optim.swa_utils.AveragedModel`.
-
-    The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that a young average follows quickly.
-    """
-    @torch.no_grad()
-    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
-        n = int(updates)
-        for mean, value in zip(averaged, current, strict=True):
-            mean.lerp_(value, 1 - min(decay, (1 + n) / (10 + n)))
-    return update
 
 
 def live_batchnorms(model: nn.Module) -> list[_BatchNorm]:
@@ -61,14 +48,16 @@ class BatchNormStatistics:
     """Keep the running statistics of the live batch normalisations, and put them back after a refused batch."""
 
     def __init__(self, model: nn.Module):
-        self._buffers = [buffer for layer in live_batchnorms(model) for buffer in layer.buffers()]
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        buffers = [buffer for layer in live_batchnorms(model) for buffer in layer.buffers()]
+        of_one_type = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
+        # Kept and live tensors of one type, which are copied by one call: on a GPU calls cost more than the copies.
+        self._pairs = [([b.clone() for b in some], some) for some in of_one_type]
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Remember the statistics as they are."""
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            kept.copy_(buffer)
+        with torch.no_grad():
+            for kept, live in self._pairs:
+                torch._foreach_copy_(kept, live)
 
     @contextlib.contextmanager
     def restored_after(self, error: type[BaseException]) -> Iterator[None]:
@@ -77,6 +66,6 @@ class BatchNormStatistics:
             yield
         except error:
             with torch.no_grad():
-                for kept, buffer in zip(self._kept, self._buffers, strict=True):
-                    buffer.copy_(kept)
+                for kept, live in self._pairs:
+                    torch._foreach_copy_(live, kept)
             raise

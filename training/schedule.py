@@ -20,6 +20,7 @@ SHARES: tuple[float, ...] = (27, 5, 7, 61)
 
 FLAT_SHARE = 0.4    # of the run's work, at the full rate, before the cosine
 WARM_UP = 0.02      # of the run's epochs, for every part from its birth
+OLD_LR_SCALE = 0.3  # of the rate, for parts that an earlier stage trained
 FINAL_RATE = 0.01   # of the full rate, reached at the planned end and kept beyond
 SCHEDULES = ("run", "stage")
 
@@ -80,13 +81,13 @@ class TrainingPlan:
         epochs: stage -> epochs, in the order of training.
         lr: full learning rate.
         schedule: 'run', one schedule over the whole run, or 'stage', one that restarts at each stage.
-        old_lr_scale: factor on the rate of parts born before the current stage.
+        old_lr_scale: factor on the rate of parts that an earlier stage of the run has trained.
     """
 
     epochs: dict[int, int]
     lr: float = 1e-3
     schedule: str = "run"
-    old_lr_scale: float = 1.0
+    old_lr_scale: float = OLD_LR_SCALE
 
     def __post_init__(self):
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -118,10 +119,11 @@ class TrainingPlan:
         Flat for 40 % of the run's work, then a cosine down to 1 %. Work is counted in operations, so that many cheap
         epochs at the coarse stages do not use the rate up before the finest level is born. Every part warms up
         linearly over 2 % of the run's epochs from the start of the stage of its birth (or from the start of the run,
-        if that stage comes before the plan; or from that of the next stage, if it is skipped).
+        if that stage comes before the plan; or from that of the next stage, if it is skipped). Parts that an earlier
+        stage has trained go on more slowly: where all learn at the full rate, Dice falls in the first epochs after a
+        growth (docs/experiments.md).
         """
-        if born > min(self.epochs):  # if its own stage is skipped, it comes with the next
-            born = min((stage for stage in self.epochs if stage >= born), default=born)
+        born = min((planned for planned in self.epochs if planned >= born), default=born)  # when the run meets it
         total = sum(self.epochs.values())
         within = epoch + (step + 1) / steps
         position = self.start_of(stage) + within

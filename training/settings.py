@@ -13,7 +13,7 @@ from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import UserError
 from system.options import Parser, flag, folder_name, number, regex, whole
-from training.schedule import CLASSIC_WORK, SHARES, WORK, deal
+from training.schedule import CLASSIC_WORK, OLD_LR_SCALE, SHARES, WORK, deal
 
 # An option given by hand beats a preset, a preset beats a default. A preset has a budget of operations instead of
 # epochs, so that direct training and other shares take the same with it.
@@ -25,7 +25,7 @@ PRESETS = {
                "batch_sizes": {32: 16, 64: 16, 128: 8, 256: 8}, "group_regex": r"^\d+"},
     "monuseg": {"in_channels": 3, "targets": MASK_AND_BOUNDARY, "budget": 86, "shares": (5, 9, 34, 52),
                 "base_channels": 32, "batch_sizes": {32: 32, 64: 32, 128: 16, 256: 8},
-                "augment_strength": 2.0, "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
+                "augment_strength": 2.0, "old_lr_scale": 1.0, "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
 }
 BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
 CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cache_images", "compile")
@@ -122,7 +122,8 @@ def _add_training_options(add: Callable) -> None:
         help="images a batch at each resolution (32:64,64:32,128:16,256:8)")
     add("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
     add("--schedule", choices=("run", "stage"), default="run", help="one for the run, or one a stage (run)")
-    add("--old_lr_scale", type=number(0), default=1.0, help="factor on the rate of older parts (1)")
+    add("--old_lr_scale", type=number(0), default=OLD_LR_SCALE,
+        help="factor on the rate of parts that an earlier stage trained (0.3)")
     add("--weight_decay", type=number(0), default=1e-2, help="of convolutions (0.01)")
     add("--clip_norm", type=number(0), default=0.0, help="largest norm of the gradients, e.g. 1 (0: off)")
     add("--average", type=number(0, 1, below=True), default=0.0, help="decay of averaged weights, e.g. 0.99 (0: off)")
