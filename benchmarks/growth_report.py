@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import median_abs_deviation
+from scipy.stats import mannwhitneyu, median_abs_deviation
 
 from benchmarks.growth import EPOCHS, IMAGES, SETTINGS, TRAININGS, read_table
 from benchmarks.pictures import dice_over_operations
@@ -197,16 +197,18 @@ def growth_table(study: Study, budget: str) -> list[str]:
         noise = f"{median_abs_deviation(within, scale='normal'):.3f}" if within else ""
         for (before, after), pairs in growths.items():
             steps = [b - a for a, b in pairs]
+            p = f"{mannwhitneyu(steps, within, alternative='less').pvalue:.3f}" if within else ""
             lines.append([arm, f"{RESOLUTIONS[before - 1]} to {RESOLUTIONS[after - 1]}",
                           ", ".join(f"{a:.3f} to {b:.3f}" for a, b in pairs), f"{np.mean(steps):+.3f}",
-                          f"{min(steps):+.3f}", noise, f"{min(within):+.3f}" if within else ""])
+                          f"{min(steps):+.3f}", noise, f"{min(within):+.3f}" if within else "", p])
     if not lines:
         return []
     return ["\nValidation Dice at 256 pixels in the last epoch before and the first epoch after a growth, each seed. "
             "Beside it the changes from one epoch to the next within the stages: their deviation (1.4826 times the "
-            "median absolute deviation, which single dips do not move) and the lowest.\n",
+            "median absolute deviation, which single dips do not move) and the lowest. p is that of changes at this "
+            "growth being lower than those within the stages (Mann and Whitney's test, one-sided).\n",
             *table(("arm", "growth", "Dice before and after", "mean change", "lowest", "within stages: deviation",
-                    "within stages: lowest"), lines)]
+                    "within stages: lowest", "p of lower"), lines)]
 
 
 def changes(curves: list[list[tuple[int, float, float]]]) -> tuple[list[float], dict[tuple[int, int], list]]:

@@ -261,9 +261,15 @@ def test_the_report_by_hand(tmp_path):
     assert "| grown minus direct | Dice at 256 | +0.0700 | " in large, "0.1 and 0.04, of the two seeds that both have"
     assert "| grown | 72%, 61% |" in large, "265 and 225 of 370: 0.85 was touched once, at 40, and lost again"
     assert "| direct | not reached, 100%, 100% |" in large
-    assert "| grown | 32 to 256 | 0.700 to 0.900, 0.750 to 0.860 | +0.155 | +0.110 | 0.000 | -0.150 |" in large
+    assert "| grown | 32 to 256 | 0.700 to 0.900, 0.750 to 0.860 | +0.155 | +0.110 | 0.000 | -0.150 | 1.000 |" in large
     assert "**late**" not in small + large
     assert Image.open(tmp_path / "growth.png").size[0] > 1200, "a panel a budget"
+
+
+def test_a_fall_at_a_growth_is_weighed_against_the_changes_within_stages(tmp_path):
+    write_study(tmp_path, {("grown", "10", str(seed)): [(1, 40, 0.5), (1, 80, 0.6 + seed / 100), (4, 265, 0.4)]
+                           for seed in (0, 1)})
+    assert "| -0.210 | 0.007 | +0.100 | 0.167 |" in growth_report.write_report(tmp_path), "2 below 2: 1 order in 6"
 
 
 def test_a_report_refuses_trainings_of_different_data(study, tmp_path, capsys):

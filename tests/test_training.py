@@ -19,6 +19,7 @@ from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from scoring.measures import pixel_metrics, soft_dice
 from system.errors import NonFiniteLossError, UserError
+from training.averaging import AveragedNetwork
 from training.memory import training_memory
 from training.run_folder import COLUMNS, RunFolder
 from training.schedule import WORK, TrainingPlan, deal, epochs_by_stage
@@ -215,6 +216,29 @@ def test_averaged_weights_do_not_drag_the_untrained_start_of_new_parts(shared_ro
     assert (mean - now).norm() < 0.7 * (now - start).norm()
     norm, own = (m.decoder["64"].conv[0][1] for m in (trainer.model, trainer.evaluated_model))
     assert torch.equal(norm.running_var, own.running_var)
+
+
+def test_averages_of_older_parts_live_through_a_growth():
+    model = ProgressiveUNet(base_channels=2)
+    averaged = AveragedNetwork(model, 0.25)
+    old, new = (lambda network, part=part: network.get_submodule(part).conv[0][0].weight
+                for part in ("decoder.32", "decoder.64"))
+    torch.nn.init.zeros_(old(averaged.network))
+    torch.nn.init.ones_(old(model))
+    for _ in range(2):
+        averaged.update(model)
+    assert old(averaged.network).mean().item() == pytest.approx(1 - 0.1 * 2 / 11), "decays 1/10, 2/11"
+    model.set_stage(2)
+    averaged.network.set_stage(2)
+    start = new(averaged.network).detach().clone()
+    for part in (old, new):
+        torch.nn.init.zeros_(part(model))
+    averaged.update(model)
+    assert old(averaged.network).mean().item() == pytest.approx((1 - 0.1 * 2 / 11) * 0.25), "goes on"
+    assert torch.allclose(new(averaged.network), start * 0.1), "a new part begins: 1/10"
+    other = AveragedNetwork(ProgressiveUNet(base_channels=2), 0.25)
+    other.load(averaged.state())
+    assert other.updates == {1: 3, 2: 1, 3: 0, 4: 0}
 
 
 def test_image_statistics_are_taken_once_whatever_ran_before(shared_root):
