@@ -303,7 +303,7 @@ class ProgressiveTrainer:
         self._steps.take()
         self._steps_taken += 1
         if self.averaged:
-            self.averaged.update(self.model)
+            self.averaged.update()
 
     def _forward(self, batch: dict, network: nn.Module):
         """Return the finest logits, the mask on the device, and the loss over all scales, which is 0 without images."""

@@ -19,6 +19,7 @@ from conftest import PROJECT, TIMING, run_script
 from images.files import load_image, save_png
 from progressive_trainer import ProgressiveTrainer
 from training.run_folder import RunFolder
+from unet import ProgressiveUNet
 
 SMALL = ("--base_channels", "2", "--batch_sizes", "32:4,64:4,128:4,256:4")
 
@@ -228,6 +229,19 @@ def test_what_falls_at_a_growth_stands_beside_the_noise():
     assert within == pytest.approx([0.3, -0.1])
     assert growths == {(1, 3): [(0.4, 0.45)]}
     assert growth_report.changes([[(4, 185, 0.5)]]) == ([], {})
+
+
+def test_the_image_is_read_at_the_finest_level_alone():
+    model = ProgressiveUNet(base_channels=2)
+    model.start_whole()
+    model.set_stage(4)
+    growth.read_image_once(model)
+    model.encoder["256"].from_image.weight.data.zero_()
+    image = torch.rand(1, 1, 32, 32)
+    assert torch.equal(model.eval()(image), model(1 - image)), "no other level sees it"
+    model(image).sum().backward()
+    assert model.encoder["32"].from_image.weight.grad is None, "so AdamW leaves it at zero"
+    assert model.encoder["256"].from_image.weight.grad is not None
 
 
 def write_study(out, curves: dict[tuple[str, str, str], list[tuple[int, int, float]]]) -> None:

@@ -226,14 +226,14 @@ def test_averages_of_older_parts_live_through_a_growth():
     torch.nn.init.zeros_(old(averaged.network))
     torch.nn.init.ones_(old(model))
     for _ in range(2):
-        averaged.update(model)
+        averaged.update()
     assert old(averaged.network).mean().item() == pytest.approx(1 - 0.1 * 2 / 11), "decays 1/10, 2/11"
     model.set_stage(2)
     averaged.network.set_stage(2)
     start = new(averaged.network).detach().clone()
     for part in (old, new):
         torch.nn.init.zeros_(part(model))
-    averaged.update(model)
+    averaged.update()
     assert old(averaged.network).mean().item() == pytest.approx((1 - 0.1 * 2 / 11) * 0.25), "goes on"
     assert torch.allclose(new(averaged.network), start * 0.1), "a new part begins: 1/10"
     other = AveragedNetwork(ProgressiveUNet(base_channels=2), 0.25)

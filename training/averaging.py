@@ -24,19 +24,22 @@ class AveragedNetwork:
         self.network = copy.deepcopy(model)
         self.decay = decay
         self.updates = dict.fromkeys(range(1, LAST_STAGE + 1), 0)  # stage -> updates of the parts born there
+        self._model = model
+        self._weights = {}  # stage -> means and values of the parts born there
+        for stage in set(model.parts().values()):
+            born = [part for part, birth in model.parts().items() if birth == stage]
+            self._weights[stage] = [[p for part in born for p in network.get_submodule(part).parameters()]
+                                    for network in (self.network, model)]
 
     @torch.no_grad()
-    def update(self, model: Network) -> None:
+    def update(self) -> None:
         """Follow the network after a step."""
-        parts = model.parts()
-        for stage in (stage for stage in self.updates if stage <= model.stage):
-            born = [part for part in parts if parts[part] == stage]
-            n, self.updates[stage] = self.updates[stage], self.updates[stage] + 1
-            means, values = ([p for part in born for p in network.get_submodule(part).parameters()]
-                             for network in (self.network, model))
-            if means:
+        for stage, (means, values) in self._weights.items():
+            if stage <= self._model.stage:
+                n = self.updates[stage]
                 torch._foreach_lerp_(means, values, 1 - min(self.decay, (1 + n) / (10 + n)))
-        for mean, value in zip(self.network.buffers(), model.buffers(), strict=True):
+                self.updates[stage] = n + 1
+        for mean, value in zip(self.network.buffers(), self._model.buffers(), strict=True):
             mean.copy_(value)
 
     def state(self) -> dict:
