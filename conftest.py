@@ -1,6 +1,8 @@
 """Small data sets with masks known by construction, and one tiny trained run for all tests."""
 
+import copy
 import csv
+import functools
 import os
 import shutil
 import subprocess
@@ -107,6 +109,11 @@ def tensors_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def roughly_trained(in_channels: int, out_channels: int = 1, seed: int = 0) -> ProgressiveUNet:
     """A network whose weights, heads and running statistics are all away from their start."""
+    return copy.deepcopy(_roughly_trained(in_channels, out_channels, seed))
+
+
+@functools.cache
+def _roughly_trained(in_channels: int, out_channels: int, seed: int) -> ProgressiveUNet:
     torch.manual_seed(seed)
     model = ProgressiveUNet(in_channels, out_channels, base_channels=4)
     model.set_image_statistics([0.4] * in_channels, [0.2] * in_channels)

@@ -241,9 +241,8 @@ def test_loaders_share_one_decoded_copy(shared_root):
 # ---- trainer
 
 
-@pytest.mark.parametrize("average", [0.0, 0.8])
-def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path, average):
-    options = {"average": average, "accumulate": 2, "epochs_per_stage": [1, 3, 1, 1]}
+def test_fit_loop_and_resumed_run_reach_the_same_weights(shared_root, tmp_path):
+    options = {"average": 0.8, "accumulate": 2, "epochs_per_stage": [1, 3, 1, 1]}
     trainer, loaders = make_trainer(shared_root, tmp_path / "fit", **options)
     trainer.fit(loaders, say=lambda line: None)
 

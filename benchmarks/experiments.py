@@ -35,6 +35,7 @@ if not __package__:  # run as a file: modules are found from the project's root,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import growth
+from benchmarks.growth_tables import TABLES
 from system.errors import UserError
 from system.options import Parser, command, folder_name, number, whole
 
@@ -144,7 +145,7 @@ def study_growing(args: argparse.Namespace, options: list[str]) -> None:
     elif options:
         raise UserError(f"--report reads the tables in --out alone and takes no {options[0]}. Leave it out")
     print(write_report(out))
-    print(f"look at {out}/: {REPORT}, {PICTURE}, {', '.join(growth.TABLES)}")
+    print(f"look at {out}/: {REPORT}, {PICTURE}, {', '.join(TABLES)}")
 
 
 def measure_finetuning(args: argparse.Namespace) -> None:

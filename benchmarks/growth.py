@@ -5,7 +5,6 @@ epochs.csv (a row an epoch) and runs/, where the run folders lie. The three tabl
 """
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from itertools import accumulate
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from benchmarks.growth_tables import EPOCHS, IMAGES, KEYS, TRAININGS, key_of, put_rows, read_table
 from system.errors import UserError
 from training.schedule import CLASSIC_WORK, WORK
 from training.settings import parse
@@ -34,14 +34,6 @@ ARMS = {
     "late": "--shares 5,9,34,52",
     "unet": "--model unet",
     IMAGE_ONCE: "--progressive false",
-}
-KEYS = ("arm", "budget", "seed")
-TRAININGS, IMAGES, EPOCHS = TABLES = ("trainings.csv", "images.csv", "epochs.csv")
-COLUMNS = {
-    TRAININGS: (*KEYS, "epochs", "operations", "images_seen", "seconds", "processor_seconds", "dice_256_valid",
-                "dice_256_test", "dice_valid", "dice_test", "aji_valid", "aji_test", "data"),
-    IMAGES: (*KEYS, "split", "image", "dice_256", "dice", "aji"),
-    EPOCHS: (*KEYS, "stage", "epoch", "operations", "dice"),
 }
 SETTINGS, RUNS, RESULT = "settings.json", "runs", "result.json"
 # Options that the study decides; that belong to an arm; that all arms must have alike, because they change the data.
@@ -160,37 +152,6 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
     return list(dict.fromkeys([*arms, *(row["arm"] for row in rows)]))
 
 
-def read_table(out: Path, name: str) -> list[dict[str, str]]:
-    """Return the rows of a table, as text; none if it is not there yet."""
-    path = out / name
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def key_of(row: dict[str, str]) -> dict[str, str]:
-    """Return what identifies the training of a row, as `Training.key` does."""
-    return {key: row[key] for key in KEYS}
-
-
-def add_rows(out: Path, training: Training, result: dict[str, list[dict]], arms: list[str]) -> None:
-    """Put the rows of a training into all tables, in the place of those that it may have there.
-
-    The table of trainings, which says what is finished, comes last.
-
-    Args:
-        arms: of the study, in the order of the tables.
-    """
-    from training.run_folder import RunFolder
-
-    for name in reversed(TABLES):
-        others = [row for row in read_table(out, name) if key_of(row) != training.key]
-        rows = others + [training.key | row for row in result[name]]
-        rows.sort(key=lambda row: (float(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
-        RunFolder(out).write_csv(name, rows, COLUMNS[name])
-
-
 def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) -> None:
     """Run what is not finished, `jobs` at a time; each finished training is added to the tables at once.
 
@@ -213,7 +174,7 @@ def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) 
             print(f"{training.name} failed with exit code {code}; see {training.folder}.log", flush=True)
             continue
         result = json.loads((training.folder / RESULT).read_text(encoding="utf-8"))
-        add_rows(out, training, result, arms)
+        put_rows(out, training.key, result, arms)
         row = result[TRAININGS][0]
         print(f"{training.name:<16} epochs {row['epochs']:<10} Dice at 256: valid {row['dice_256_valid']}, test "
               f"{row['dice_256_test']}; {float(row['processor_seconds']):.0f} s of processor time", flush=True)
@@ -289,14 +250,16 @@ def complete(training: Training) -> None:
     logged = trainer.folder.rows()
     work = WORK if settings.model == "pgunet" else {4: CLASSIC_WORK}
     operations = list(accumulate(work[int(row["stage"])] for row in logged))
-    epochs = [{"stage": int(row["stage"]), "epoch": int(row["epoch"]), "operations": done,
-               "dice": round(row["dice"], 5)} for row, done in zip(logged, operations, strict=True)]
+    times = {name: list(accumulate(row[name] for row in logged)) for name in ("seconds", "processor_seconds")}
+    epochs = [{"stage": int(row["stage"]), "epoch": int(row["epoch"]), "operations": operations[i],
+               "dice": round(row["dice"], 5)} | {name: round(done[i], 1) for name, done in times.items()}
+              for i, row in enumerate(logged)]
     predictor = Predictor(trainer.folder.file("final_model.pth"), str(trainer.device), trainer.precision)
     images = [{"split": split} | row for number, split in ((1, "valid"), (2, "test"))
               for row in score_images(predictor, settings, loaders[256][number].dataset, split)]
     row = {"epochs": ",".join(map(str, settings.epochs_per_stage)), "operations": operations[-1],
            "images_seen": len(epochs) * len(loaders[256][0].dataset), "data": data}
-    row |= {name: round(sum(r[name] for r in logged), 1) for name in ("seconds", "processor_seconds")}
+    row |= {name: round(done[-1], 1) for name, done in times.items()}
     row |= {f"{name}_{split}": mean_of(images, split, name) for name in ("dice_256", "dice", "aji")
             for split in ("valid", "test")}
     trainer.folder.write_json(RESULT, {TRAININGS: [row], IMAGES: images, EPOCHS: epochs})

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import mannwhitneyu, median_abs_deviation
 
-from benchmarks.growth import EPOCHS, IMAGES, SETTINGS, TRAININGS, read_table
+from benchmarks.growth import SETTINGS
+from benchmarks.growth_tables import EPOCHS, IMAGES, TRAININGS, read_table
 from benchmarks.pictures import dice_over_operations
 from images.resolutions import RESOLUTIONS
 from scoring.scores import CONFIDENCE, RESAMPLES, wilcoxon_p

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import experiments, growth, growth_report
+from benchmarks import experiments, growth, growth_report, growth_tables
 from conftest import PROJECT, TIMING, run_script
 from images.files import load_image, save_png
 from progressive_trainer import ProgressiveTrainer
@@ -104,7 +104,7 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
 
     def comparable(rows: list[dict]) -> list[dict]:
         return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row["arm"] == "grown"]
-    for name in growth.TABLES:
+    for name in growth_tables.TABLES:
         assert comparable(rows_of(out / name)) == comparable(rows_of(study[0] / name)), "as without the interruption"
     assert experiments.main(command) == 0
     assert "1 trainings, 0 to run" in capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_what_was_begun_otherwise_is_not_continued(study, shared_root, data_root
 
 def test_a_kill_between_two_tables_loses_and_doubles_nothing(study, tmp_path, monkeypatch):
     shutil.copytree(study[0], tmp_path, dirs_exist_ok=True)
-    before = {name: rows_of(tmp_path / name) for name in growth.TABLES}
+    before = {name: rows_of(tmp_path / name) for name in growth_tables.TABLES}
     training = growth.Training(tmp_path, "grown", 2.5, 7, ())
     result = json.loads((training.folder / growth.RESULT).read_text())
     write, written = RunFolder.write_csv, []
@@ -147,14 +147,14 @@ def test_a_kill_between_two_tables_loses_and_doubles_nothing(study, tmp_path, mo
     (tmp_path / "trainings.csv").unlink()
     monkeypatch.setattr(RunFolder, "write_csv", write_once)
     with pytest.raises(KeyboardInterrupt):
-        growth.add_rows(tmp_path, training, result, ["direct", "grown"])
+        growth_tables.put_rows(tmp_path, training.key, result, ["direct", "grown"])
     assert not (tmp_path / "trainings.csv").exists(), "nothing counts as finished"
     monkeypatch.setattr(RunFolder, "write_csv", write)
     for arm in ("grown", "direct", "grown"):
         training = growth.Training(tmp_path, arm, 2.5, 7, ())
-        growth.add_rows(tmp_path, training, json.loads((training.folder / growth.RESULT).read_text()),
+        growth_tables.put_rows(tmp_path, training.key, json.loads((training.folder / growth.RESULT).read_text()),
                         ["direct", "grown"])
-    assert {name: rows_of(tmp_path / name) for name in growth.TABLES} == before
+    assert {name: rows_of(tmp_path / name) for name in growth_tables.TABLES} == before
 
 
 def test_a_crash_is_in_the_log_of_its_training(tmp_path, monkeypatch):
@@ -246,16 +246,16 @@ def test_the_image_is_read_at_the_finest_level_alone():
 
 def write_study(out, curves: dict[tuple[str, str, str], list[tuple[int, int, float]]]) -> None:
     """Write the tables of a study whose last Dice is that of each of two images."""
-    tables = {name: [] for name in growth.TABLES}
+    tables = {name: [] for name in growth_tables.TABLES}
     for (arm, budget, seed), curve in curves.items():
-        key = dict(zip(growth.KEYS, (arm, budget, seed), strict=True))
+        key = dict(zip(growth_tables.KEYS, (arm, budget, seed), strict=True))
         tables["trainings.csv"].append(key | {
             "epochs": "1,1", "operations": curve[-1][1], "images_seen": 8, "processor_seconds": 3, "data": "a"})
         tables["images.csv"] += [key | {"split": "test", "image": i, "dice_256": curve[-1][2]} for i in (1, 2)]
         tables["epochs.csv"] += [key | {"stage": stage, "epoch": 1, "operations": done, "dice": dice}
                                  for stage, done, dice in curve]
     for name, rows in tables.items():
-        RunFolder(out).write_csv(name, rows, growth.COLUMNS[name])
+        RunFolder(out).write_csv(name, rows, growth_tables.COLUMNS[name])
     RunFolder(out).write_json("settings.json", {"arms": {"direct": {}, "grown": {}, "late": {}}})
 
 
@@ -287,7 +287,7 @@ def test_a_fall_at_a_growth_is_weighed_against_the_changes_within_stages(tmp_pat
 
 
 def test_a_report_refuses_trainings_of_different_data(study, tmp_path, capsys):
-    for name in growth.TABLES:
+    for name in growth_tables.TABLES:
         shutil.copy(study[0] / name, tmp_path)
     assert experiments.main(["growth", "--out", str(tmp_path), "--report"]) == 0, "the tables are enough"
     rows = (tmp_path / "trainings.csv").read_text().splitlines()

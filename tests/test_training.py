@@ -241,6 +241,16 @@ def test_averages_of_older_parts_live_through_a_growth():
     assert other.updates == {1: 3, 2: 1, 3: 0, 4: 0}
 
 
+def test_averages_that_began_anew_at_each_stage_are_refused(shared_root, tmp_path):
+    trainer, loaders = make_trainer(shared_root, tmp_path / "run", average=0.9, epochs_per_stage=[1, 0, 0, 1])
+    trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
+    checkpoint = load_checkpoint(tmp_path / "run/last.pth")
+    del checkpoint["averaged"]["updates"]
+    save_checkpoint(tmp_path / "old.pth", checkpoint)
+    with pytest.raises(ValueError, match="averaged weights were begun anew at each stage"):
+        make_trainer(shared_root, average=0.9)[0].resume(tmp_path / "old.pth")
+
+
 def test_image_statistics_are_taken_once_whatever_ran_before(shared_root):
     trainer, loaders = make_trainer(shared_root)
     trainer.model(torch.rand(2, 1, 32, 32))  # a forward pass in train mode, as in a notebook
