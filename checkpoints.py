@@ -14,6 +14,7 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     score           validation Dice of these weights (None for a network that was not validated)
     best_scores     stage -> best validation Dice so far
     plan            epochs of each stage, rate and schedule (see training.schedule.TrainingPlan)
+    time_limit      of a run that has one: 'elapsed', seconds so far, and 'spent', stage -> seconds; else None
     optimizer       state dict of AdamW
     scaler          state dict of the gradient scaler, empty unless float16
     averaged        in last.pth of a run with averaging: 'model', state dict of the averaged weights, and 'updates',
@@ -39,7 +40,9 @@ FORMAT = 2
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
               AttributeError, struct.error)
 FIELDS = ("format", "model_args", "stage", "model", "unborn", "data", "threshold", "epoch", "score",
-          "best_scores", "plan", "optimizer", "scaler", "averaged", "random_states", "config")
+          "best_scores", "plan", "time_limit", "optimizer", "scaler", "averaged", "random_states", "config")
+
+YOUNG = {"time_limit": None}  # fields that older files of the format lack
 
 
 def untrained_checkpoint(model, **fields) -> dict:
@@ -91,12 +94,12 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: checkpoint format {found.get('format')!r}; this version reads {FORMAT}, because its "
                         f"network is another one: every level sees the image. Predict and resume with the version of "
                         f"the project that wrote the file, or train again")
-    missing = [f for f in FIELDS if f not in found]
+    missing = [f for f in FIELDS if f not in YOUNG | found]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "
                         f"go through model.transfer_weights")
     try:
-        return found | {"data": recipe_from_plain(found["data"])}
+        return YOUNG | found | {"data": recipe_from_plain(found["data"])}
     except UserError as error:
         raise UserError(f"{path}: {error}. Use the version of the project that wrote it") from None
 

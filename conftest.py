@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -19,12 +22,18 @@ from images.files import save_png
 from images.recipe import MASK, DataRecipe
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
+from system.machine import cpu_count
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 from unet_parts import ToLogits
 
 PROJECT = Path(__file__).parent
 TIMING = {"seconds", "processor_seconds", "images_per_second"}  # columns that differ from run to run
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Run the whole suite in a process for each core, up to 4; what is asked for by name in this process."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else min(4, cpu_count())
 
 
 def draw_pair(rng: np.random.Generator, side: int = 64) -> tuple[np.ndarray, np.ndarray]:

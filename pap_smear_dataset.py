@@ -131,17 +131,25 @@ def _to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor
 
 
 class _RawBatches(Dataset):
-    """What worker processes serve: a request (resolution, indices) in, a raw batch out."""
+    """What worker processes serve: a request (resolution, indices) in, a raw batch of NumPy arrays out.
+
+    Tensors would travel as file descriptors through a socket in the temporary folder, whose path must be short, and
+    shared memory, of which a container may have little. Where either fails, torch waits for the batch for ever.
+    """
 
     def __init__(self, dataset: PapSmearDataset):
         self.dataset = dataset
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> dict:
-        return self.dataset.raw_batch(*request)
+        return {key: np.asarray(value) for key, value in self.dataset.raw_batch(*request).items()}
 
 
 def _as_it_is(raw: dict) -> dict:
     return raw
+
+
+def _as_tensors(raw: dict) -> dict:
+    return raw | {key: torch.from_numpy(raw[key]) for key in ("image", "mask")}
 
 
 class ProgressiveLoader:
@@ -205,7 +213,7 @@ class ProgressiveLoader:
             self._workers = DataLoader(_RawBatches(self.dataset), batch_size=None, sampler=self._requests,
                                        collate_fn=_as_it_is, num_workers=self.num_workers,
                                        persistent_workers=self.training)
-        return self._workers
+        return map(_as_tensors, self._workers)
 
 
 def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int] | None = None, in_channels: int = 1,

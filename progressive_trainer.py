@@ -7,6 +7,7 @@ or, with the same weights for the same seed, the loop that `fit` runs: `set_stag
 `record`. Without `record` nothing is selected. Pictures and final_model.pth are written by `fit` alone.
 """
 
+import copy
 import dataclasses
 import math
 import time
@@ -15,14 +16,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from checkpoints import FORMAT, check_plain, load_resumable, load_weights, save_checkpoint
+from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
 from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
 from system.errors import NonFiniteLossError, UserError
-from system.processes import is_main_process, progress, world_size
+from system.processes import all_gather, is_main_process, progress, world_size
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
+from training.course import Course
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
 from training.optimization import (
@@ -34,7 +36,9 @@ from training.optimization import (
 from training.parallel import ParallelSteps, synchronised
 from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
+from training.snapshots import restore, resumable, snapshot
 from training.steps import OptimizerSteps
+from training.time_limit import TimeLimit
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
 
@@ -62,6 +66,7 @@ class ProgressiveTrainer:
             from one pass over the first loader that is trained on.
         compile: run training steps through `torch.compile`, once a stage and size of batch; not in
             the first 10 batches of a part, whose statistics count otherwise.
+        time_limit: decides in place of `epochs_per_stage` how long `fit` trains (see training/time_limit.py).
         overwrite: whether a run that lies in `output_dir` may be replaced.
         config: settings to keep in checkpoints and config.json (plain types).
     Raises:
@@ -72,8 +77,8 @@ class ProgressiveTrainer:
                  precision: str = "auto", seed: int = 0, output_dir=None, *, accumulate: int = 1, save_every: int = 10,
                  keep: int = 3, schedule: str = "run", old_lr_scale: float = OLD_LR_SCALE,
                  weight_decay: float = 1e-2, clip_norm: float = 0.0, average: float = 0.0, threshold: float = 0.5,
-                 recipe: DataRecipe | None = None, compile: bool = False, overwrite: bool = False,
-                 config: dict | None = None):
+                 recipe: DataRecipe | None = None, compile: bool = False, time_limit: TimeLimit | None = None,
+                 overwrite: bool = False, config: dict | None = None):
         lr, old_lr_scale, weight_decay, average, threshold = map(
             float, (lr, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
         for name, value, low in (("accumulate", accumulate, 1), ("save_every", save_every, 1), ("keep", keep, 0)):
@@ -86,8 +91,8 @@ class ProgressiveTrainer:
                 raise UserError(f"{name} is {amount!r}; it must be a number of at least 0")
         check_plain(config or {}, "config")
         stages = range(model.stage, LAST_STAGE + 1)
-        self._whole_plan = self.plan = TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule,
-                                                    old_lr_scale)
+        self.course = Course(TrainingPlan(epochs_by_stage(epochs_per_stage, stages), lr, schedule, old_lr_scale))
+        self.time_limit = time_limit
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
         torch.manual_seed(seed)
@@ -102,11 +107,22 @@ class ProgressiveTrainer:
         self.averaged = AveragedNetwork(self.model, average) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
-        self.best_scores: dict[int, float] = {}
-        self.finished_epochs = 0       # of the current stage
-        self._steps_taken = 0          # by this trainer, resumed ones included
         self._config_written = False
-        self._recorded: tuple[int, int] | None = None  # stage and epoch
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """Return the plan of the run."""
+        return self.course.plan
+
+    @property
+    def finished_epochs(self) -> int:
+        """Return how many epochs of the current stage are finished."""
+        return self.course.finished_epochs
+
+    @property
+    def best_scores(self) -> dict[int, float]:
+        """Return stage -> best validation Dice so far."""
+        return self.course.best_scores
 
     @property
     def evaluated_model(self) -> Network:
@@ -119,15 +135,11 @@ class ProgressiveTrainer:
         Args:
             epochs: planned epochs of this stage, where they differ from those given at construction.
         """
-        if stage != self.model.stage:
-            self._set_network(stage)
-            self.finished_epochs = 0
-        whole = self._whole_plan
-        if epochs is not None or stage not in whole.epochs:
-            whole = whole.with_epochs(stage, epochs or next(iter(whole.epochs.values())))
-        self._whole_plan = whole
-        # What lies below the first stage that is trained is no part of the run.
-        self.plan = whole.starting_at(min(self.plan.epochs) if self._steps_taken else stage)
+        new = stage != self.model.stage
+        if new:
+            for network in {self.model, self.evaluated_model}:
+                network.set_stage(stage)
+        self.course.enter(stage, new, epochs)
 
     def train_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
         """Train on every batch of a loader once.
@@ -172,7 +184,7 @@ class ProgressiveTrainer:
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
         metrics = measures.result()
         seconds = time.perf_counter() - start
-        self.finished_epochs = epoch + 1
+        self.course.finished_epochs = epoch + 1
         return metrics | self._steps.summary() | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "seconds": seconds,
             "processor_seconds": time.process_time() - busy, "images_per_second": measures.images / seconds}
@@ -236,23 +248,54 @@ class ProgressiveTrainer:
             dataloaders: resolution -> (train, valid, ...), as `create_progressive_dataloaders` makes them.
         """
         self._claim_folder()
-        for stage in [stage for stage in self._whole_plan.epochs if stage >= self.model.stage]:
+        if self.time_limit and not self.course.ended(self.model.stage):
+            self.rehearse(dataloaders, say)
+        stage = self.course.next_stage(self.model.stage)
+        while stage is not None:
             self.set_stage(stage)
-            epochs = self.plan.epochs[stage]
             train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]
-            for epoch in range(self.finished_epochs, epochs):
+            while self.course.left(stage) > 0:
+                epoch = self.finished_epochs
                 train = self.train_epoch(train_loader, epoch)
                 valid = self.validate_epoch(valid_loader, epoch)
                 self.record(train, valid)
-                for line in epoch_lines(stage, epoch, epochs, train, valid) if is_main_process() else ():
+                for line in epoch_lines(stage, epoch, self.plan.epochs[stage], train, valid) * is_main_process():
                     say(line)
+                if self.time_limit:
+                    self.time_limit.end_epoch(stage)
+                    self._deal_time(self.time_limit)
             if self.folder:
                 self._draw_stage(valid_loader, self.folder)
+            stage = self.course.next_stage(stage + 1)
         self.leave_group()
         if self.folder:
-            save_checkpoint(self.folder.file("final_model.pth"), self._checkpoint(None))
+            save_checkpoint(self.folder.file("final_model.pth"), snapshot(self, None))
             self.folder.draw_curves()
             self.folder.close()
+
+    def rehearse(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
+        """Deal the time limit to the stages by their speed, measured on a copy; `fit` does so by itself.
+
+        Raises:
+            UserError: if the time pays for no epoch of the last stage.
+        """
+        limit, states = self.time_limit, random_states(self.device)
+        assert limit is not None
+        copied = ProgressiveTrainer(copy.deepcopy(self.model), self.device, 1, self.plan.lr, self.precision,
+                                    accumulate=self.accumulate, average=self.averaged.decay if self.averaged else 0.0,
+                                    recipe=self.recipe)
+        limit.rehearse(copied, dataloaders, range(self.model.stage, LAST_STAGE + 1))
+        copied.leave_group()
+        set_random_states(states, self.device)
+        self._deal_time(limit)
+        if not self.course.begun and (too_little := all_gather(limit.too_little(self.plan.epochs))[0]):
+            raise UserError(too_little)
+        if is_main_process():
+            say(limit.sentence(self.plan.epochs))
+
+    def _deal_time(self, limit: TimeLimit) -> None:
+        """Plan the epochs that fit into a time limit, alike in all processes."""
+        self.course.replan(all_gather(limit.deal(self.model.stage, self.finished_epochs))[0])
 
     def leave_group(self) -> None:
         """Let go what belongs to a group of processes; to be called before the group ends. Training may go on after."""
@@ -270,28 +313,11 @@ class ProgressiveTrainer:
 
         Raises UserError for a file of another network and for one that is not a last.pth.
         """
-        saved = load_resumable(path, self.model.model_args)
-        self._set_network(saved["stage"])
-        load_weights(self.model, saved["model"], path)
-        self.model.transfer_weights(saved["unborn"])
-        if self.averaged:
-            self.averaged.load(saved["averaged"] or self.averaged.state() | {"model": self.model.state_dict()})
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved["scaler"])
-        self._whole_plan = self.plan = TrainingPlan(**saved["plan"])
-        self.recipe = saved["data"]
-        self.best_scores = dict(saved["best_scores"])
-        self.finished_epochs, self._steps_taken = saved["epoch"], 1
-        set_random_states(saved["random_states"], self.device)
+        restore(self, path)
         if self.folder:
             self.folder.claimed = True
-            self.folder.drop_after(saved["stage"], saved["epoch"],
-                                   self.plan.start_of(saved["stage"]) + saved["epoch"])
-
-    def _set_network(self, stage: int) -> None:
-        for network in {self.model, self.evaluated_model}:
-            network.set_stage(stage)
+            stage = self.model.stage
+            self.folder.drop_after(stage, self.finished_epochs, self.course.run_epoch(stage))
 
     def _prepare_step(self, epoch: int, step: int, steps: int) -> None:
         """Set the rate of every part for one optimizer step."""
@@ -301,7 +327,7 @@ class ProgressiveTrainer:
 
     def _take_step(self) -> None:
         self._steps.take()
-        self._steps_taken += 1
+        self.course.step()
         if self.averaged:
             self.averaged.update()
 
@@ -326,43 +352,20 @@ class ProgressiveTrainer:
             train, valid: what `train_epoch` and `validate_epoch` returned.
         """
         stage, finished = self.model.stage, self.finished_epochs
-        if not finished or self._recorded == (stage, finished):
-            raise UserError("there is no epoch to record, or it is recorded already; call train_epoch and "
-                            "validate_epoch before each record")
-        self._recorded = stage, finished
-        score = valid["dice"]
-        best = score > self.best_scores.get(stage, -math.inf)
-        if best:
-            self.best_scores[stage] = score
+        best, score = self.course.record(stage, valid), valid["dice"]
         if not self.folder:
             return
         values = {f"train_{name}": train[name] for name in ("loss", "soft_dice")} | valid
         values |= {name: train[name] for name in OF_STEPS}
         self.folder.log_epoch(values | {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
-                                        "run_epoch": self.plan.start_of(stage) + finished})
-        checkpoint = self._checkpoint(score)
+                                        "run_epoch": self.course.run_epoch(stage)})
         names = [f"best_stage_{stage}.pth"] * best
         names += [f"stage_{stage}_epoch_{finished}.pth"] * (finished % self.save_every == 0 and self.folder.keep > 0)
         for name in names:
-            save_checkpoint(self.folder.file(name), checkpoint)
+            save_checkpoint(self.folder.file(name), snapshot(self, score))
         # Last, so that an interruption in between repeats the epoch instead of losing its best weights.
-        save_checkpoint(self.folder.file("last.pth"), checkpoint | self._resumable())
+        save_checkpoint(self.folder.file("last.pth"), resumable(self, score))
         self.folder.prune()
-
-    def _checkpoint(self, score: float | None) -> dict:
-        """Assemble what checkpoints.py describes; the weights are those that are evaluated."""
-        return {"format": FORMAT, "model_args": self.model.model_args, "stage": self.model.stage,
-                "model": self.evaluated_model.live_state(), "unborn": {},
-                "data": self.recipe, "threshold": self.threshold,
-                "epoch": self.finished_epochs, "score": score,
-                "best_scores": dict(self.best_scores), "plan": dataclasses.asdict(self.plan),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": None,
-                "random_states": random_states(self.device), "config": self.config}
-
-    def _resumable(self) -> dict:
-        """Return what last.pth holds beyond and instead of `_checkpoint`: every part as it was trained."""
-        return {"model": self.model.live_state(), "unborn": self.model.unborn_state(),
-                "averaged": self.averaged.state() if self.averaged else None}
 
     @torch.inference_mode()
     def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:

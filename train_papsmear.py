@@ -35,6 +35,8 @@ def train(args: argparse.Namespace) -> None:
                 RunFolder(folder, overwrite=args.overwrite).check()
         model, trainer, loaders = prepare(args, folder)
         if args.dry_run:
+            if args.max_minutes:
+                trainer.rehearse(loaders)
             print_memory(args, model, trainer)
             print("dry run: nothing was trained and nothing written")
             return
@@ -89,8 +91,11 @@ def prepare(args: argparse.Namespace, folder: Path):
     from progressive_trainer import ProgressiveTrainer
     from system.devices import choose_device, choose_precision, compute_reproducibly, set_up_process
     from system.processes import world_size
+    from training.time_limit import TimeLimit
     from unet import count_parameters
 
+    # Reading the data counts as well.
+    time_limit = TimeLimit(args.max_minutes, args.shares) if args.max_minutes else None
     if args.deterministic:
         compute_reproducibly()
     device = choose_device(args.device)
@@ -118,7 +123,7 @@ def prepare(args: argparse.Namespace, folder: Path):
         precision=args.precision, seed=args.seed, output_dir=folder, accumulate=args.accumulate,
         save_every=args.save_every, keep=args.keep, schedule=args.schedule,
         old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, clip_norm=args.clip_norm,
-        average=args.average, compile=args.compile,
+        average=args.average, compile=args.compile, time_limit=time_limit,
         overwrite=args.overwrite, config=config)
     return model, trainer, loaders
 

@@ -7,11 +7,12 @@
 
 growth: arms with equal operations, several seeds: direct (at 256 pixels from the start), grown, late (grown, with more
 of the operations at the fine stages), unet (the classic one, direct), image_once (direct, the image read at the finest
-level alone). Takes the options of train_papsmear.py but those that the study decides; --arm NAME="OPTIONS" adds an arm.
-The last weights are scored. Each training is a process of its own. After a kill the same command goes on; more seeds,
-arms or another --budget join what is there. Writes trainings.csv, images.csv, epochs.csv, growth.md (means, paired
-differences to the first arm with intervals, operations to equal Dice, Dice before and after each growth), growth.png,
-settings.json and runs/. --report writes the text and the picture anew from the tables.
+level alone), usual (the classic U-Net with the settings of the script that is used most). --minutes gives equal time
+instead. Takes the options of train_papsmear.py but those that the study decides; --arm NAME="OPTIONS" adds an arm. The
+last weights are scored. Each training is a process of its own. After a kill the same command goes on; more seeds, arms
+or another --budget join what is there. Writes trainings.csv, images.csv, epochs.csv, growth.md (means, paired
+differences to the first arm with intervals, operations and minutes to equal Dice, Dice before and after each growth),
+growth.png, settings.json and runs/. --report writes the text and the picture anew from the tables.
 
 finetune: test Dice against the number of training images, started from the checkpoint and from scratch, with all else
 equal but the learning rate: the same images, number of steps and schedule at 256 pixels, the last weights scored. The
@@ -35,7 +36,8 @@ if not __package__:  # run as a file: modules are found from the project's root,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import growth
-from benchmarks.growth_tables import TABLES
+from benchmarks.growth_arms import ARMS
+from benchmarks.growth_tables import MINUTES, TABLES
 from system.errors import UserError
 from system.options import Parser, command, folder_name, number, whole
 
@@ -61,8 +63,8 @@ def count_list(text: str) -> tuple[int, ...]:
 def arm_list(text: str) -> tuple[str, ...]:
     """Read names of arms joined by commas: 'direct,grown'."""
     names = tuple(text.split(","))
-    if len(set(names)) < len(names) or not set(names) <= set(growth.ARMS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(growth.ARMS)}, each once; --arm "
+    if len(set(names)) < len(names) or not set(names) <= set(ARMS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(ARMS)}, each once; --arm "
                                          f"NAME=\"OPTIONS\" adds another")
     return names
 
@@ -70,7 +72,7 @@ def arm_list(text: str) -> tuple[str, ...]:
 def own_arm(text: str) -> tuple[str, str]:
     """Read 'NAME=OPTIONS'."""
     name, equals, options = text.partition("=")
-    if not equals or name in growth.ARMS:
+    if not equals or name in ARMS:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=OPTIONS with a name of your own, e.g. clipped=\"--clip_"
                                          f"norm 1\"")
     return folder_name(name), options
@@ -94,19 +96,22 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--out", required=True, help="folder for the results")
     finetune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     study = experiments.add_parser("growth", allow_abbrev=False, usage="%(prog)s [-h] --out OUT [--arms ARMS] [--arm "
-                                   "NAME=OPTIONS] [--seeds SEEDS] [--first_seed SEED] [--budget N] [--jobs JOBS] "
-                                   "[--report] [options of train_papsmear.py]", epilog="All options of "
+                                   "NAME=OPTIONS] [--seeds SEEDS] [--first_seed SEED] [--budget N | --minutes M] "
+                                   "[--jobs JOBS] [--report] [options of train_papsmear.py]", epilog="All options of "
                                    "train_papsmear.py are taken, but --"
                                    f"{', --'.join((*growth.DECIDED, *growth.OF_ARMS))}.")
     study.add_argument("--out", required=True, help="folder of the study; one that is there goes on")
     study.add_argument("--arms", type=arm_list, default=("direct", "grown"),
-                       help=f"some of {','.join(growth.ARMS)}; all are compared with the first (direct,grown)")
+                       help=f"some of {','.join(ARMS)}; all are compared with the first (direct,grown)")
     study.add_argument("--arm", type=own_arm, action="append", metavar='NAME="OPTIONS"',
                        help="another arm, with these options of train_papsmear.py")
     study.add_argument("--seeds", type=whole(1), default=3, help="trainings of each arm (3)")
     study.add_argument("--first_seed", type=whole(0), default=0, help="seeds count from it (0)")
-    study.add_argument("--budget", type=number(0, above=True), default=10.0,
-                       help="operations of each training, in epochs at 256 pixels (10)")
+    length = study.add_mutually_exclusive_group()
+    length.add_argument("--budget", type=number(0, above=True), default=10.0,
+                        help="operations of each training, in epochs at 256 pixels (10)")
+    length.add_argument("--minutes", type=number(0, above=True),
+                        help="instead: of each training, which measures and deals them by itself")
     study.add_argument("--jobs", type=whole(1, 64), default=1, help="trainings at a time, which share the cores (1)")
     study.add_argument("--report", action="store_true", help="write growth.md and growth.png anew, without a training")
     precision = experiments.add_parser("precision", allow_abbrev=False, usage="%(prog)s [-h] [--seeds SEEDS] --out OUT "
@@ -138,9 +143,10 @@ def study_growing(args: argparse.Namespace, options: list[str]) -> None:
         names = [name for name, _ in args.arm or ()]
         if len(set(names)) < len(names):
             raise UserError(f"--arm {max(names, key=names.count)} is given twice. Give each arm a name of its own")
-        arms = {name: growth.ARMS[name] for name in args.arms} | dict(args.arm or ())
+        arms = {name: ARMS[name] for name in args.arms} | dict(args.arm or ())
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        trainings = growth.planned(out, arms, args.budget, seeds, options)
+        budget = f"{args.minutes:g}{MINUTES}" if args.minutes else f"{args.budget:g}"
+        trainings = growth.planned(out, arms, budget, seeds, options)
         growth.run_study(out, trainings, growth.check_settings(out, trainings, options), args.jobs)
     elif options:
         raise UserError(f"--report reads the tables in --out alone and takes no {options[0]}. Leave it out")

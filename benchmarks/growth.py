@@ -12,6 +12,7 @@ import shlex
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -19,26 +20,18 @@ from itertools import accumulate
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from benchmarks.growth_tables import EPOCHS, IMAGES, KEYS, TRAININGS, key_of, put_rows, read_table
+from benchmarks.growth_arms import IMAGE_ONCE, USUAL, read_image_once, train_as_usual
+from benchmarks.growth_tables import EPOCHS, IMAGES, KEYS, MINUTES, TRAININGS, key_of, put_rows, read_table
 from system.errors import UserError
 from training.schedule import CLASSIC_WORK, WORK
 from training.settings import parse
 
 # Torch, NumPy and all modules that need them are imported inside the functions: wrong options answer at once.
 
-IMAGE_ONCE = "image_once"  # direct, and the image is read at the finest level alone (see `read_image_once`)
-# Name -> options of train_papsmear.py, which takes the budget besides.
-ARMS = {
-    "direct": "--progressive false",
-    "grown": "",
-    "late": "--shares 5,9,34,52",
-    "unet": "--model unet",
-    IMAGE_ONCE: "--progressive false",
-}
 SETTINGS, RUNS, RESULT = "settings.json", "runs", "result.json"
 # Options that the study decides; that belong to an arm; that all arms must have alike, because they change the data.
-DECIDED = ("budget", "seed", "output_dir", "experiment_name", "resume", "overwrite", "dry_run", "overfit",
-           "epochs_per_stage", "keep", "save_every")
+DECIDED = ("budget", "max_minutes", "seed", "output_dir", "experiment_name", "resume", "overwrite", "dry_run",
+           "overfit", "epochs_per_stage", "keep", "save_every")
 OF_ARMS = ("progressive", "model", "shares", "start_stage")
 OF_DATA = ("data_root", "in_channels", "out_channels", "targets", "use_augmented")
 # Settings in which trainings may differ and yet be compared.
@@ -51,18 +44,19 @@ class Training:
 
     Args:
         out: folder of the study.
+        budget: how long it trains: operations, in epochs at 256 pixels ('10'), or minutes ('5min').
         options: of train_papsmear.py, those of the arm included.
     """
 
     out: Path
     arm: str
-    budget: float
+    budget: str
     seed: int
     options: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.arm}_{self.budget:g}_{self.seed}"
+        return f"{self.arm}_{self.budget}_{self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -71,17 +65,19 @@ class Training:
     @property
     def key(self) -> dict[str, str]:
         """Return what identifies the training in the tables, as text."""
-        return dict(zip(KEYS, (self.arm, f"{self.budget:g}", str(self.seed)), strict=True))
+        return dict(zip(KEYS, (self.arm, self.budget, str(self.seed)), strict=True))
 
     def settings(self) -> argparse.Namespace:
         """Return the checked settings; a training that was cut off is not replaced but continued."""
         begun = (self.folder / "last.pth").exists()
-        return parse([*self.options, "--budget", str(self.budget), "--seed", str(self.seed), "--output_dir",
+        minutes = self.budget.removesuffix(MINUTES)
+        length = ("--budget", self.budget) if minutes == self.budget else ("--max_minutes", minutes)
+        return parse([*self.options, *length, "--seed", str(self.seed), "--output_dir",
                       str(self.folder.parent), "--experiment_name", self.name, "--keep", "0",
                       *([] if begun else ["--overwrite"])])
 
 
-def planned(out: Path, arms: dict[str, str], budget: float, seeds: range, options: list[str]) -> list[Training]:
+def planned(out: Path, arms: dict[str, str], budget: str, seeds: range, options: list[str]) -> list[Training]:
     """Return the trainings of a study, all arms of one seed before the next seed.
 
     Raises:
@@ -89,7 +85,10 @@ def planned(out: Path, arms: dict[str, str], budget: float, seeds: range, option
     """
     from images.splits import find_data_root, list_splits
 
-    refuse_decided(options, (*DECIDED, *OF_ARMS), "the study: by --arms or --arm, --budget, --seeds and --out")
+    refuse_decided(options, (*DECIDED, *OF_ARMS), "the study: by --arms or --arm, --budget or --minutes, "
+                                                  "--seeds and --out")
+    if USUAL in arms and budget.endswith(MINUTES):
+        raise UserError(f"arm {USUAL} takes --budget alone: its script has no time limit. Leave it out")
     own = {arm: arm_words(arm, text) for arm, text in arms.items()}
     trainings = [Training(out, arm, budget, seed, (*options, *own[arm])) for seed in seeds for arm in arms]
     for training in trainings:
@@ -238,6 +237,7 @@ def complete(training: Training) -> None:
 
     settings = training.settings()
     model, trainer, loaders = prepare(settings, training.folder)
+    first = model.stage
     if training.arm == IMAGE_ONCE:
         read_image_once(model)
     # The first digits for train, valid and test each.
@@ -246,8 +246,11 @@ def complete(training: Training) -> None:
     if (training.folder / "last.pth").exists():
         check_begun(training, trainer.config)
         trainer.resume(training.folder / "last.pth")
-    trainer.fit(loaders)
-    logged = trainer.folder.rows()
+    if training.arm == USUAL:
+        logged = train_as_usual(trainer, loaders[256], settings.epochs_per_stage[-1])
+    else:
+        trainer.fit(loaders)
+        logged = trainer.folder.rows()
     work = WORK if settings.model == "pgunet" else {4: CLASSIC_WORK}
     operations = list(accumulate(work[int(row["stage"])] for row in logged))
     times = {name: list(accumulate(row[name] for row in logged)) for name in ("seconds", "processor_seconds")}
@@ -257,26 +260,13 @@ def complete(training: Training) -> None:
     predictor = Predictor(trainer.folder.file("final_model.pth"), str(trainer.device), trainer.precision)
     images = [{"split": split} | row for number, split in ((1, "valid"), (2, "test"))
               for row in score_images(predictor, settings, loaders[256][number].dataset, split)]
-    row = {"epochs": ",".join(map(str, settings.epochs_per_stage)), "operations": operations[-1],
+    stages = Counter(row["stage"] for row in epochs)
+    row = {"epochs": ",".join(str(stages[stage]) for stage in WORK if stage >= first), "operations": operations[-1],
            "images_seen": len(epochs) * len(loaders[256][0].dataset), "data": data}
     row |= {name: round(done[-1], 1) for name, done in times.items()}
     row |= {f"{name}_{split}": mean_of(images, split, name) for name in ("dice_256", "dice", "aji")
             for split in ("valid", "test")}
     trainer.folder.write_json(RESULT, {TRAININGS: [row], IMAGES: images, EPOCHS: epochs})
-
-
-def read_image_once(model) -> None:
-    """Take the image away from all encoder levels but the finest, as in a classic U-Net, before training.
-
-    The convolutions that read it there are zero and stay so: without a gradient AdamW leaves a weight alone.
-    """
-    from unet import LAST_STAGE, STAGE_RESOLUTIONS
-
-    for stage, resolution in STAGE_RESOLUTIONS.items():
-        if stage < LAST_STAGE:
-            weight = model.encoder[str(resolution)].from_image.weight
-            weight.data.zero_()
-            weight.requires_grad_(False)
 
 
 def check_data(training: Training, data: str) -> None:

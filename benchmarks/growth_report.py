@@ -9,13 +9,14 @@ import numpy as np
 from scipy.stats import mannwhitneyu, median_abs_deviation
 
 from benchmarks.growth import SETTINGS
-from benchmarks.growth_tables import EPOCHS, IMAGES, TRAININGS, read_table
+from benchmarks.growth_tables import EPOCHS, IMAGES, MINUTES, TRAININGS, budget_order, read_table
 from benchmarks.pictures import dice_over_operations
 from images.resolutions import RESOLUTIONS
 from scoring.scores import CONFIDENCE, RESAMPLES, wilcoxon_p
 from system.atomic import atomic_write
 from system.errors import UserError
 
+GOALS = (0.80, 0.85, 0.88)  # of validation Dice, to which minutes are counted
 REPORT, PICTURE = "growth.md", "growth.png"
 SCORES = {"dice_256": "Dice at 256", "dice": "Dice at original size", "aji": "AJI"}
 
@@ -41,7 +42,7 @@ class Study:
         kept = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["arms"] if (out / SETTINGS).is_file() else ()
         there = dict.fromkeys(row["arm"] for row in trainings)
         self.arms = [arm for arm in dict.fromkeys([*kept, *there]) if arm in there]
-        self.budgets = sorted({row["budget"] for row in trainings}, key=float)
+        self.budgets = sorted({row["budget"] for row in trainings}, key=budget_order)
 
     def scores(self, arm: str, budget: str, score: str) -> dict[str, dict[tuple, float]]:
         """Return seed -> (split, image) -> score, of all images that have it."""
@@ -49,6 +50,14 @@ class Study:
         for row in rows_of(self.images, arm, budget):
             if row[score]:
                 found.setdefault(row["seed"], {})[row["split"], row["image"]] = float(row[score])
+        return found
+
+    def times(self, arm: str, budget: str) -> dict[str, list[tuple[float, float]]]:
+        """Return seed -> (minutes of processor time so far, validation Dice) of each epoch; without those not timed."""
+        found: dict[str, list] = {}
+        for row in rows_of(self.epochs, arm, budget):
+            if row["processor_seconds"]:
+                found.setdefault(row["seed"], []).append((float(row["processor_seconds"]) / 60, float(row["dice"])))
         return found
 
     def curves(self, arm: str, budget: str) -> dict[str, list[tuple[int, float, float]]]:
@@ -66,17 +75,23 @@ def write_report(out: Path) -> str:
     parts = ["# Growing against direct training\n",
              "Scores are of the last weights, means over the images of valid and test, then over seeds, ± the standard "
              "deviation over seeds. Operations count epochs times 40, 80, 120, 185 for stages 1 to 4, of the classic "
-             "U-Net times 289."]
+             "U-Net times 289. Times are those of training, without validation."]
     for budget in study.budgets:
-        parts += [f"\n## Operations of {budget} epochs at 256 pixels\n", *arm_table(study, budget),
-                  *comparison_table(study, budget), *effort_table(study, budget), *growth_table(study, budget)]
+        parts += [f"\n## {title_of(budget)}\n", *arm_table(study, budget), *comparison_table(study, budget),
+                  *effort_table(study, budget), *time_table(study, budget), *growth_table(study, budget)]
     text = "\n".join(parts) + "\n"
     with atomic_write(out / REPORT) as file:
         file.write(text.encode())
-    dice_over_operations({budget: {arm: list(curves.values()) for arm in study.arms
+    dice_over_operations({title_of(budget): {arm: list(curves.values()) for arm in study.arms
                                    if (curves := study.curves(arm, budget))} for budget in study.budgets},
                          out / PICTURE)
     return text
+
+
+def title_of(budget: str) -> str:
+    """Return what a budget is, in words."""
+    minutes = budget.removesuffix(MINUTES)
+    return f"Operations of {budget} epochs at 256 pixels" if minutes == budget else f"{minutes} minutes each"
 
 
 def rows_of(table: list[dict], arm: str, budget: str) -> list[dict]:
@@ -171,7 +186,7 @@ def effort_table(study: Study, budget: str) -> list[str]:
     whole = float(np.mean([curve[-1][1] for curve in reference.values()]))
     lines = []
     for arm in study.arms:
-        reached = [operations_to(curve, goal) for curve in study.curves(arm, budget).values()]
+        reached = [cost_to([epoch[1:] for epoch in curve], goal) for curve in study.curves(arm, budget).values()]
         if reached:
             each = ", ".join("not reached" if done is None else f"{done / whole:.0%}" for done in reached)
             lines.append([arm, each])
@@ -180,10 +195,38 @@ def effort_table(study: Study, budget: str) -> list[str]:
             *table(("arm", "operations"), lines)]
 
 
-def operations_to(curve: list[tuple[int, float, float]], goal: float) -> float | None:
-    """Return the operations from which on Dice stays at a goal or above; None if it is below at the end."""
+def time_table(study: Study, budget: str) -> list[str]:
+    """Return after how many minutes of processor time the Dice of each arm stayed at some goals."""
+    lines = []
+    for arm in study.arms:
+        seeds = study.times(arm, budget)
+        cells = [reached_by([cost_to(curve, goal) for curve in seeds.values()]) for goal in GOALS]
+        if any(cells):
+            lines.append([arm, str(len(seeds)), *cells])
+    if not lines:
+        return []
+    return ["\nMinutes of processor time in training after which validation Dice stayed at a goal or above: median "
+            "over seeds (lowest to highest), where it was reached.\n",
+            *table(("arm", "seeds timed", *(f"Dice {goal:.2f}" for goal in GOALS)), lines)]
+
+
+def reached_by(costs: list[float | None]) -> str:
+    """Return median and range of what was needed to reach a goal; '' without a training."""
+    there = [cost for cost in costs if cost is not None]
+    if not there:
+        return "not reached" if costs else ""
+    missed = f"; {len(costs) - len(there)} of {len(costs)} not" if len(there) < len(costs) else ""
+    return f"{np.median(there):.1f} ({min(there):.1f} to {max(there):.1f}{missed})"
+
+
+def cost_to(curve: list[tuple[float, float]], goal: float) -> float | None:
+    """Return the cost from which on Dice stays at a goal or above; None if it is below at the end.
+
+    Args:
+        curve: (cost so far, Dice) of each epoch.
+    """
     found = None
-    for _, done, dice in reversed(curve):
+    for done, dice in reversed(curve):
         if dice < goal:
             break
         found = done

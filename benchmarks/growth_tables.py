@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 KEYS = ("arm", "budget", "seed")
+MINUTES = "min"  # ends a budget that is a time
 TRAININGS, IMAGES, EPOCHS = TABLES = ("trainings.csv", "images.csv", "epochs.csv")
 COLUMNS = {
     TRAININGS: (*KEYS, "epochs", "operations", "images_seen", "seconds", "processor_seconds", "dice_256_valid",
@@ -21,6 +22,11 @@ def read_table(out: Path, name: str) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return [dict.fromkeys(COLUMNS[name], "") | row for row in csv.DictReader(file)]
+
+
+def budget_order(budget: str) -> tuple[bool, float]:
+    """Return by what budgets are sorted: operations first, then minutes."""
+    return budget.endswith(MINUTES), float(budget.removesuffix(MINUTES))
 
 
 def key_of(row: dict[str, str]) -> dict[str, str]:
@@ -43,5 +49,5 @@ def put_rows(out: Path, key: dict[str, str], result: dict[str, list[dict]], arms
     for name in reversed(TABLES):
         others = [row for row in read_table(out, name) if key_of(row) != key]
         rows = others + [key | row for row in result[name]]
-        rows.sort(key=lambda row: (float(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
+        rows.sort(key=lambda row: (budget_order(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
         RunFolder(out).write_csv(name, rows, COLUMNS[name])

@@ -59,27 +59,29 @@ def scaling_curves(series: list[dict], path: Path) -> None:
 def dice_over_operations(curves: dict[str, dict[str, list]], path: Path) -> None:
     """Draw validation Dice over operations: a thin line a training, a thick one for the mean, dots where it grows.
 
-    The mean is drawn where all trainings of an arm have the same epochs.
+    An arm has the same colour in every panel. The mean is drawn where all trainings of an arm have the same epochs.
 
     Args:
-        curves: budget -> arm -> one curve a seed, of (stage, operations so far, Dice) an epoch.
+        curves: title -> arm -> one curve a seed, of (stage, operations so far, Dice) an epoch.
     """
     figure = Figure(figsize=(6.5 * len(curves), 4.2), layout="constrained")
-    for axis, (budget, arms) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
-        for k, (arm, seeds) in enumerate(arms.items()):
+    colours = {arm: f"C{k}" for k, arm in enumerate(dict.fromkeys(arm for arms in curves.values() for arm in arms))}
+    for axis, (title, arms) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
+        for arm, seeds in arms.items():
+            line = {"color": colours[arm], "marker": "." if len(seeds[0]) == 1 else None}  # a point is no line
             last = np.mean([curve[-1][2] for curve in seeds])
             for curve in seeds:
-                axis.plot([done for _, done, _ in curve], [dice for *_, dice in curve], color=f"C{k}", alpha=0.3,
-                          linewidth=0.8)
+                axis.plot([done for _, done, _ in curve], [dice for *_, dice in curve], alpha=0.3, linewidth=0.8,
+                          **line)
             stages, operations = ([epoch[i] for epoch in seeds[0]] for i in (0, 1))
             if any([done for _, done, _ in curve] != operations for curve in seeds):
-                axis.plot([], [], color=f"C{k}", label=f"{arm}, {len(seeds)} seeds: {last:.3f}")
+                axis.plot([], [], **line, label=f"{arm}, {len(seeds)} seeds: {last:.3f}")
                 continue
             mean = np.mean([[dice for *_, dice in curve] for curve in seeds], axis=0)
-            axis.plot(operations, mean, color=f"C{k}", linewidth=2, label=f"{arm}, {len(seeds)} seeds: {last:.3f}")
+            axis.plot(operations, mean, linewidth=2, **line, label=f"{arm}, {len(seeds)} seeds: {last:.3f}")
             grown = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
-            axis.scatter([operations[i] for i in grown], mean[grown], color=f"C{k}", zorder=3)
-        axis.set_title(f"operations of {budget} epochs at 256 pixels", fontsize=10)
+            axis.scatter([operations[i] for i in grown], mean[grown], color=colours[arm], zorder=3)
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("operations (epochs times 40, 80, 120, 185); dots: first epoch after a growth", fontsize=9)
         axis.set_ylabel("validation Dice at 256 pixels")
         # Early epochs near 0 would press together what is compared.

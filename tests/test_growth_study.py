@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import experiments, growth, growth_report, growth_tables
+from benchmarks import experiments, growth, growth_arms, growth_report, growth_tables
 from conftest import PROJECT, TIMING, run_script
 from images.files import load_image, save_png
 from progressive_trainer import ProgressiveTrainer
@@ -135,7 +135,7 @@ def test_what_was_begun_otherwise_is_not_continued(study, shared_root, data_root
 def test_a_kill_between_two_tables_loses_and_doubles_nothing(study, tmp_path, monkeypatch):
     shutil.copytree(study[0], tmp_path, dirs_exist_ok=True)
     before = {name: rows_of(tmp_path / name) for name in growth_tables.TABLES}
-    training = growth.Training(tmp_path, "grown", 2.5, 7, ())
+    training = growth.Training(tmp_path, "grown", "2.5", 7, ())
     result = json.loads((training.folder / growth.RESULT).read_text())
     write, written = RunFolder.write_csv, []
 
@@ -151,7 +151,7 @@ def test_a_kill_between_two_tables_loses_and_doubles_nothing(study, tmp_path, mo
     assert not (tmp_path / "trainings.csv").exists(), "nothing counts as finished"
     monkeypatch.setattr(RunFolder, "write_csv", write)
     for arm in ("grown", "direct", "grown"):
-        training = growth.Training(tmp_path, arm, 2.5, 7, ())
+        training = growth.Training(tmp_path, arm, "2.5", 7, ())
         growth_tables.put_rows(tmp_path, training.key, json.loads((training.folder / growth.RESULT).read_text()),
                         ["direct", "grown"])
     assert {name: rows_of(tmp_path / name) for name in growth_tables.TABLES} == before
@@ -161,7 +161,7 @@ def test_a_crash_is_in_the_log_of_its_training(tmp_path, monkeypatch):
     def crash(training):
         raise ZeroDivisionError("what broke")
     monkeypatch.setattr(growth, "complete", crash)
-    training = growth.Training(tmp_path, "direct", 1, 0, ())
+    training = growth.Training(tmp_path, "direct", "1", 0, ())
     with pytest.raises(SystemExit):
         growth.run_training(training)
     log = training.folder.with_name(f"{training.name}.log").read_text()
@@ -191,7 +191,8 @@ def test_a_training_that_fails_is_named_and_the_others_finish(shared_root, tmp_p
     (("--arm", "a=--in_channels 3"), "compared on the same images"), (("--arm", "a=--lr '1"), "Close every quote"),
     (("--arm", "a=--lr 1", "--arm", "a=--lr 2"), "--arm a is given twice"), (("--data_root", "nowhere"), "nowhere"),
     (("--lr", "fast"), "is not a number"), (("--report",), "no trainings.csv with a finished training"),
-    (("--report", "--lr", "1"), "takes no --lr")])
+    (("--report", "--lr", "1"), "takes no --lr"),
+    (("--max_minutes", "3"), "--max_minutes is decided by the study")])
 def test_what_a_study_cannot_be_is_refused_before_anything_is_written(options, message, tmp_path, capsys):
     assert experiments.main(["growth", "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
@@ -235,7 +236,7 @@ def test_the_image_is_read_at_the_finest_level_alone():
     model = ProgressiveUNet(base_channels=2)
     model.start_whole()
     model.set_stage(4)
-    growth.read_image_once(model)
+    growth_arms.read_image_once(model)
     model.encoder["256"].from_image.weight.data.zero_()
     image = torch.rand(1, 1, 32, 32)
     assert torch.equal(model.eval()(image), model(1 - image)), "no other level sees it"
@@ -254,6 +255,8 @@ def write_study(out, curves: dict[tuple[str, str, str], list[tuple[int, int, flo
         tables["images.csv"] += [key | {"split": "test", "image": i, "dice_256": curve[-1][2]} for i in (1, 2)]
         tables["epochs.csv"] += [key | {"stage": stage, "epoch": 1, "operations": done, "dice": dice}
                                  for stage, done, dice in curve]
+    for row in tables["epochs.csv"]:
+        row["processor_seconds"] = 6 * row["operations"]
     for name, rows in tables.items():
         RunFolder(out).write_csv(name, rows, growth_tables.COLUMNS[name])
     RunFolder(out).write_json("settings.json", {"arms": {"direct": {}, "grown": {}, "late": {}}})
@@ -277,7 +280,54 @@ def test_the_report_by_hand(tmp_path):
     assert "| direct | not reached, 100%, 100% |" in large
     assert "| grown | 32 to 256 | 0.700 to 0.900, 0.750 to 0.860 | +0.155 | +0.110 | 0.000 | -0.150 | 1.000 |" in large
     assert "**late**" not in small + large
+    assert "| direct | 3 | 37.0 (37.0 to 37.0) | not reached | not reached |" in large
+    assert "| grown | 2 | 24.5 (22.5 to 26.5) | 24.5 (22.5 to 26.5) | 26.5 (26.5 to 26.5; 1 of 2 not) |" in large
     assert Image.open(tmp_path / "growth.png").size[0] > 1200, "a panel a budget"
+
+
+def test_a_study_of_equal_time_stands_after_those_of_operations(tmp_path):
+    write_study(tmp_path, {("direct", "2min", "0"): [(4, 185, 0.5)], ("direct", "10", "0"): [(4, 185, 0.5)],
+                           ("grown", "2min", "0"): [(1, 40, 0.4), (4, 225, 0.6)]})
+    titles = [line for line in growth_report.write_report(tmp_path).splitlines() if line.startswith("## ")]
+    assert titles == ["## Operations of 10 epochs at 256 pixels", "## 2 minutes each"]
+
+
+def test_trainings_of_equal_time(shared_root, tmp_path, in_this_process, capsys):
+    command = ["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--seeds", "1", "--minutes",
+               "0.15", *SMALL]
+    assert experiments.main([*command, "--arms", "grown"]) == 0
+    training, = rows_of(tmp_path / "o/trainings.csv")
+    stages = [row["stage"] for row in rows_of(tmp_path / "o/epochs.csv")]
+    assert training["budget"] == "0.15min"
+    assert training["epochs"] == ",".join(str(stages.count(stage)) for stage in "1234")
+    assert 1 < float(training["seconds"]) < 9
+    assert experiments.main([*command, "--arms", "usual"]) == 2
+    assert "arm usual takes --budget alone" in capsys.readouterr().err
+
+
+def test_the_classic_network_as_people_run_it(shared_root, tmp_path, in_this_process, monkeypatch):
+    command = ["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--seeds", "1", "--budget",
+               "3.2", "--arms", "usual", *SMALL]
+    validate, steps = ProgressiveTrainer.validate_epoch, []
+
+    def validate_then_end(self, *arguments):
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+        steps.append(self)
+        return validate(self, *arguments)
+    monkeypatch.setattr(ProgressiveTrainer, "validate_epoch", validate_then_end)
+    assert experiments.main(command) == 2, "cut off in the second epoch"
+    run = tmp_path / "o/runs/usual_3.2_0"
+    saved = torch.load(run / growth_arms.STATE, weights_only=True)
+    group, = saved["optimizer"]["param_groups"]
+    assert (group["lr"], group["momentum"], len(saved["rows"])) == (1e-5, 0.999, 1)
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {6}, "an image a step"
+    monkeypatch.setattr(ProgressiveTrainer, "validate_epoch", validate)
+    assert experiments.main(command) == 0
+    training, = rows_of(tmp_path / "o/trainings.csv")
+    assert (training["epochs"], training["operations"], training["images_seen"]) == ("2", "578", "12")
+    first = rows_of(tmp_path / "o/epochs.csv")[0]
+    assert float(first["seconds"]) == pytest.approx(saved["rows"][0]["seconds"], abs=0.06), "it went on"
 
 
 def test_a_fall_at_a_growth_is_weighed_against_the_changes_within_stages(tmp_path):

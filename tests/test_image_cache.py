@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import train_papsmear
 from checkpoints import load_checkpoint
-from conftest import TINY, run_script
+from conftest import PROJECT, TINY, run_script
 from images import cache as image_cache
 from images import pyramid as image_pyramid
 from images.cache import ImageCache, folder_for_files, halve
@@ -66,9 +68,27 @@ def test_the_three_ways_give_the_same_batches(shared_root, little_memory):
         assert same(found, batches(decoded))
 
 
-def test_persistent_workers_read_the_files(shared_root, little_memory):
+DECODE_IN_WORKERS = """
+import sys
+from pap_smear_dataset import create_progressive_dataloaders
+train, valid, _ = create_progressive_dataloaders(sys.argv[1], cache_images=False, num_workers=2)[32]
+print(sum(len(batch["name"]) for loader in (train, train, valid) for batch in loader))
+"""
+
+
+def test_workers_answer_whatever_the_temporary_folder_is_called(shared_root, tmp_path):
+    """A socket in this folder would have a path of more than 107 bytes, which no system takes."""
+    long = tmp_path / ("a" * 90)
+    long.mkdir()
+    done = subprocess.run([sys.executable, "-c", DECODE_IN_WORKERS, shared_root], cwd=PROJECT, capture_output=True,
+                          text=True, timeout=60, env=os.environ | {"TMPDIR": str(long)})
+    assert (done.stdout, done.stderr) == ("15\n", "")
+
+
+def test_persistent_workers_read_the_files(shared_root, little_memory, monkeypatch):
     dataset = PapSmearDataset(shared_root, "train", target_size=64)
     assert dataset.pyramid.kept.startswith("in memory-mapped files")
+    monkeypatch.setattr(tempfile, "tempdir", None)  # torch sends tensors through a socket whose path must be short
     alone = [dataset[i] for i in range(len(dataset))]
     dataset.pyramid.pairs = [None] * len(dataset)  # whoever decodes now, fails
     loader = DataLoader(dataset, batch_size=2, num_workers=2, persistent_workers=True)

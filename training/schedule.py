@@ -54,23 +54,34 @@ def deal(budget: float, shares: Sequence[float] = SHARES, first: int = 1) -> tup
     Raises:
         UserError: if nothing is left for an epoch at 256 pixels.
     """
-    wanted = dict(zip(WORK, shares, strict=True))
-    stages = [stage for stage in WORK if stage >= first]
-    total, whole = sum(wanted[stage] for stage in stages), budget * WORK[max(WORK)]
-    epochs, left = dict.fromkeys(stages, 0), 0.0
-    for stage in stages:
-        left += whole * wanted[stage] / total
-        epochs[stage] = int(left / WORK[stage] + 1e-9)  # a share of exactly two epochs is two epochs
-        left -= epochs[stage] * WORK[stage]
-    if not epochs[stages[-1]]:
-        dealt = f" with shares {', '.join(f'{share:g}' for share in shares)}" if len(stages) > 1 else ""
+    wanted = {stage: share for stage, share in zip(WORK, shares, strict=True) if stage >= first}
+    epochs = deal_work(budget * WORK[max(WORK)], wanted, WORK)
+    if not epochs[max(epochs)]:
+        dealt = f" with shares {', '.join(f'{share:g}' for share in shares)}" if len(epochs) > 1 else ""
         raise UserError(f"a budget of {budget:g}{dealt} leaves no epoch at 256 pixels. Take a larger budget"
                         + (", or a larger last share" if dealt else ""))
-    for stage in reversed(stages):
-        more = int(left / WORK[stage] + 1e-9) if wanted[stage] else 0
-        epochs[stage] += more
-        left -= more * WORK[stage]
     return tuple(epochs.values())
+
+
+def deal_work(whole: float, wanted: dict[int, float], costs: dict[int, float]) -> dict[int, int]:
+    """Deal work to stages as `deal` does, in any unit: return stage -> epochs, perhaps none of the last.
+
+    Args:
+        whole: what there is, in the unit of the costs.
+        wanted: stage -> its share of it, in another unit, from coarse to fine.
+        costs: stage -> what an epoch takes.
+    """
+    total = sum(wanted.values()) or 1.0
+    epochs, left = dict.fromkeys(wanted, 0), 0.0
+    for stage, share in wanted.items():
+        left += whole * share / total
+        epochs[stage] = int(left / costs[stage] + 1e-9)  # a share of exactly two epochs is two epochs
+        left -= epochs[stage] * costs[stage]
+    for stage, share in reversed(wanted.items()):
+        more = int(left / costs[stage] + 1e-9) if share else 0
+        epochs[stage] += more
+        left -= more * costs[stage]
+    return epochs
 
 
 @dataclass(frozen=True)

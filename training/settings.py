@@ -116,8 +116,10 @@ def _add_training_options(add: Callable) -> None:
         help="50, or one a stage, 0 to skip it: 10,10,20,60 (50)")
     add("--budget", type=number(0, above=True), metavar="N", help="instead: stages share the operations of N epochs at "
         "256 pixels; direct training and the classic U-Net take the same")
+    add("--max_minutes", type=number(0, above=True), metavar="M", help="instead: end within M minutes, whatever the "
+        "machine; the speed of each stage is measured first")
     add("--shares", type=share_list, default=SHARES, metavar="27,5,7,61",
-        help="of the budget, for stages 1 to 4, in per cent (27,5,7,61)")
+        help="of budget or minutes, for stages 1 to 4, in per cent (27,5,7,61)")
     add("--batch_sizes", type=batch_table, default=DEFAULT_BATCH_SIZES,
         help="images a batch at each resolution (32:64,64:32,128:16,256:8)")
     add("--lr", type=number(0, above=True), default=1e-3, help="full learning rate (1e-3)")
@@ -176,20 +178,26 @@ def _plan_epochs(args: argparse.Namespace, by_hand: dict) -> None:
         raise UserError("--start_stage is for a network that grows; leave it out with --progressive false or "
                         "--model unet")
     first = args.start_stage if grows else len(RESOLUTIONS)
-    if "epochs_per_stage" in by_hand:
-        for name in ("budget", "shares"):
-            if name in by_hand:
-                raise UserError(f"--{name} and --epochs_per_stage both say how long to train. Leave one of them out")
+    given = [name for name in ("epochs_per_stage", "max_minutes", "budget") if name in by_hand]
+    if given == ["epochs_per_stage"] and "shares" in by_hand:
+        given.append("shares")
+    if len(given) > 1:
+        raise UserError(f"--{given[1]} and --{given[0]} both say how long to train. Leave one of them out")
+    if given and given != ["budget"]:
         args.budget = None
-    elif args.budget:
+    if args.max_minutes:
+        args.epochs_per_stage = (1,)  # until the speed of the stages is known
+        return
+    if args.budget:
         epoch = CLASSIC_WORK / WORK[max(WORK)] if args.model == "unet" else 1.0
         if not grows and args.budget < epoch:
             raise UserError(f"--budget {args.budget:g} pays for no epoch at 256 pixels; with --model {args.model} one "
                             f"takes {epoch:.3g}. Take at least that")
         args.epochs_per_stage = deal(args.budget / epoch, args.shares, first)
         return
-    elif "shares" in by_hand:
-        raise UserError("--shares deals a --budget to the stages, and there is none. Give both, e.g. --budget 10")
+    if "shares" in by_hand:
+        raise UserError("--shares deals a --budget or --max_minutes to the stages, and there is none. Give both, e.g. "
+                        "--budget 10")
     trained = len(RESOLUTIONS) + 1 - first
     if len(args.epochs_per_stage) > 1 and (not grows or len(args.epochs_per_stage) not in {len(RESOLUTIONS), trained}):
         rule = f"stages {first}..4 are trained, so give one number, or {trained} joined by commas" if trained > 1 else \
