@@ -221,15 +221,17 @@ def list_images(given: list[str]) -> list[Path]:
 
     Raises UserError for what is not there and for two images whose results would have one name.
     """
-    from images.files import IMAGE_SUFFIXES, has_suffix
+    from images.listing import IMAGE_SUFFIXES, left_out, list_folder
 
     paths = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if has_suffix(p) and p.is_file())
-            if not inside:
+            listing = list_folder(path)
+            if not listing.files:
                 raise UserError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
-            paths += inside
+            paths += sorted([*listing.files.values(), *(twin for twin, _ in listing.twins)])
+            if words := left_out(listing):
+                print(f"not read in {path}: {words}")
         elif path.is_file():
             paths.append(path)
         else:

@@ -29,7 +29,8 @@ from conftest import (
     write_data_set,
 )
 from images.augmentation import augment, sample_numbers
-from images.files import load_image, load_mask
+from images.files import load_image
+from images.masks import load_mask
 from images.pyramid import ImagePyramid
 from images.recipe import DataRecipe
 from images.splits import list_splits

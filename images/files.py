@@ -1,40 +1,23 @@
-"""Read and write images and masks: the only module that decodes an image file.
+"""Read and write image files: the only module that decodes one.
 
-Images come as uint8, masks as bool, both (H, W, C); instance maps as int32 (H, W). Every refusal is an
-`ImageFileError` that names the file, what was found, the rule and the remedy.
+Images come as (H, W, C) uint8. Every refusal is an `ImageFileError` that names the file, what was found, the rule and
+the remedy. What a mask means is in `images.masks`.
 """
 
-import logging
+import contextlib
 import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage
 
+from images import tiff
+from images.tiff import READER_ERRORS, ImageFileError
 from system.errors import UserError
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by an error
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-
 MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything is decoded
-MAX_GREY_SHARE = 0.20  # of a mask's pixels; real JPEG masks have up to 0.07 between 64 and 191
-READER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error)  # at damaged files
-MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
-
-
-class ImageFileError(UserError):
-    """A file that cannot serve as image or mask."""
-
-
-def has_suffix(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    """Tell whether a name ends so, in small letters or large; hidden files, such as macOS leaves, count as no file."""
-    return path.suffix.lower() in suffixes and not path.name.startswith(".")
 
 
 def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
@@ -55,13 +38,13 @@ def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.nd
             by its type (65535 becomes 255), never by the values found; floating point must lie in [0, 1].
         max_pixels: an image of more is refused before it is decoded.
     """
-    return _in_channels(path, _decode(path, max_pixels), channels)
+    return _in_channels(path, decode(path, max_pixels), channels)
 
 
 def decode_image(path: Path, file: BinaryIO, channels: int) -> np.ndarray:
     """Read the image in an open file, e.g. one in memory, just as `load_image` reads `path`, the name in errors."""
     with _open(path, file) as image:
-        return _in_channels(path, _loaded(path, image, file=file), channels)
+        return _in_channels(path, loaded(path, image, file=file), channels)
 
 
 def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image") -> np.ndarray:
@@ -88,45 +71,6 @@ def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the im
         raise ImageFileError(f"{name}: an array of shape {np.shape(image)}; grey is (H, W), colour (H, W, 3), and both "
                              f"sides are at least 1. From (C, H, W) use .transpose(1, 2, 0)")
     return _in_channels(name, raw, channels)
-
-
-def load_mask(path: Path, classes: int = 1) -> np.ndarray:
-    """Read a mask as (H, W, classes) bool.
-
-    With one class the file holds 0/255, 0/1 or boolean values; anti-aliased or JPEG grey is cut at half. With more
-    classes it is a label image: 0 is background and pixels of value k belong to channel k - 1.
-    This is where a mask becomes {0, 1}.
-    """
-    raw = _decode(path, palette=classes == 1)
-    if raw.ndim == 3:
-        raw = _grey_of_mask(path, raw)
-    if classes == 1:
-        return _binary(path, raw)[..., None]
-    values = np.unique(raw)
-    if raw.dtype.kind == "f" or values.min() < 0 or values.max() > classes:
-        raise ImageFileError(f"{path}: label values {_listed(values)} found; with {classes} classes a mask holds whole "
-                             f"numbers 0..{classes}, 0 for background. Renumber the labels, or pass --out_channels 1 "
-                             f"for a 0/255 mask")
-    return np.stack([raw == k for k in range(1, classes + 1)], axis=-1)
-
-
-def load_instances(path: Path) -> np.ndarray:
-    """Read an instance map as (H, W) int32: 0 is background, every nucleus has a whole number of its own.
-
-    Takes what Fiji, napari, StarDist and Cellpose write: 8, 16 or 32 bit, palettes by index, and floating point if all
-    values are whole.
-    """
-    raw = _decode(path, palette=False)
-    if raw.ndim == 3:
-        raise ImageFileError(f"{path}: a colour image; an instance map has one channel, 0 for background and a whole "
-                             f"number for each nucleus. Save the labels themselves, not a picture of them")
-    if raw.dtype.kind == "f" and not np.array_equal(raw, np.round(raw)):  # not a number differs from itself
-        raise ImageFileError(f"{path}: values that are not whole, e.g. {raw[raw != np.round(raw)][0]:g}; an instance "
-                             f"map holds whole numbers, 0 for background. Is it a probability map? Save the labels")
-    if raw.min() < 0 or raw.max() >= 2 ** 31:
-        raise ImageFileError(f"{path}: labels {raw.min():g}..{raw.max():g} found; 0 is background and nuclei count "
-                             f"from 1. Renumber the labels")
-    return raw.astype(np.int32)
 
 
 def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
@@ -186,8 +130,7 @@ def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
     try:
         return Image.open(file or path)
     except UnidentifiedImageError:
-        image = _unusual_tiff(path) if not file and path.suffix.lower() in (".tif", ".tiff") else None
-        if image:
+        if path.suffix.lower() in tiff.SUFFIXES and (image := _deep_image(path, file)):
             return image
         raise ImageFileError(f"{path}: not a readable image ({path.stat().st_size} bytes); PNG, JPEG, TIFF and BMP are "
                              f"read. Export it again or remove it") from None
@@ -197,31 +140,40 @@ def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
-def _decode(path: Path, max_pixels: int = MAX_PIXELS, palette: bool = True) -> np.ndarray:
-    """Return the pixels of the first frame: (H, W) or (H, W, 3), bool, uint8, uint16, int32 or float32.
+def decode(path: Path, max_pixels: int = MAX_PIXELS, stored: Callable[[dict], bool] | None = None) -> np.ndarray:
+    """Return the pixels of the first frame: (H, W) or (H, W, 3), bool or any number.
 
     Args:
         max_pixels: an image of more is refused before it is decoded.
-        palette: turn palette images into their colours; False keeps the indices.
+        stored: told the tags of a TIFF (number -> value) in which 0 is white, says whether values are taken as they are
+            stored, not as they are shown.
     """
     with _open(path) as image:
         _check_header(path, image, max_pixels)
-        return _loaded(path, image, palette)
+        return loaded(path, image, stored=stored)
 
 
-def _unusual_tiff(path: Path) -> Image.Image | None:
-    """Read a grey TIFF of 64 bit, or of 32 bit in an order of bytes that Pillow does not know; None for all else."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image whose header is checked; its pixels are still to be loaded."""
+    with _open(path) as image:
+        _check_header(path, image, MAX_PIXELS)
+        yield image
+
+
+def _deep_image(path: Path, file: BinaryIO | None) -> Image.Image | None:
+    """Read a grey TIFF of a depth that Pillow does not know; None for what is no such TIFF."""
     try:
-        with tifffile.TiffFile(path) as file:
-            page = file.pages[0]
-            raw = page.asarray() if len(page.shape) == 2 and page.size <= MAX_PIXELS else np.zeros(0)
-    except READER_ERRORS:  # no TIFF at all, too
+        raw = tiff.read_deep(path, file, alone=True)
+    except READER_ERRORS as error:
+        if isinstance(error, ImageFileError):
+            raise
         return None
-    if raw.ndim != 2 or not raw.size or raw.dtype.kind not in "iuf":
+    if raw is None or raw.ndim != 2 or raw.size > MAX_PIXELS:
         return None
     if raw.dtype.kind == "f":
         return Image.fromarray(raw.astype(np.float32))
-    return Image.fromarray(raw.astype(np.int32)) if abs(raw).max() < 2 ** 31 else None
+    return Image.fromarray(raw.astype(np.int32)) if abs(raw.astype(float)).max() < 2 ** 31 else None
 
 
 def _check_header(path: Path, image: Image.Image, max_pixels: float) -> None:
@@ -259,27 +211,47 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO | None = None) -> np.ndarray:
-    """Return the pixels of an image opened from `path`, or from `file`; see `_decode`."""
+def loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO | None = None,
+            stored: Callable[[dict], bool] | None = None) -> np.ndarray:
+    """Return the pixels of an image opened from `path`, or from `file`; see `decode`.
+
+    Args:
+        palette: turn palette images into their colours; False keeps the indices.
+    """
     tags = image.tag_v2 if image.format == "TIFF" else {}
-    deep = max(tags.get(258, (8,))) > 8
     try:
-        if deep and tags.get(284) == 2 and tags.get(259, 1) == 1:  # uncompressed planes, which Pillow reads wrongly
-            if file:
-                file.seek(0)
-            return np.moveaxis(tifffile.imread(file or path, key=0), 0, -1)[..., :3]
-        image.load()
-        raw = _pixels(image, palette)
-        inverted = tags.get(262) == 0 and image.mode.startswith("I;16")  # 0 is white, which Pillow knows for 8 bit only
-        return 65535 - raw if inverted else raw
+        raw = tiff.read_deep(path, file) if tags else None
+        turned_round = raw is None and image.mode in ("1", "L")  # by Pillow, where 0 is white
+        if raw is None:
+            image.load()
+            raw = _pixels(image, palette)
+        elif _orientation(image) != 1:
+            raw = _turned(raw, _orientation(image))
+        if tags.get(262) == 0 and raw.ndim == 2 and raw.dtype.kind in "bu":
+            as_shown = not (stored and stored(tags))
+            raw = np.invert(raw) if as_shown != turned_round else raw
+        return raw
     except READER_ERRORS as error:
+        if isinstance(error, ImageFileError):
+            raise
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
+def _turned(raw: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn pixels (H, W) or (H, W, 3) upright, as `upright` does."""
+    if orientation in (5, 6, 7, 8):
+        raw = raw.swapaxes(0, 1)
+    return raw[::-1 if orientation in (3, 4, 7, 8) else 1, ::-1 if orientation in (2, 3, 6, 7) else 1]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a photograph as its EXIF data say."""
+    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+
+
 def _pixels(image: Image.Image, palette: bool = True) -> np.ndarray:
-    """Turn a photograph upright and reduce its mode to grey or RGB; see `_decode`."""
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    """Turn a photograph upright and reduce its mode to grey or RGB; see `loaded`."""
+    image = upright(image)
     if image.mode == "P":
         image = image.convert("RGB") if palette else image
     elif image.mode == "LA":
@@ -303,46 +275,3 @@ def _to_8_bit(path: Path | str, raw: np.ndarray) -> np.ndarray:
         raise ImageFileError(f"{path}: values {low}..{high} found; whole numbers of 8 or 16 bit are read. "
                              f"Save the image with 16 bit")
     return np.round(raw / 257).astype(np.uint8)
-
-
-def _grey_of_mask(path: Path, raw: np.ndarray) -> np.ndarray:
-    """Reduce an RGB mask to one plane; its three channels must agree, as they do in a grey file saved as RGB."""
-    spread = int((raw.max(axis=2).astype(int) - raw.min(axis=2)).max())
-    if spread > 32:
-        colours = np.unique(raw.reshape(-1, 3), axis=0)
-        example = tuple(int(v) for v in colours[-1])
-        raise ImageFileError(f"{path}: a colour-coded mask ({len(colours)} colours, e.g. {example}); {MASK_RULE}. "
-                             f"Write the colour of your target as 255 and all else as 0")
-    return raw[..., 1]
-
-
-def _binary(path: Path, raw: np.ndarray) -> np.ndarray:
-    """Cut a grey plane at half, or say why it is no binary mask."""
-    if raw.dtype == bool:
-        return raw
-    high = raw.max()
-    if raw.min() < 0 or raw.dtype.kind == "f":
-        raise ImageFileError(f"{path}: {raw.dtype} values {raw.min():g}..{high:g} found; {MASK_RULE}. "
-                             f"Save it as 8 bit PNG with 0 and 255")
-    if high <= 1:
-        return raw > 0
-    full = 255 if high <= 255 else 65535
-    # Labels and instance numbers make flat areas of middling values; edges, smoothed or from JPEG, do not.
-    flat = ndimage.maximum_filter(raw, 3) == ndimage.minimum_filter(raw, 3)
-    labels = np.unique(raw[flat & (raw > 0.1 * full) & (raw < 0.9 * full)])
-    if high < 0.75 * full or len(labels):
-        values = np.unique(raw)
-        classes = f", or pass --out_channels {high} if its values 1..{high} are classes" if high <= 8 else ""
-        raise ImageFileError(f"{path}: label values {_listed(values)} found; {MASK_RULE}. If every object has its own "
-                             f"number, write 255 where it is above 0{classes}")
-    grey = float(((raw > 0.25 * full) & (raw < 0.75 * full)).mean())
-    if grey > MAX_GREY_SHARE:
-        raise ImageFileError(f"{path}: {grey:.0%} of the pixels are grey (between a quarter and three quarters of "
-                             f"{full}); at most {MAX_GREY_SHARE:.0%} may be, and {MASK_RULE}. Is it an image, not a "
-                             f"mask? Otherwise threshold it yourself")
-    return raw >= full / 2
-
-
-def _listed(values: np.ndarray) -> str:
-    shown = ", ".join(f"{v:g}" for v in values[:6])
-    return f"{{{shown}{', ...' if len(values) > 6 else ''}}}"

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
+from images.duplicates import Appearance, appearance
 from images.familiarity import describe, ranges_over
 from images.files import ImageFileError, load_image, resize
+from images.masks import how_it_is_read
 from images.recipe import MASK, DataRecipe
 from images.resolutions import FINEST, RESOLUTIONS
 from images.splits import DatasetError, Pair, find_data_root, find_splits, sizing_of
@@ -40,12 +43,19 @@ class ImagePyramid:
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
         lost: (N, 3) bool, whether the mask shows something at 256 pixels and nothing of it at 32, 64, 128.
         foreground: (N, classes) share of each mask's original pixels that belong to the class.
+        appearances: what each image looks like (see images/duplicates.py).
+        darker: (N,) bool, whether the image is darker in the mask of the first class than beside it.
+        largest: (N,) pixels at 256 of the largest connected part of that mask, 0 for an empty one.
+        readings: sentences on masks that are not read as one may expect, with their files.
     """
 
     def __init__(self, pairs: list[Pair], recipe: DataRecipe):
         self.pairs, self.names, self.recipe = pairs, [pair.name for pair in pairs], recipe
         self.foreground = np.zeros((len(pairs), recipe.classes))
         self.lost = np.zeros((len(pairs), len(RESOLUTIONS) - 1), bool)
+        self.appearances: list[Appearance] = []
+        self.darker, self.largest = np.zeros(len(pairs), bool), np.zeros(len(pairs), int)
+        self.readings: list[tuple[str, Path]] = []
         self._cache: ImageCache | None = None
 
     def __len__(self) -> int:
@@ -89,8 +99,11 @@ class ImagePyramid:
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.foreground[i], description, self.lost[i] = found
+                image, mask, self.foreground[i], description, self.lost[i], look, self.darker[i], self.largest[i], \
+                    reading = found
                 descriptions.append(description)
+                self.appearances.append(look)
+                self.readings += [(reading, self.pairs[i].mask)] if reading else []
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
@@ -153,7 +166,13 @@ class ImagePyramid:
         if isinstance(found, list):
             return found
         image, mask, *_ = found
-        return *found, describe(image.transpose(1, 2, 0), mask[0] >= 128), _lost(mask[:self.recipe.classes])
+        inside, grey = mask[0] >= 128, image.mean(axis=0)
+        some = 0 < inside.sum() < inside.size
+        darker = some and grey[inside].mean() < grey[~inside].mean()
+        largest = np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:].max(initial=0)
+        reading = how_it_is_read(pair.mask) if self.recipe.classes == 1 else ""
+        return (*found, describe(image.transpose(1, 2, 0), inside), _lost(mask[:self.recipe.classes]),
+                appearance(image), darker, largest, reading)
 
 
 def _lost(mask: np.ndarray) -> list[bool]:

@@ -4,11 +4,18 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from images.dealing import write_splits
+from images.duplicates import shared
+from images.listing import name_of
 from images.pyramid import ImagePyramid, open_pyramids
-from images.resolutions import RESOLUTIONS
-from images.splits import SPLITS, find_data_root, groups_of, leaked, other_files, write_splits
+from images.resolutions import FINEST, RESOLUTIONS
+from images.splits import SPLITS, DatasetError, by_source, find_data_root, groups_of, leaked, passed_over
+from images.targets import instance_file
 
-LOST_SHARE = 0.1  # of the masks of train, from which on it is said that a stage sees nothing of them
+HOW = {"source images": " as originals or copies", "pictures": ", by their pixels, turned or flipped ones too"}
+FEW_PIXELS = 20    # of the largest object of a split, below which it is doubted that objects are nuclei
+SOME_IMAGES = 5    # from which on it says something that nuclei are darker in none
+LOST_SHARE = 0.1   # of the masks of train, from which on it is said that a stage sees nothing of them
 
 
 @dataclass
@@ -16,9 +23,9 @@ class DatasetReport:
     """What was counted in a data set; printing it shows a table and the warnings.
 
     Attributes:
-        counts: split -> images, originals, empty masks, foreground (mean share of pixels, one a class).
-        totals: 'source images' and, with a group expression, 'groups' -> how many there are.
-        leakage: the same kinds -> split -> (in train, all).
+        counts: split -> images, originals, empty masks, foreground (mean share of pixels, one a class), instance maps.
+        totals: 'source images' and, with a group expression or a manifest, 'groups' -> how many there are.
+        leakage: the same kinds, and 'pictures', found by their pixels -> split -> (in train, all).
         warnings: sentences, one a warning.
     """
 
@@ -33,10 +40,12 @@ class DatasetReport:
         for split, c in self.counts.items():
             share = ", ".join(f"{f:.1%}" for f in c["foreground"])
             lines.append(f"{split:<6}  {c['images']:>6}  {c['originals']:>9}  {c['empty_masks']:>11}  {share:>10}")
+        if any(c["instances"] for c in self.counts.values()):
+            lines.append("instance maps: " + ", ".join(f"{c['instances']} of {c['images']} images of {split}"
+                                                       for split, c in self.counts.items()))
         lines += [f"{n} {kind} in all" for kind, n in self.totals.items()]
         for kind, by_split in self.leakage.items():
-            lines += [f"leakage: {n} of {m} {kind} of {split} are in train" +
-                      (" as originals or copies" if kind == "source images" else "")
+            lines += [f"leakage: {n} of {m} {kind} of {split} are in train" + HOW.get(kind, "")
                       for split, (n, m) in by_split.items()]
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
 
@@ -54,37 +63,89 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     data_root = find_data_root(data_root)
     if pyramids is None:
         pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images=False)
+    refuse_full_masks(data_root, pyramids)
     counts = {split: {"images": len(p), "originals": sum(not pair.is_copy for pair in p.pairs),
                       "empty_masks": int((p.foreground == 0).any(axis=1).sum()),
-                      "foreground": p.foreground.mean(axis=0).tolist()} for split, p in pyramids.items()}
+                      "foreground": p.foreground.mean(axis=0).tolist(),
+                      "instances": sum(instance_file(pair) is not None for pair in p.pairs)}
+              for split, p in pyramids.items()}
     pairs = {split: p.pairs for split, p in pyramids.items()}
-    kinds = {"source images": None} | ({"groups": group_regex} if group_regex else {})
     everything = [pair for of_split in pairs.values() for pair in of_split]
-    totals = {kind: len(groups_of(everything, regex)) for kind, regex in kinds.items()}
-    leakage = {kind: {split: leaked(pairs, split, regex) for split in SPLITS[1:]} for kind, regex in kinds.items()}
+    kinds = {"source images": by_source}
+    if group_regex or any(pair.group not in ("", pair.source, name_of(pair.source)) for pair in everything):
+        kinds["groups"] = groups_of
+    totals = {kind: len(collect(everything, group_regex)) for kind, collect in kinds.items()}
+    leakage = {kind: {split: leaked(pairs, split, group_regex, collect) for split in SPLITS[1:]}
+               for kind, collect in kinds.items()}
     report = DatasetReport(str(data_root), counts, totals, leakage)
-    for kind, by_split in leakage.items():
-        shared = [f"{n} of {m} {kind} of {split}" for split, (n, m) in by_split.items() if n]
-        if shared:
-            report.warnings.append(f"{' and '.join(shared)} are in train as well, so these scores overstate what the "
-                                   f"network does on new {kind}")
-    if report.warnings:
+    by_pixels = {split: shared(pyramids["train"].appearances, pyramids[split].appearances) for split in SPLITS[1:]}
+    leakage["pictures"] = {split: (len(equal) + len(near), counts[split]["images"])
+                           for split, (equal, near) in by_pixels.items()}
+    report.warnings += leakage_warnings(report, pyramids, by_pixels, group_regex)
+    report.warnings += [f"not read in {words}" for words in passed_over(data_root)]
+    report.warnings += mask_warnings(pyramids, counts)
+    return report
+
+
+def refuse_full_masks(data_root: Path, pyramids: dict[str, ImagePyramid]) -> None:
+    """Raise DatasetError for a split whose masks are all foreground and nothing else."""
+    full = [split for split, p in pyramids.items() if len(p) and (p.foreground == 1).all()]
+    if full:
+        raise DatasetError(data_root, [f"{split}: all {len(pyramids[split])} masks are foreground from edge to edge, "
+                                       f"so there is nothing to learn. Are they inverted, or saved without their "
+                                       f"transparency? Look at {pyramids[split].pairs[0].mask}" for split in full])
+
+
+def leakage_warnings(report: DatasetReport, pyramids: dict[str, ImagePyramid], by_pixels: dict,
+                     group_regex: str | None) -> list[str]:
+    """Return what is shared between train and the other splits, and how to split otherwise."""
+    found = []
+    for kind, by_split in report.leakage.items():
+        counts = [f"{n} of {m} {kind} of {split}" for split, (n, m) in by_split.items() if n]
+        if counts:
+            found.append(f"{' and '.join(counts)} are in train as well, so these scores overstate what the network "
+                         f"does on new {kind}")
+    if report.leakage["source images"] != report.leakage["pictures"]:
+        for split, (equal, near) in by_pixels.items():
+            for same, words in ((equal, "show the very picture"), (near, "nearly show the picture")):
+                if same:
+                    j, i = next(iter(same.items()))
+                    found.append(f"{len(same)} images of {split} {words} of one in train, perhaps turned or flipped, "
+                                 f"e.g. {pyramids[split].pairs[j].image} and {pyramids['train'].pairs[i].image}")
+    if any(n for kind in report.totals for n, _ in report.leakage[kind].values()):
         regex = f" --group_regex {shlex.quote(group_regex)}" if group_regex else ""
-        report.warnings.append(f"for a split without leakage: python prepare_data.py split "
-                               f"{shlex.quote(str(data_root))}{regex}")
-    others = other_files(data_root)
-    if others:
-        report.warnings.append(f"{len(others)} files are of no type that is read, and left out, e.g. {others[0]}")
-    train = pyramids["train"]
+        found.append(f"for a split without leakage: python prepare_data.py split "
+                     f"{shlex.quote(report.data_root)}{regex}")
+    return found
+
+
+def mask_warnings(pyramids: dict[str, ImagePyramid], counts: dict[str, dict]) -> list[str]:
+    """Return what about the masks makes one doubt that they mean what they should."""
+    train, found = pyramids["train"], []
     for resolution, lost in zip(RESOLUTIONS, train.lost.sum(axis=0).tolist(), strict=False):
         if lost > LOST_SHARE * len(train):
-            report.warnings.append(f"at {resolution}x{resolution} pixels {lost} of {len(train)} masks of train lose "
-                                   f"all they show (nothing covers half of a pixel), so that stage teaches little. Cut "
-                                   f"the images into tiles, or give that stage few epochs")
-    for split, c in counts.items():
-        if c["empty_masks"] == c["images"]:
-            report.warnings.append(f"all {c['images']} masks of {split} are empty in some class")
-    return report
+            found.append(f"at {resolution}x{resolution} pixels {lost} of {len(train)} masks of train lose all they "
+                         f"show (nothing covers half of a pixel), so that stage teaches little. Cut the images into "
+                         f"tiles, or give that stage few epochs")
+    for split, p in pyramids.items():
+        if counts[split]["empty_masks"] == len(p):
+            found.append(f"all {len(p)} masks of {split} are empty in some class")
+        share = counts[split]["foreground"][0]
+        if share > 0.5:
+            found.append(f"{share:.0%} of the pixels of {split} are foreground, which is much for nuclei. Are the "
+                         f"masks inverted?")
+        if 0 < p.largest.max(initial=0) < FEW_PIXELS:
+            found.append(f"no object in the masks of {split} has more than {p.largest.max()} pixels at {FINEST}x"
+                         f"{FINEST}. Are they points instead of nuclei? Otherwise cut the images into tiles")
+    drawn = sum(int((p.largest > 0).sum()) for p in pyramids.values())
+    if drawn >= SOME_IMAGES and not any(p.darker.any() for p in pyramids.values()):
+        found.append(f"in none of {drawn} images is what the mask marks darker than the rest, as stained nuclei are. "
+                     f"Are the masks inverted?")
+    readings: dict[str, list[Path]] = {}
+    for p in pyramids.values():
+        for reading, path in p.readings:
+            readings.setdefault(reading, []).append(path)
+    return found + [f"{len(paths)} mask(s) {reading}, e.g. {paths[0]}" for reading, paths in readings.items()]
 
 
 def split_dataset(data_root: Path, group_regex: str | None = None, seed: int = 0, in_channels: int = 1,

@@ -1,8 +1,9 @@
 """Which files make up train, valid and test, and which of them show the same cell.
 
 A data root holds `train|valid|test` / `images|masks`; image and mask share the stem. `flipped_*`, `mirrored_*` and
-`rotated_X_*` are copies of the image whose name follows the prefix. A `splits.csv` in the root (columns `path`,
-relative to the root, and `split`) overrides the folders; images that it does not list are left out.
+`rotated_X_*` are copies of the image whose name follows the prefix, `*_flipped` and so on of the one before it. A
+`splits.csv` in the root (columns `path`, relative to the root, and `split`) overrides the folders; images that it does
+not list are left out. A `manifest.csv` tells from which image and patient each file was cut.
 """
 
 import csv
@@ -10,20 +11,20 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from images.files import IMAGE_SUFFIXES, has_suffix
+from images.listing import composed, left_out, list_folder, name_of
 from images.recipe import SIZINGS
 from system.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
-SHARES = (0.70, 0.15, 0.15)
-COPY_PREFIX = re.compile(r"^(?:flipped_|mirrored_|rotated_-?\d+(?:\.\d+)?_)+")
+KINDS = ("images", "masks", "instances")  # folders of a split; the last may be missing
+MANIFEST = "manifest.csv"  # of a prepared data set: from which image and patient every file comes
+COPY = r"(?:flipped|mirrored|rotated_-?\d+(?:\.\d+)?)"
+COPY_MARK = re.compile(rf"^(?:{COPY}_)+(?=.)|(?<=.)(?:_{COPY})+$")
 BUNDLED_SAMPLE = Path(__file__).resolve().parents[1] / "data"
 TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
 
@@ -41,23 +42,45 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its mask."""
+    """One image with its mask.
+
+    Attributes:
+        origin, group: the image that it was cut from and that one's patient, if a manifest tells them.
+    """
 
     image: Path
     mask: Path
+    origin: str = ""
+    group: str = ""
 
     @property
     def name(self) -> str:
-        return self.image.stem
+        return name_of(self.image)
 
     @property
     def source(self) -> str:
-        """Name of the image that this one is, or is a copy of."""
-        return COPY_PREFIX.sub("", self.name)
+        """Name of the image that this one is, was cut from, or is a copy of."""
+        return self.origin or source_name(self.name)
 
     @property
     def is_copy(self) -> bool:
-        return self.source != self.name
+        return source_name(self.name) != self.name
+
+
+def source_name(name: str) -> str:
+    """Return the name of the image that one of this name is, or is a copy of: flipped_7 and 7_flipped are 7."""
+    return COPY_MARK.sub("", name)
+
+
+def originals(pairs: Iterable[Pair]) -> list[Pair]:
+    """Leave out the copies; of an image of which there are only copies, the first stands for it."""
+    pairs = list(pairs)
+    there = {pair.source for pair in pairs if not pair.is_copy}
+    stand_ins: dict[str, Pair] = {}
+    for pair in pairs:
+        if pair.is_copy and pair.source not in there:
+            stand_ins.setdefault(pair.source, pair)
+    return [pair for pair in pairs if not pair.is_copy or stand_ins.get(pair.source) is pair]
 
 
 def find_data_root(data_root: Path | str) -> Path:
@@ -89,16 +112,13 @@ def find_splits(data_root: Path, use_augmented: bool = True,
     data_root = find_data_root(data_root)
     table = data_root / SPLITS_FILE
     listed = table.is_file()
-    folders, problems = _read_folders(data_root, SPLITS if listed else wanted, all_needed=not listed)
+    folders, problems = read_folders(data_root, SPLITS if listed else wanted, all_needed=not listed)
     splits = _apply_splits_file(table, folders, problems) if table.is_file() else folders
     splits = {split: sorted(splits[split], key=lambda pair: pair.name) for split in wanted}
     for split, pairs in splits.items():
-        if not use_augmented and pairs:
-            splits[split] = [pair for pair in pairs if not pair.is_copy]
-            if not splits[split]:
-                problems.append(f"{split}: all {len(pairs)} images are augmented copies (flipped_*, mirrored_*, "
-                                f"rotated_X_*). Pass --use_augmented true, or add originals")
-        elif not pairs and not problems:
+        if not use_augmented:
+            splits[split] = originals(pairs)
+        if not pairs and not problems:
             problems.append(f"{split}: no image. " + (f"Check {table}" if table.is_file() else f"Expected: {TREE}"))
     return splits, problems
 
@@ -142,101 +162,38 @@ def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]
     return {name: match.group(pattern.groups and 1) for name, match in found.items()}
 
 
-def groups_of(pairs: list[Pair], group_regex: str | None) -> dict[str, list[Pair]]:
-    """Collect pairs by the group of their source image (see `group_names`)."""
-    group_of = group_names((pair.source for pair in pairs), group_regex)
+def by_source(pairs: Iterable[Pair], group_regex: str | None = None) -> dict[str, list[Pair]]:
+    """Collect pairs by their source image."""
     groups = defaultdict(list)
     for pair in pairs:
-        groups[group_of[pair.source]].append(pair)
+        groups[pair.source].append(pair)
     return dict(groups)
 
 
-def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = None) -> tuple[int, int]:
-    """Count the groups of `split` of which any image, original or copy, is in train: (in train, all)."""
-    train = groups_of(splits["train"], group_regex)
-    groups = groups_of(splits[split], group_regex)
+def groups_of(pairs: Iterable[Pair], group_regex: str | None) -> dict[str, list[Pair]]:
+    """Collect pairs by what must not be in two splits: what `group_regex` finds in the name of their source image (see
+    `group_names`), else the group that a manifest tells, else the source image."""
+    pairs = list(pairs)
+    stems = {pair.source: name_of(pair.source) if pair.origin else pair.source for pair in pairs}
+    found = group_names(stems.values(), group_regex) if group_regex else {}
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[found.get(stems[pair.source]) or pair.group or pair.source].append(pair)
+    return dict(groups)
+
+
+def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = None,
+           collect: Callable = groups_of) -> tuple[int, int]:
+    """Count the groups of `split` of which any image, original or copy, is in train: (in train, all).
+
+    Args:
+        collect: `groups_of` or `by_source`.
+    """
+    train, groups = (collect(splits[name], group_regex) for name in ("train", split))
     return sum(key in train for key in groups), len(groups)
 
 
-def deal_groups(contents: Mapping[str, int | Sequence[int]], shares: Sequence[float], seed: int) -> dict[str, int]:
-    """Deal groups into parts so that shares are met in images, of each class, as well as whole groups permit.
-
-    Larger groups go first, equal ones in random order, each to the part where it lowers the squared distance from the
-    expected counts, relative to them, most. No part stays empty.
-
-    Args:
-        contents: how many images a group holds, or how many of each class; at least one in all.
-        shares: of the parts, with sum 1.
-    Returns:
-        The number of the part of every group.
-    Raises:
-        UserError: for fewer groups than parts.
-    """
-    if len(contents) < len(shares):
-        raise UserError(f"{len(contents)} group(s) (patients, fields of view) found; {len(shares)} parts need at "
-                         f"least one each. Add images, or group otherwise")
-    keys = sorted(contents)
-    np.random.default_rng(seed).shuffle(keys)
-    keys.sort(key=lambda key: -np.sum(contents[key]))
-    counts = np.array([contents[key] for key in keys], float).reshape(len(keys), -1)
-    expected = np.outer(shares, counts.sum(axis=0))
-    held, used = np.zeros_like(expected), np.zeros(len(shares), bool)
-    dealt = {}
-    for i, key in enumerate(keys):
-        change = ((held + counts[i] - expected) ** 2 - (held - expected) ** 2) / np.maximum(expected, 1e-9)
-        cost = change.sum(axis=1)
-        if len(keys) - i <= (~used).sum():
-            cost[used] = np.inf
-        part = int(cost.argmin())
-        held[part] += counts[i]
-        used[part] = True
-        dealt[key] = part
-    return dealt
-
-
-def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 0) -> dict[str, list[Pair]]:
-    """Deal all originals into 70 % train, 15 % valid and 15 % test with `deal_groups`: no group is in two of them.
-
-    Copies go to train only, and only those of train's own groups and of groups without an original. An image that lies
-    in two folders is taken once.
-    """
-    folders, problems = _read_folders(Path(data_root), SPLITS, all_needed=False)
-    by_name: dict[str, Pair] = {}
-    for pair in (pair for pairs in folders.values() for pair in pairs):
-        first = by_name.setdefault(pair.name, pair)
-        if first is not pair and first.image.read_bytes() != pair.image.read_bytes():
-            problems.append(f"{pair.image}: another picture than {first.image}, of the same name; names must be unique "
-                            f"across train, valid and test. Rename one with its mask")
-    if problems:
-        raise DatasetError(data_root, problems)
-    groups = groups_of(list(by_name.values()), group_regex)
-    originals = {key: sum(not pair.is_copy for pair in pairs) for key, pairs in groups.items()}
-    part_of = deal_groups({key: count for key, count in originals.items() if count}, SHARES, seed)
-    dealt: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    for key, pairs in groups.items():
-        split = SPLITS[part_of.get(key, 0)]  # copies without their original serve in train alone
-        dealt[split] += [pair for pair in pairs if split == "train" or not pair.is_copy]
-    return dealt
-
-
-def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0) -> Path:
-    """Write `splits.csv` from `split_by_group`; an existing one is never overwritten."""
-    data_root = Path(data_root)
-    path = data_root / SPLITS_FILE
-    if path.exists():
-        raise UserError(f"{path}: exists already. Move or delete it first; it is never overwritten")
-    dealt = split_by_group(data_root, group_regex, seed)
-    rows = [(pair.image.relative_to(data_root).as_posix(), split) for split in SPLITS for pair in dealt[split]]
-    try:
-        with open(path, "x", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("path", "split"), *sorted(rows)])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "
-                         f"yours") from None
-    return path
-
-
-def _read_folders(data_root: Path, wanted: Iterable[str],
+def read_folders(data_root: Path, wanted: Iterable[str],
                   all_needed: bool = True) -> tuple[dict[str, list[Pair]], list[str]]:
     """Return the pairs of these folders, whatever `splits.csv` says, and the problems.
 
@@ -250,36 +207,47 @@ def _read_folders(data_root: Path, wanted: Iterable[str],
     wanted = list(wanted)
     there = [split for split in wanted if (data_root / split).is_dir()]
     read = wanted if all_needed or not there else there
-    return {split: _pair_folder(data_root / split, problems) if split in read else [] for split in wanted}, problems
+    origins = _read_manifest(data_root / MANIFEST)
+    return {split: [replace(pair, **origins.get(pair.name, {})) for pair in
+                    (_pair_folder(data_root / split, problems) if split in read else [])] for split in wanted}, problems
 
 
-def other_files(data_root: Path) -> list[Path]:
-    """Return the files in the images and masks folders that are of no type that is read."""
-    folders = [data_root / split / kind for split in SPLITS for kind in ("images", "masks")]
-    return [path for folder in folders for path in sorted(folder.glob("*"))
-            if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()]
+def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
+    """Return name -> origin and group of every image that a manifest lists; a table of another kind tells nothing."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {composed(row["tile"]): {"origin": row["source"], "group": row["group"]}
+                    for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError):
+        return {}
+
+
+def passed_over(data_root: Path) -> list[str]:
+    """Return in words what lies in the folders of a data set and is not read."""
+    found = []
+    for split in SPLITS:
+        for kind in KINDS:
+            folder = data_root / split / kind
+            if folder.is_dir() and (words := left_out(list_folder(folder))):
+                found.append(f"{folder}: {words}")
+    return found
 
 
 def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
     """Pair images and masks of one split by stem; what does not pair goes into `problems`."""
     found = {}
-    for kind in ("images", "masks"):
+    for kind in KINDS[:2]:
         if not (folder / kind).is_dir():
             problems.append(f"{folder / kind}: no such folder. Expected: {TREE}")
             continue
-        by_stem = found[kind] = {}
         try:
-            paths = sorted((folder / kind).iterdir())
+            listing = list_folder(folder / kind)
         except OSError as error:
             problems.append(f"{folder / kind}: cannot be listed ({error.strerror}). Check its permissions")
             continue
-        for path in paths:
-            if not has_suffix(path):
-                continue
-            if path.stem in by_stem:
-                problems.append(f"{path}: same name as {by_stem[path.stem].name}; a stem may occur once in a folder. "
-                                f"Remove or rename one")
-            by_stem[path.stem] = path
+        found[kind] = listing.files
+        problems += [f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove or rename one"
+                     for path, first in listing.twins]
     if len(found) < 2:
         return []
     images, masks = found["images"], found["masks"]
@@ -292,7 +260,8 @@ def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
 
 def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: list[str]) -> dict[str, list[Pair]]:
     """Deal the pairs of all folders as the table says; every wrong line goes into `problems`."""
-    by_path = {pair.image.relative_to(table.parent).as_posix(): pair for pairs in folders.values() for pair in pairs}
+    by_path = {composed(pair.image.relative_to(table.parent).as_posix()): pair
+               for pairs in folders.values() for pair in pairs}
     splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     remedy = "Write it with python prepare_data.py split DATA_ROOT, or save it as CSV UTF-8 with commas"
     try:
@@ -307,7 +276,7 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
         return splits
     seen = set()
     for number, row in enumerate(rows, start=2):
-        path, split, line = (row["path"] or "").replace("\\", "/"), row["split"], f"{table}, line {number}"
+        path, split, line = composed((row["path"] or "").replace("\\", "/")), row["split"], f"{table}, line {number}"
         if split not in SPLITS:
             problems.append(f"{line}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
         elif path not in by_path:

@@ -11,9 +11,11 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import find_boundaries
 
-from images.files import ImageFileError, load_instances, load_mask
+from images.files import ImageFileError
+from images.listing import file_named
+from images.masks import load_instances, load_mask
 from images.recipe import MASK
-from images.splits import Pair
+from images.splits import KINDS, Pair
 
 RIM = 2 / 256  # width of the rim inside a nucleus, as a share of the image's longer side: 2 pixels at 256
 
@@ -46,8 +48,7 @@ def rims(nuclei: np.ndarray, width: float) -> np.ndarray:
 
 def instance_file(pair: Pair) -> Path | None:
     """Return the instance map that lies in `instances` beside `images`, if there is one."""
-    folder = pair.image.parent.parent / "instances"
-    return next((path for suffix in (".png", ".tif") if (path := folder / f"{pair.name}{suffix}").is_file()), None)
+    return file_named(pair.image.parent.parent / KINDS[2], pair.name)
 
 
 def drawn_nuclei(pair: Pair, mask: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from xml.parsers import expat
 import numpy as np
 
 from images.files import MAX_PIXELS
+from images.listing import name_of
 from preparation.annotations import Annotation, Region
 from system.errors import UserError
 
@@ -152,7 +153,7 @@ def read_coco(path: Path) -> dict[str, Annotation]:
                               f"Export it from CVAT as 'COCO 1.0'")
     by_id, by_stem, kinds = {}, {}, {}
     for image in content["images"]:
-        stem = Path(str(image.get("file_name", "")).replace("\\", "/")).stem
+        stem = name_of(str(image.get("file_name", "")).replace("\\", "/"))
         if not stem or stem in by_stem:
             raise AnnotationError(f"{path}: image {image.get('id')!r} has file_name {image.get('file_name')!r}; every "
                                   f"image needs a name whose stem occurs once. Rename it and export again")

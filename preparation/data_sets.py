@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from images.files import IMAGE_SUFFIXES, has_suffix, load_image, load_instances, save_instances, save_png
+from images.files import load_image, save_instances, save_png
+from images.listing import IMAGE_SUFFIXES, list_folder
+from images.masks import load_instances
 from images.resolutions import FINEST
 from images.splits import SPLITS
 from system.errors import UserError
@@ -245,17 +247,12 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     """Return the image files of a folder by stem; raises UserError if a stem occurs twice or there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no folder of that name. Check the path")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not has_suffix(path):
-            continue
-        if path.stem in found:
-            raise UserError(f"{path}: same name as {found[path.stem].name}; a stem may occur once. Remove or rename "
-                             f"one")
-        found[path.stem] = path
-    if not found:
+    listing = list_folder(folder)
+    for path, first in listing.twins:
+        raise UserError(f"{path}: same name as {first.name}; a stem may occur once. Remove or rename one")
+    if not listing.files:
         raise UserError(f"{folder}: no image found ({', '.join(IMAGE_SUFFIXES)}). Check the path")
-    return found
+    return listing.files
 
 
 def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -15,8 +15,11 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from images.files import IMAGE_SUFFIXES, ImageFileError, has_suffix, image_size, load_image, load_instances
-from images.splits import COPY_PREFIX, SHARES, SPLITS, DatasetError, deal_groups, group_names
+from images.dealing import SHARES, deal_groups
+from images.files import ImageFileError, image_size, load_image
+from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of
+from images.masks import load_instances
+from images.splits import SPLITS, DatasetError, group_names, source_name
 from preparation.annotation_files import read_coco, read_geojson
 from preparation.annotations import Annotation, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
@@ -92,11 +95,11 @@ def _only_json(path: Path) -> Path:
 
 def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
     """Return the stem of the image that an annotation file belongs to, or its own if there is none."""
-    by_name = {image.name: stem for stem, image in images.items()}
-    if path.stem in images or path.stem in by_name:
-        return by_name.get(path.stem, path.stem)
-    ends = [end for end in LABEL_ENDS if path.stem.endswith(end)]
-    return path.stem.removesuffix(ends[0]) if ends else path.stem
+    by_name, name = {composed(image.name): stem for stem, image in images.items()}, name_of(path)
+    if name in images or name in by_name:
+        return by_name.get(name, name)
+    ends = [end for end in LABEL_ENDS if name.endswith(end)]
+    return name.removesuffix(ends[0]) if ends else name
 
 
 def read_label_image(path: Path, image: Path) -> Drawn:
@@ -147,7 +150,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
 
 def assign(names: list[str], group_regex: str | None, seed: int) -> dict[str, tuple[str, str]]:
     """Return group and split of every image; '' for a copy (flipped_* ...) whose original is not in train."""
-    source_of = {name: COPY_PREFIX.sub("", name) for name in names}
+    source_of = {name: source_name(name) for name in names}
     group_of = group_names(sorted(set(source_of.values())), group_regex)
     dealt = deal_groups(Counter(group_of[name] for name in names if source_of[name] == name), SHARES, seed)
     found = {}

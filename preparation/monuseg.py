@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from images.files import ImageFileError, has_suffix, load_image
-from images.splits import DatasetError, deal_groups
+from images.dealing import deal_groups
+from images.files import ImageFileError, load_image
+from images.listing import has_suffix
+from images.splits import DatasetError
 from preparation.annotation_files import read_imagescope
 from preparation.annotations import Annotation, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder

@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 from skimage.filters import threshold_otsu
 
-from images.files import ImageFileError, load_image, load_mask
+from images.files import ImageFileError, load_image
+from images.masks import load_mask
 from images.splits import SPLITS_FILE, Pair, find_data_root, list_splits
 from images.targets import drawn_nuclei
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics

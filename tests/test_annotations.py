@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from conftest import PROJECT, imagescope, square
-from images.files import ImageFileError, load_instances, save_instances
+from images.files import ImageFileError, save_instances
+from images.masks import load_instances
 from preparation.annotation_files import AnnotationError, decode_run_lengths, read_coco, read_geojson, read_imagescope
 from preparation.annotations import Region, rasterise
 

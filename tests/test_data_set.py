@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 import train_papsmear
 from conftest import TINY, copy_pair, disc, move_pair, run_script, write_data_set
+from images.dealing import write_splits
 from images.files import save_png
 from images.report import check_dataset
-from images.splits import DatasetError, leaked, list_splits, write_splits
+from images.splits import DatasetError, leaked, list_splits
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 
 

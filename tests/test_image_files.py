@@ -14,7 +14,8 @@ from PIL import Image
 from conftest import noisy_image
 from images import bands as image_bands
 from images.bands import BandStore, ImageRows, TiffLayout, even_spans, small_tiff, windows, write_tiff
-from images.files import ImageFileError, image_size, load_image, load_instances, save_png, to_image
+from images.files import ImageFileError, image_size, load_image, save_png, to_image
+from images.masks import load_instances
 from system.atomic import finished_files
 
 # ---- images in memory and whole files

@@ -9,7 +9,8 @@ from PIL import Image
 from conftest import disc
 from images.augmentation import augment, sample_numbers
 from images.cache import halve
-from images.files import ImageFileError, image_size, load_image, load_mask, resize, save_png
+from images.files import ImageFileError, image_size, load_image, resize, save_png
+from images.masks import load_mask
 from images.pyramid import open_pyramids
 from unet_parts import mean2x2
 

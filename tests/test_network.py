@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conftest import at_growth, roughly_trained, write_checkpoint, write_data_set
-from images.files import load_mask, save_png
+from images.files import save_png
+from images.masks import load_mask
 from images.pyramid import open_pyramids
 from inference import Predictor
 from pap_smear_dataset import create_progressive_dataloaders

@@ -19,7 +19,8 @@ import predict_papsmear
 import train_papsmear
 from conftest import TINY, draw_pair, lively_model, noisy_image, read_rows, run_script, write_checkpoint
 from images import bands as image_bands
-from images.files import load_image, load_instances, save_png
+from images.files import load_image, save_png
+from images.masks import load_instances
 from inference import Predictor
 from nuclei import blocks as block_separation
 from nuclei import streaming

@@ -15,10 +15,12 @@ from PIL import Image
 
 import prepare_data
 from conftest import imagescope, square
-from images.files import load_image, load_instances, load_mask, save_png
+from images.dealing import deal_groups
+from images.files import load_image, save_png
+from images.masks import load_instances, load_mask
 from images.pyramid import open_pyramids
 from images.report import check_dataset
-from images.splits import deal_groups, group_names, leaked, list_splits
+from images.splits import group_names, leaked, list_splits
 from preparation.data_sets import COLUMNS, cut_tile, tile_offsets
 from preparation.drawn import import_drawn
 from preparation.herlev import CLASSES, field_of

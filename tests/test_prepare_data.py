@@ -12,9 +12,11 @@ import pytest
 
 import prepare_data
 from conftest import PROJECT, run_script, write_data_set
-from images.files import load_image, load_mask, save_png
+from images.dealing import write_splits
+from images.files import load_image, save_png
+from images.masks import load_mask
 from images.pyramid import open_pyramids
-from images.splits import BUNDLED_SAMPLE, DatasetError, find_data_root, list_splits, write_splits
+from images.splits import BUNDLED_SAMPLE, DatasetError, find_data_root, list_splits
 from preparation.choices import HERLEV_TARGETS
 from preparation.herlev import CLASSES, COLOURS
 from scoring.scores import scored_pairs

@@ -16,7 +16,8 @@ import evaluate_papsmear
 import train_papsmear
 from checkpoints import load_checkpoint
 from conftest import TINY, draw_pair, labelled, lively_model, random_nuclei, read_rows, write_checkpoint, write_data_set
-from images.files import load_image, load_mask, save_png
+from images.files import load_image, save_png
+from images.masks import load_mask
 from images.targets import drawn_nuclei
 from inference import Predictor
 from nuclei.outlines import boundary

@@ -1,0 +1,63 @@
+"""Which images of two splits show the same picture, by their pixels: equal, turned or flipped, or nearly so."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SIDE = 16           # pixels of a thumbnail
+NEAR = 0.99        # correlation of two thumbnails from which on they count as one picture (docs/experiments.md)
+PLAIN = 2.0         # standard deviation of a thumbnail in grey levels, up to which it shows nothing
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """What an image looks like.
+
+    Attributes:
+        digest: the same for an image and all its quarter turns and flips, and for no other; b"" for a plain one.
+        thumbnail: (8, SIDE * SIDE) float32, of its eight turns and flips, each of mean 0 and length 1; zeros for a
+            plain one.
+    """
+
+    digest: bytes
+    thumbnail: np.ndarray
+
+
+def appearance(image: np.ndarray) -> Appearance:
+    """Describe an image (C, S, S) uint8 whose side is a multiple of SIDE."""
+    side = image.shape[1]
+    small = image.mean(axis=0).reshape(SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(1, 3))
+    if small.std() <= PLAIN:
+        return Appearance(b"", np.zeros((8, SIDE * SIDE), np.float32))
+    centred = small - small.mean()
+    thumbnails = np.stack([view.ravel() for view in _views(centred)]) / np.linalg.norm(centred)
+    digest = min(hashlib.blake2b(np.ascontiguousarray(view), digest_size=12).digest() for view in _views(image))
+    return Appearance(digest, thumbnails.astype(np.float32))
+
+
+def shared(train: Sequence[Appearance], others: Sequence[Appearance]) -> tuple[dict[int, int], dict[int, int]]:
+    """Return which of `others` is in train: index -> an index in train.
+
+    Returns:
+        Those that are equal, turned and flipped included, and those that are nearly so and not equal.
+    """
+    first: dict[bytes, int] = {}
+    for i, one in enumerate(train):
+        first.setdefault(one.digest, i)
+    equal = {j: first[other.digest] for j, other in enumerate(others) if other.digest and other.digest in first}
+    near = {}
+    if len(train) and len(others):
+        of_train = np.stack([one.thumbnail[0] for one in train])
+        for j, other in enumerate(others):
+            likeness = (of_train @ other.thumbnail.T).max(axis=1)
+            if j not in equal and likeness.max() >= NEAR:
+                near[j] = int(likeness.argmax())
+    return equal, near
+
+
+def _views(image: np.ndarray) -> list[np.ndarray]:
+    """Return an image (..., S, S) in its four quarter turns, and these flipped."""
+    turned = [np.rot90(image, k, (-2, -1)) for k in range(4)]
+    return turned + [view[..., ::-1] for view in turned]
