@@ -169,8 +169,10 @@ def _deep_image(path: Path, file: BinaryIO | None) -> Image.Image | None:
         if isinstance(error, ImageFileError):
             raise
         return None
-    if raw is None or raw.ndim != 2 or raw.size > MAX_PIXELS:
+    if raw is None or raw.size > 3 * MAX_PIXELS:
         return None
+    if raw.ndim == 3:
+        return Image.fromarray(_to_8_bit(path, raw))
     if raw.dtype.kind == "f":
         return Image.fromarray(raw.astype(np.float32))
     return Image.fromarray(raw.astype(np.int32)) if abs(raw.astype(float)).max() < 2 ** 31 else None

@@ -28,9 +28,10 @@ class ImageFileError(UserError):
 
 
 def read_deep(path: Path, file: BinaryIO | None = None, alone: bool = False) -> np.ndarray | None:
-    """Return the stored pixels of a TIFF's first page, (H, W) or (H, W, 3), if they are deep; None for all else.
+    """Return the stored pixels of a TIFF, (H, W) or (H, W, 3), not turned; None for what Pillow reads well.
 
-    Deep are pixels of more than 8 bit, signed ones and floating point, grey or RGB; alpha is dropped.
+    That is all but pixels of more than 8 bit, signed ones and floating point, grey or RGB, and uncompressed ones that
+    are to be turned by a quarter, of which Pillow 13 mixes up the rows. Alpha is dropped.
 
     Args:
         path: for messages, and to be read.
@@ -45,8 +46,13 @@ def read_deep(path: Path, file: BinaryIO | None = None, alone: bool = False) -> 
     with tifffile.TiffFile(file or path) as opened:
         page = opened.pages[0]
         _refuse_missing_parts(path, page)
-        if page.photometric not in PLAIN or page.bitspersample <= 8 and page.sampleformat == 1:
+        turned = page.compression == 1 and page.tags.valueof(274, 1) in (5, 6, 7, 8)
+        if not turned and (page.photometric not in PLAIN or page.bitspersample <= 8 and page.sampleformat == 1):
             return None
+        if turned and (page.photometric not in PLAIN or page.bitspersample < 8):
+            raise ImageFileError(f"{path}: an uncompressed TIFF of {page.bitspersample} bit and kind "
+                                 f"{getattr(page.photometric, 'name', page.photometric)}, to be turned by a quarter, "
+                                 f"which is not read. Save it upright, as PNG")
         try:
             raw = page.asarray()
         except ValueError as error:

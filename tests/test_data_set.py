@@ -99,15 +99,15 @@ def test_split_of_few_groups_and_of_names_that_occur_twice(tmp_path):
 
 
 def test_groups_of_unequal_size_meet_their_shares_in_images(tmp_path):
-    """40 images, of which train_1 and train_10..19 are one group, and of train_0 nothing but a copy is left."""
+    """40 images, of which train_1 and train_10..19 are one group, and of train_0 a copy alone is left, which counts."""
     root = write_data_set(tmp_path / "data", counts=(20, 10, 10))
     copy_pair(root, "train", "train_0", "flipped_train_0")
     for kind in ("images", "masks"):
         (root / "train" / kind / "train_0.png").unlink()
     write_splits(root, r"^\w+?_\d")
     splits = list_splits(root)
-    assert [sum(not pair.is_copy for pair in splits[split]) for split in splits] == [27, 6, 6]
-    assert [pair.name for pair in splits["train"] if pair.is_copy] == ["flipped_train_0"]
+    assert [len(splits[split]) for split in splits] == [28, 6, 6]
+    assert [pair.name for pairs in splits.values() for pair in pairs if pair.is_copy] == ["flipped_train_0"]
     assert leaked(splits, "valid", r"^\w+?_\d") == (0, 6)
 
 
@@ -115,7 +115,7 @@ def test_remedy_against_leakage_can_be_pasted(data_root, tmp_path):
     move_pair(data_root, "train", "train_0", "test", "rotated_-90_train_0")
     (data_root / "train/images/notes.webp").write_text("x")
     report = check_dataset(data_root, group_regex=r"^(\w+_\d+)$")
-    assert "1 files are of no type" in str(report)
+    assert "train/images: 1 file(s) of no type that is read, e.g. notes.webp" in str(report)
     command = re.search(r"python (prepare_data\.py .*)", str(report)).group(1)
     done = run_script(*shlex.split(command))
     assert done.returncode == 0, done.stderr
@@ -214,11 +214,13 @@ def test_copies_sources_and_leakage(data_root):
     move_pair(data_root, "valid", "valid_1", "train", "mirrored_valid_1")
     report = check_dataset(data_root)
     assert report.counts["train"] == {"images": 9, "originals": 6, "empty_masks": 0,
-                                      "foreground": [pytest.approx(0.09, abs=0.06)]}
+                                      "foreground": [pytest.approx(0.09, abs=0.06)], "instances": 0}
     assert report.leakage["source images"] == {"valid": (1, 3), "test": (1, 4)}
+    assert report.leakage["pictures"] == {"valid": (1, 3), "test": (1, 4)}, "which these copies are, pixel by pixel"
     assert "1 of 3 source images of valid" in str(report)
-    assert len(report.warnings) == 2
-    assert len(list_splits(data_root, use_augmented=False)["train"]) == 6
+    assert len(report.warnings) == 3
+    names = [pair.name for pair in list_splits(data_root, use_augmented=False)["train"]]
+    assert names == ["mirrored_valid_1", *(f"train_{i}" for i in range(6))], "a copy stands for what is not there"
     grouped = check_dataset(data_root, group_regex=r"^(\w+?)_")
     assert grouped.leakage["groups"] == {"valid": (1, 1), "test": (1, 2)}
     with pytest.raises(ValueError, match="must match every source name"):

@@ -1,0 +1,147 @@
+"""Tests of which files of a data set are seen, and of what its splits share.
+
+    python -m pytest tests/test_leakage.py
+"""
+
+import csv
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict_papsmear
+from conftest import copy_pair, lively_model, move_pair, noisy_image, write_checkpoint, write_data_set
+from images.dealing import write_splits
+from images.duplicates import appearance, shared
+from images.files import save_instances, save_png
+from images.listing import list_folder
+from images.recipe import MASK_AND_BOUNDARY
+from images.report import check_dataset
+from images.splits import list_splits, originals, source_name
+from images.targets import instance_file, load_target
+
+
+@pytest.mark.parametrize(("name", "source"), [
+    ("102_rotated_30", "102"), ("19_flipped", "19"), ("flipped_19", "19"), ("rotated_-90_mirrored_a_b", "a_b"),
+    ("flipped_7_rotated_90", "7"), ("a_rotated_30.5_flipped", "a"), ("flipped", "flipped"), ("_flipped", "_flipped"),
+    ("unflipped_3", "unflipped_3"), ("3_flippedness", "3_flippedness"), ("a_rotated", "a_rotated")])
+def test_copies_are_known_by_a_mark_before_or_after_their_name(name, source):
+    assert source_name(name) == source
+
+
+def test_an_image_of_which_there_are_only_copies_is_an_image(tmp_path):
+    root = write_data_set(tmp_path / "data", counts=(9, 3, 3))
+    for i in range(9):
+        copy_pair(root, "train", f"train_{i}", f"train_{i}_flipped")
+        copy_pair(root, "train", f"train_{i}", f"train_{i}_rotated_90")
+        if i < 8:
+            for kind in ("images", "masks"):
+                (root / f"train/{kind}/train_{i}.png").unlink()
+    pairs = list_splits(root)["train"]
+    assert [pair.name for pair in originals(pairs)] == [f"train_{i}_flipped" for i in range(8)] + ["train_8"]
+    write_splits(root)
+    splits = list_splits(root)
+    assert [len({pair.source for pair in splits[split]}) for split in splits] == [11, 2, 2], "of 15 images"
+    assert all(len({pair.source for pair in splits[split]}) == len(splits[split]) for split in ("valid", "test"))
+    assert check_dataset(root).leakage["pictures"] == {"valid": (0, 2), "test": (0, 2)}
+
+
+def write_manifest(root, rows) -> None:
+    with open(root / "manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("tile", "split", "source", "group"), *rows])
+
+
+def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
+    root = write_data_set(tmp_path / "data", counts=(12, 3, 3))
+    names = [path.stem for split in ("train", "valid", "test") for path in sorted((root / split / "images").iterdir())]
+    write_manifest(root, [(name, "train", f"slide_{i % 6}.tif", f"patient_{i % 3}") for i, name in enumerate(names)])
+    report = check_dataset(root)
+    assert report.totals == {"source images": 6, "groups": 3}
+    assert report.leakage["source images"] == {"valid": (3, 3), "test": (3, 3)}
+    assert report.leakage["groups"] == {"valid": (3, 3), "test": (3, 3)}
+    write_splits(root)
+    splits = list_splits(root)
+    assert sorted(len(pairs) for pairs in splits.values()) == [6, 6, 6]
+    assert len({(pair.group, split) for split, pairs in splits.items() for pair in pairs}) == 3
+    assert check_dataset(root).leakage["groups"] == {"valid": (0, 1), "test": (0, 1)}
+    (root / "manifest.csv").write_text("another,table\n1,2\n")
+    assert "groups" not in check_dataset(root).totals, "a table of another kind tells nothing"
+
+
+def grey(seed: int) -> np.ndarray:
+    return noisy_image(256, 256, 1, seed).transpose(2, 0, 1)
+
+
+def test_pictures_are_known_by_their_pixels():
+    train = [appearance(grey(seed)) for seed in range(5)]
+    turned = np.ascontiguousarray(np.rot90(grey(3), 1, (1, 2))[..., ::-1])
+    brighter = np.clip(grey(2)[:, ::-1] * 0.9 + 12, 0, 255).astype(np.uint8)
+    others = [appearance(image) for image in (grey(9), turned, brighter, np.full_like(grey(0), 200))]
+    assert shared(train, others) == ({1: 3}, {2: 2})
+    plain = appearance(np.full((3, 256, 256), 7, np.uint8))
+    assert shared([plain], [plain]) == ({}, {}), "empty tiles are no copies of each other"
+    assert shared([], others) == ({}, {})
+
+
+def test_the_report_names_pictures_under_another_name(data_root):
+    move_pair(data_root, "train", "train_0", "test", "another")
+    path = data_root / "test/images/another.png"
+    save_png(path, np.asarray(Image.open(path))[::-1])
+    report = check_dataset(data_root)
+    assert report.leakage["source images"]["test"] == (0, 4)
+    assert report.leakage["pictures"] == {"valid": (0, 3), "test": (1, 4)}
+    warning, = [w for w in report.warnings if "very picture" in w]
+    assert warning == (f"1 images of test show the very picture of one in train, perhaps turned or flipped, e.g. "
+                       f"{path} and {data_root}/train/images/train_0.png")
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".TIF", ".bmp", ".PNG"])
+def test_instance_maps_are_found_whatever_their_type(suffix, data_root):
+    folder = data_root / "train/instances"
+    folder.mkdir()
+    pair = list_splits(data_root)["train"][0]
+    assert instance_file(pair) is None
+    labels = np.zeros((64, 64), np.int32)
+    labels[20:40, 20:30], labels[20:40, 30:40] = 1, 2
+    Image.fromarray(labels.astype(np.uint8)).save(folder / f"train_0{suffix}")
+    assert instance_file(pair) == folder / f"train_0{suffix}"
+    assert load_target(pair, 1, MASK_AND_BOUNDARY)[25:35, 29:31, 1].all(), "the rim between the two is there"
+    assert "instance maps: 1 of 6 images of train, 0 of 3 images of valid" in str(check_dataset(data_root))
+    save_instances(folder / "train_1.png", labels)
+    assert instance_file(list_splits(data_root)["train"][1]) is not None, "the folder is listed anew"
+
+
+def test_names_are_compared_in_one_unicode_form(data_root):
+    image, mask = (data_root / f"train/{kind}/train_0.png" for kind in ("images", "masks"))
+    image.rename(image.with_name(unicodedata.normalize("NFD", "Präparat.png")))
+    mask.rename(mask.with_name(unicodedata.normalize("NFC", "Präparat.png")))
+    pair = list_splits(data_root)["train"][0]
+    assert pair.name == unicodedata.normalize("NFC", "Präparat")
+    (data_root / "splits.csv").write_text(unicodedata.normalize("NFC", "path,split\ntrain/images/Präparat.png,train\n")
+                                          + "train/images/train_1.png,valid\ntrain/images/train_2.png,test\n")
+    assert list_splits(data_root)["train"] == [pair]
+
+
+def test_what_is_passed_over_is_said(data_root, tmp_path, capsys):
+    images = data_root / "test/images"
+    (images / "deeper").mkdir()
+    (images / "scan.webp").write_text("x")
+    (images / ".hidden.webp").write_text("x")
+    listing = list_folder(images)
+    assert (len(listing.files), listing.others, listing.folders) == (3, [images / "scan.webp"], [images / "deeper"])
+    said = "1 file(s) of no type that is read, e.g. scan.webp and 1 folder(s) in it, e.g. deeper"
+    assert f"warning: not read in {images}: {said}" in str(check_dataset(data_root))
+    checkpoint = write_checkpoint(tmp_path / "a.pth", lively_model())
+    assert predict_papsmear.main([str(checkpoint), str(images), "--out", str(tmp_path / "out")]) == 0
+    assert f"not read in {images}: {said}" in capsys.readouterr().out
+
+
+def test_appearance_is_that_of_all_channels():
+    rgb = noisy_image(256, 256, 3).transpose(2, 0, 1)
+    other = rgb.copy()
+    other[0, 0, 0] ^= 1
+    equal, near = shared([appearance(rgb)], [appearance(other)])
+    assert (equal, near) == ({}, {0: 0}), "one bit differs"
+    assert torch.tensor(appearance(rgb).thumbnail).norm(dim=1).allclose(torch.ones(8))

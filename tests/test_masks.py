@@ -1,0 +1,192 @@
+"""Tests of what mask files mean, and of the TIFF files in which Pillow reads something else.
+
+    python -m pytest tests/test_masks.py
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from conftest import draw_pair, write_data_set
+from images.files import ImageFileError, image_size, load_image
+from images.masks import load_instances, load_mask
+from images.report import check_dataset
+from images.splits import DatasetError
+
+MASK = np.zeros((24, 32), np.uint8)
+MASK[4:12, 6:20] = 255
+LABELS = np.where(MASK > 0, 1, 0).astype(np.uint8)
+LABELS[14:20, 6:20] = 2
+
+
+def with_alpha(colour, alpha=MASK, hidden=None) -> Image.Image:
+    """Return an RGBA image of one colour where alpha is above 0, and of another where it is not."""
+    pixels = np.full((*alpha.shape, 4), (*colour, 0), np.uint8)
+    if hidden is not None:
+        pixels[alpha == 0, :3] = hidden
+    pixels[..., 3] = alpha
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("colour", "hidden"), [
+    ((255, 255, 255), None), ((0, 0, 0), None), ((255, 0, 0), None), ((0, 0, 0), (255, 255, 255)),
+    ((255, 255, 255), (0, 0, 0)), ((200, 30, 30), (90, 90, 90))])
+def test_transparency_is_the_mask_where_all_that_is_visible_has_one_colour(colour, hidden, tmp_path):
+    with_alpha(colour, hidden=hidden).save(tmp_path / "a.png")
+    if (colour, hidden) == ((255, 0, 0), None) or len(set(colour)) > 1:
+        assert np.array_equal(load_mask(tmp_path / "a.png")[..., 0], MASK > 0)
+        return
+    assert np.array_equal(load_mask(tmp_path / "a.png")[..., 0], MASK > 0)
+    with_alpha(colour, hidden=hidden).convert("LA").save(tmp_path / "b.png")
+    assert np.array_equal(load_mask(tmp_path / "b.png")[..., 0], MASK > 0)
+
+
+def test_transparency_that_says_nothing_or_another_thing(tmp_path):
+    opaque = Image.merge("LA", (Image.fromarray(MASK), Image.new("L", MASK.shape[::-1], 255)))
+    opaque.save(tmp_path / "a.png")
+    assert np.array_equal(load_mask(tmp_path / "a.png")[..., 0], MASK > 0)
+    half = Image.merge("LA", (Image.fromarray(MASK), Image.fromarray(np.uint8(255 * (np.arange(32) < 30))[None]
+                                                                       .repeat(24, axis=0))))
+    half.save(tmp_path / "b.png")
+    with pytest.raises(ImageFileError, match="both its colours and its transparency vary"):
+        load_mask(tmp_path / "b.png")
+    labels = Image.merge("LA", (Image.fromarray(LABELS), Image.fromarray(np.uint8(255 * (LABELS > 0)))))
+    labels.save(tmp_path / "c.png")
+    assert np.array_equal(load_mask(tmp_path / "c.png", 2)[..., 1], LABELS == 2), "colours and transparency agree"
+    assert np.array_equal(load_instances(tmp_path / "c.png"), LABELS)
+
+
+@pytest.mark.parametrize("values", [(1, 255), (1, 2, 255), (20, 255), (3, 250)])
+def test_a_few_values_are_labels_however_near_to_black(values, tmp_path):
+    raw = np.zeros((24, 32), np.uint8)
+    for k, value in enumerate(values):
+        raw[4:10, 4 + 8 * k:10 + 8 * k] = value
+    Image.fromarray(raw).save(tmp_path / "a.png")
+    with pytest.raises(ImageFileError, match=rf"label values {{0, {values[0]}, "):
+        load_mask(tmp_path / "a.png")
+
+
+def test_what_jpeg_and_smooth_edges_make_is_no_label(tmp_path):
+    Image.fromarray(MASK).save(tmp_path / "a.jpg", quality=40)
+    assert (load_mask(tmp_path / "a.jpg")[..., 0] == (MASK > 0)).mean() > 0.98
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    assert np.array_equal(load_mask(tmp_path / "a.png"), load_mask(tmp_path / "a.jpg"))
+    smooth = np.asarray(Image.fromarray(MASK).resize((64, 48), Image.Resampling.BILINEAR))
+    Image.fromarray(smooth).save(tmp_path / "b.png")
+    assert np.array_equal(load_mask(tmp_path / "b.png")[..., 0], smooth >= 127.5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_labels_and_masks_of_fiji_are_read_as_they_are_stored(dtype, compression, tmp_path):
+    """An inverting lookup table shows 0 as white; ImageJ measures what is stored all the same."""
+    full = np.iinfo(dtype).max
+    options = {"photometric": "miniswhite", "compression": compression, "metadata": None}
+    for name, values in (("labels", LABELS.astype(dtype)), ("mask", (MASK > 0).astype(dtype) * full)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", values, description="ImageJ=1.54f\nimages=1", **options)
+        tifffile.imwrite(tmp_path / f"{name}_other.tif", values, **options)
+    for name in ("labels", "labels_other"):
+        assert np.array_equal(load_instances(tmp_path / f"{name}.tif"), LABELS)
+        assert np.array_equal(load_mask(tmp_path / f"{name}.tif", 2)[..., 1], LABELS == 2)
+    assert np.array_equal(load_mask(tmp_path / "mask.tif")[..., 0], MASK > 0)
+    assert np.array_equal(load_mask(tmp_path / "mask_other.tif")[..., 0], MASK == 0), "as other programs show it"
+    assert np.array_equal(load_image(tmp_path / "mask.tif", 1)[..., 0], 255 - MASK), "a picture is what it looks like"
+
+
+def test_instance_maps_that_went_through_jpeg_are_refused(tmp_path):
+    Image.fromarray(LABELS * 100).save(tmp_path / "a.jpg")
+    with pytest.raises(ImageFileError, match="compressed as JPEG, which changes numbers"):
+        load_instances(tmp_path / "a.jpg")
+
+
+TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "f2", "f4", "f8")
+CODECS = ((None, False), ("zlib", False), ("zlib", True))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_labels_of_every_kind_of_tiff(order, dtype, tmp_path):
+    labels = np.arange(48 * 40).reshape(48, 40) % 120
+    for (compression, predictor), tile in itertools.product(CODECS, (None, (16, 16))):
+        if predictor and dtype[0] == "f" or dtype == "u8" and predictor:
+            continue
+        tifffile.imwrite(tmp_path / "a.tif", labels.astype(dtype), byteorder=order, compression=compression,
+                         predictor=predictor, tile=tile, photometric="minisblack", metadata=None)
+        assert np.array_equal(load_instances(tmp_path / "a.tif"), labels), (compression, predictor, tile)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_colours_of_every_kind_of_tiff(order, dtype, tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (48, 40, 3))
+    stored = {"u1": rgb, "u2": rgb * 257, "f4": rgb / 255}[dtype].astype(dtype)
+    for (compression, predictor), tile, planar in itertools.product(CODECS, (None, (16, 16)), ("contig", "separate")):
+        if predictor and dtype == "f4":
+            continue
+        tifffile.imwrite(tmp_path / "a.tif", stored if planar == "contig" else np.moveaxis(stored, -1, 0),
+                         byteorder=order, compression=compression, predictor=predictor, tile=tile, planarconfig=planar,
+                         photometric="rgb", metadata=None)
+        assert np.array_equal(load_image(tmp_path / "a.tif", 3), rgb), (compression, predictor, tile, planar)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_tiff_is_turned_upright(orientation, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30)).astype(np.uint8)
+    columns_first = grey.T if orientation > 4 else grey
+    upright = columns_first[::-1 if orientation in (3, 4, 7, 8) else 1, ::-1 if orientation in (2, 3, 6, 7) else 1]
+    for values, compression in itertools.product((grey, grey.astype(np.uint16) * 257), (None, "zlib")):
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", metadata=None, compression=compression,
+                         extratags=[(274, "H", 1, orientation, True)])
+        assert np.array_equal(load_image(tmp_path / "a.tif", 1)[..., 0], upright), (values.dtype, compression)
+        assert image_size(tmp_path / "a.tif") == upright.shape
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_tile_that_was_never_written_is_refused(compression, tmp_path):
+    def tiles():
+        for i in range(4):
+            yield None if i == 2 else np.full((16, 16), 50, np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", tiles(), shape=(32, 32), dtype=np.uint8, tile=(16, 16),
+                     photometric="minisblack", compression=compression)
+    with pytest.raises(ImageFileError, match="1 of 4 tiles were never written"):
+        load_image(tmp_path / "a.tif", 1)
+
+
+def data_set_of(tmp_path, change) -> None:
+    """Write a data set whose masks are changed."""
+    tmp_path.mkdir(exist_ok=True)
+    root = write_data_set(tmp_path / "data")
+    for path in root.glob("*/masks/*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+    return root
+
+
+def test_the_report_doubts_masks_that_cannot_be_meant(tmp_path):
+    inverted = check_dataset(data_set_of(tmp_path / "a", lambda mask: 255 - mask)).warnings
+    assert any("of the pixels of train are foreground, which is much for nuclei" in w for w in inverted)
+    assert any("in none of 12 images is what the mask marks darker than the rest" in w for w in inverted)
+    with pytest.raises(DatasetError, match="all 6 masks are foreground from edge to edge"):
+        check_dataset(data_set_of(tmp_path / "b", lambda mask: np.full_like(mask, 255)))
+
+    def point(mask):
+        small = np.zeros_like(mask)
+        small[30, 30] = 255
+        return small
+    points = check_dataset(data_set_of(tmp_path / "c", point)).warnings
+    assert any("no object in the masks of train has more than 12 pixels at 256x256" in w for w in points)
+    assert check_dataset(data_set_of(tmp_path / "d", lambda mask: mask)).warnings == []
+
+
+def test_the_report_says_how_masks_were_read(tmp_path):
+    root = write_data_set(tmp_path / "data")
+    _, mask = draw_pair(np.random.default_rng(0))
+    (root / "train/masks/train_0.png").unlink()
+    tifffile.imwrite(root / "train/masks/train_0.tif", np.uint8(255 * ~mask), photometric="miniswhite", metadata=None)
+    with_alpha((9, 9, 9), np.uint8(255 * mask)).save(root / "train/masks/train_1.png")
+    found = check_dataset(root).warnings
+    assert [w.split(", e.g.")[0] for w in found] == [
+        "1 mask(s) in which 0 is stored for white, read as it is shown: white is foreground",
+        "1 mask(s) of one colour with varying transparency, read from the alpha channel: opaque is foreground"]
