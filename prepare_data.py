@@ -20,6 +20,7 @@ from pathlib import Path
 from images.recipe import SIZINGS
 from images.resolutions import FINEST
 from preparation.choices import DRAWN_FORMATS, HERLEV_TARGETS, SAMPLE_COUNTS
+from system.errors import UserError
 from system.options import Parser, command, number, regex, whole
 
 # All modules that need numpy are imported inside the functions: --help and wrong options answer at once.
@@ -63,6 +64,14 @@ SPLIT = """Write splits.csv into a data set and check it: every group (or image)
 then follow splits.csv."""
 
 
+def class_list(text: str) -> tuple[str, ...]:
+    """Read names joined by commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not names joined by commas, e.g. Nucleus,Mitosis")
+    return names
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option is checked by its type, before anything is read or written."""
     parser = Parser(prog="prepare_data.py", description=__doc__, allow_abbrev=False,
@@ -97,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
            help="tile: cut into 256x256 at native scale (default); resize: keep images whole, as training brings each "
                 "to 256x256 (single cells)")
     option("--microns_per_pixel", type=number(0, above=True), help="size of a pixel, if known")
+    option("--classes", type=class_list, default=(), metavar="A,B",
+           help="classes or categories that are nuclei (all but those whose name says otherwise, such as Ignore*)")
 
     option = add("sample", make_sample, SAMPLE, ("--out", "--seed"))
     for split, count in SAMPLE_COUNTS.items():
@@ -136,8 +147,10 @@ def import_drawn(args: argparse.Namespace) -> None:
     """Make the data set and say how to check it by the groups asked for."""
     from preparation import drawn
 
+    if args.classes and args.format == "label-tiff":
+        raise UserError("--classes is for geojson and coco; label images have none. Leave it out")
     report = drawn.import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
-                                args.overlap, args.microns_per_pixel, args.seed)
+                                args.overlap, args.microns_per_pixel, args.seed, args.classes)
     say_what_to_do(report, args.out, *(("--group_regex", args.group_regex) if args.group_regex else ()))
 
 

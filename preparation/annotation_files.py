@@ -7,6 +7,7 @@ drawn from (10, 10) to (20, 20) is then rows and columns 10..19.
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from xml.parsers import expat
 
@@ -14,23 +15,26 @@ import numpy as np
 
 from images.files import MAX_PIXELS
 from images.listing import name_of
-from preparation.annotations import Annotation, Region
+from preparation.annotations import Annotation, Region, choose, ellipse
 from system.errors import UserError
+
+FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"  # Type of a region of ImageScope
 
 
 class AnnotationError(UserError):
     """A file of annotations that cannot be read; the message names it."""
 
 
-def read_imagescope(path: Path) -> Annotation:
-    """Read an Aperio ImageScope XML; the regions of all its layers are nuclei.
+def read_imagescope(path: Path, classes: Collection[str] = ()) -> Annotation:
+    """Read an Aperio ImageScope XML; `choose` says which of its layers are nuclei.
 
+    Rectangles and ellipses are drawn from two corners of their box; arrows, rulers and negative regions are no nuclei.
     Raises AnnotationError for a file with a DOCTYPE or entity declaration (it could read other files or fill the
     memory), for XML that is not well formed and for XML of another program.
     """
     reader = _ImageScopeReader(path)
     parser = reader.parser = expat.ParserCreate()
-    parser.StartElementHandler = reader.start
+    parser.StartElementHandler, parser.EndElementHandler = reader.start, reader.end
     parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = reader.declaration
     try:
         with open(path, "rb") as file:
@@ -39,10 +43,7 @@ def read_imagescope(path: Path) -> Annotation:
         raise
     except (expat.ExpatError, LookupError, ValueError) as error:  # the last two for encodings that it does not know
         raise AnnotationError(f"{path}: no XML that can be read ({error}). Export it again from ImageScope") from None
-    found = reader.annotation
-    if len(reader.layers) > 1:
-        found.notes.append(f"{len(reader.layers)} annotation layers with regions; all are taken as nuclei")
-    return found
+    return choose(reader.annotation, classes)
 
 
 class _ImageScopeReader:
@@ -51,7 +52,8 @@ class _ImageScopeReader:
     def __init__(self, path: Path):
         self.path, self.annotation = path, Annotation()
         self.parser = None
-        self.layer, self.layers = 0, set()
+        self.layer, self.layer_name, self.kind_of_region = 0, "", ""
+        self.region: Region | None = None
         self.outline: list[tuple[float, float]] | None = None
 
     def declaration(self, *_) -> None:
@@ -67,6 +69,10 @@ class _ImageScopeReader:
             self._read_scale(attributes.get("MicronsPerPixel", "0"))
         elif tag == "Annotation":
             self.layer += 1
+            self.layer_name = attributes.get("Name", "").strip()
+        elif tag == "Attribute" and self.region is None and not self.layer_name:  # of a layer, in place of a name
+            name, value = attributes.get("Name", "").strip(), attributes.get("Value", "").strip()
+            self.layer_name = value if name == "Description" else name
         elif tag == "Region":
             self._start_region(attributes)
         elif tag == "Vertex":
@@ -88,11 +94,25 @@ class _ImageScopeReader:
         name = attributes.get("Id", "without Id")
         if self.layer > 1:
             name += f" of layer {self.layer}"
-        if attributes.get("NegativeROA") == "1":
-            self.annotation.notes.append(f"region {name} left out: it is a negative region, not a nucleus")
+        self.kind_of_region = attributes.get("Type", "0")
+        # Vertices are still to come.
+        self.region = Region(name, [[self.outline]], kind=self.layer_name,
+                             why_not="negative region" if attributes.get("NegativeROA") == "1" else "")
+        self.annotation.regions.append(self.region)
+
+    def end(self, tag: str) -> None:
+        """Finish a region whose vertices are known."""
+        if tag != "Region" or self.region is None:
             return
-        self.layers.add(self.layer)
-        self.annotation.regions.append(Region(name, [[self.outline]]))  # vertices are still to come
+        if self.kind_of_region == ELLIPSE and len(self.outline) > 1:
+            box = np.array(self.outline)
+            self.outline[:] = ellipse(box.min(axis=0), box.max(axis=0))
+        elif self.kind_of_region == RECTANGLE and len(self.outline) == 2:
+            (top, left), (bottom, right) = self.outline
+            self.outline[:] = [(top, left), (top, right), (bottom, right), (bottom, left)]
+        elif self.kind_of_region not in (FREEHAND, RECTANGLE, ELLIPSE) and len(self.outline) < 3:
+            self.region.why_not = "arrow, ruler or pin"
+        self.region = None
 
     def _number(self, attributes: dict[str, str], key: str) -> float:
         try:
@@ -106,10 +126,11 @@ class _ImageScopeReader:
         return value
 
 
-def read_geojson(path: Path) -> Annotation:
+def read_geojson(path: Path, classes: Collection[str] = ()) -> Annotation:
     """Read GeoJSON as QuPath exports it: a FeatureCollection, a list of features or a single one.
 
-    Polygon and MultiPolygon, with holes; of a QuPath cell the nucleus is taken. Other geometries have no area and are
+    Polygon and MultiPolygon, with holes; of a QuPath cell the nucleus is taken, and one without is no nucleus. Tiles
+    and cores of a tissue array are none either, and of classes `choose` decides. Other geometries have no area and are
     left out with a note. Raises AnnotationError for anything else.
     """
     content = _read_json(path)
@@ -133,15 +154,35 @@ def read_geojson(path: Path) -> Annotation:
         except (TypeError, ValueError, LookupError, OverflowError):
             raise AnnotationError(f"{path}: feature {number} has {kind} coordinates that are no lists of finite (x, y) "
                              f"pairs. Export it again") from None
-        found.regions.append(Region(str(number), rings))
+        found.regions.append(Region(str(number), rings, kind=_class_of(feature), why_not=_object_of(feature)))
     if cells:
         found.notes.append(f"{cells} cells with a nucleus of their own; the nucleus is taken, not the cell")
-    return found
+    return choose(found, classes)
 
 
-def read_coco(path: Path) -> dict[str, Annotation]:
-    """Read COCO JSON as CVAT exports it: polygons and run lengths, plain or compressed. All categories are
-    taken as nuclei; an image with several gets a note.
+def _class_of(feature: dict) -> str:
+    """Return the class of a QuPath object, '' for none; older versions write its name alone."""
+    properties = feature.get("properties")
+    found = properties.get("classification") if isinstance(properties, dict) else None
+    if isinstance(found, dict):
+        names = found.get("names")
+        found = found.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else "")
+    return found.strip() if isinstance(found, str) else ""
+
+
+def _object_of(feature: dict) -> str:
+    """Return what a QuPath object is, if it is no nucleus: a tile, a core, a cell of which no nucleus was found."""
+    properties = feature.get("properties")
+    kind = str(properties.get("objectType", properties.get("object_type", ""))).lower() \
+        if isinstance(properties, dict) else ""
+    if kind == "cell" and not feature.get("nucleusGeometry"):
+        return "cell without a nucleus"
+    return {"tile": "tile", "tma_core": "core of a tissue array", "root": "whole image"}.get(kind, "")
+
+
+def read_coco(path: Path, classes: Collection[str] = ()) -> dict[str, Annotation]:
+    """Read COCO JSON as CVAT exports it: polygons and run lengths, plain or compressed. `choose` says which categories
+    are nuclei; a region of many (iscrowd) is none.
 
     Returns:
         The annotation of each image, by the stem of its file name.
@@ -151,7 +192,9 @@ def read_coco(path: Path) -> dict[str, Annotation]:
     if not isinstance(content, dict) or not all(_dictionaries(content.get(k)) for k in ("images", "annotations")):
         raise AnnotationError(f"{path}: no COCO annotation; the lists 'images' and 'annotations' are needed. "
                               f"Export it from CVAT as 'COCO 1.0'")
-    by_id, by_stem, kinds = {}, {}, {}
+    by_id, by_stem = {}, {}
+    names = {str(c.get("id")): str(c.get("name")) for c in content["categories"]} \
+        if _dictionaries(content.get("categories")) else {}
     for image in content["images"]:
         stem = name_of(str(image.get("file_name", "")).replace("\\", "/"))
         if not stem or stem in by_stem:
@@ -170,23 +213,15 @@ def read_coco(path: Path) -> dict[str, Annotation]:
             annotation.notes.append(f"region {name} left out: it has no outline (a box alone?)")
             continue
         try:
-            annotation.regions.append(_coco_region(name, segmentation, annotation))
+            region = _coco_region(name, segmentation, annotation)
         except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise AnnotationError(f"{path}: annotation {name} has a segmentation that cannot be read ({error}); lists "
                              f"x, y, x, y ... or run lengths are needed. Export it again") from None
-        kinds.setdefault(str(entry["image_id"]), set()).add(str(entry.get("category_id")))
-    _note_categories(content.get("categories"), {by_id[image]: kinds[image] for image in kinds})
-    return by_stem
-
-
-def _note_categories(categories, found: dict[Annotation, set[str]]) -> None:
-    """Say of each image on which regions of several categories lie that all of them are nuclei now."""
-    names = {str(c.get("id")): str(c.get("name")) for c in categories} if _dictionaries(categories) else {}
-    for annotation, kinds in found.items():
-        if len(kinds) > 1:
-            annotation.notes.append(f"regions of {len(kinds)} categories "
-                                    f"({', '.join(sorted(names.get(kind, kind) for kind in kinds))}); all are taken as "
-                                    f"nuclei. Export the category that you want alone")
+        category = entry.get("category_id")
+        region.kind = "" if category is None else names.get(str(category), str(category))
+        region.why_not = "crowd (iscrowd)" if entry.get("iscrowd") else ""
+        annotation.regions.append(region)
+    return {stem: choose(annotation, classes) for stem, annotation in by_stem.items()}
 
 
 def decode_run_lengths(counts: list[int] | str, size: tuple[int, int]) -> np.ndarray:

@@ -4,25 +4,36 @@ Coordinates are (row, column) in pixels of the image, and the centre of the firs
 it. The files are read by `preparation.annotation_files`.
 """
 
+import re
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 from skimage.draw import polygon
 
+# Names of classes that are drawn to be left out. QuPath ends those that it ignores with a star.
+NO_NUCLEI = re.compile(r"\*$|ignore|art[ei]fact|ambiguous|uncertain|unsure|background|exclude|debris|\broi\b|region|"
+                       r"tissue", re.IGNORECASE)
+
 
 @dataclass
 class Region:
-    """One nucleus as drawn.
+    """One thing as drawn, which may be a nucleus.
 
     Attributes:
         name: number or id in the file, for messages.
         polygons: each an outline (N, 2) float64 of (row, column), followed by its holes; the region is their union.
         pixels: sorted indices into the flattened image, where the file holds pixels and not outlines.
+        kind: class, layer or category, '' for none.
+        why_not: what it is, if it is no nucleus whatever its class: 'tile', 'arrow'.
     """
 
     name: str
     polygons: list[list[np.ndarray]] = field(default_factory=list)
     pixels: np.ndarray | None = None
+    kind: str = ""
+    why_not: str = ""
 
 
 @dataclass(eq=False)
@@ -32,12 +43,49 @@ class Annotation:
     Attributes:
         size: (height, width) of the image if the file tells it.
         notes: what a user should know, one sentence each.
+        taken, left: what was drawn -> how many, of that which is a nucleus and of that which is not (see `choose`).
     """
 
     regions: list[Region] = field(default_factory=list)
     microns_per_pixel: float | None = None
     size: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
+    taken: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+
+
+def choose(found: Annotation, classes: Collection[str] = ()) -> Annotation:
+    """Leave the nuclei among the regions of an annotation, count what was drawn, and note it if it is of several kinds.
+
+    Args:
+        classes: those that are nuclei; without any, all are whose name does not say otherwise.
+    """
+    chosen = []
+    for region in found.regions:
+        named = f"of class {region.kind}" if region.kind else "without a class"
+        nucleus = region.kind in classes if classes else not NO_NUCLEI.search(region.kind)
+        if nucleus and not region.why_not:
+            chosen.append(region)
+            found.taken[named] += 1
+        else:
+            found.left[region.why_not or named] += 1
+    found.regions = chosen
+    if found.left or len(found.taken) > 1:
+        found.notes.append(kinds_in_words(found.taken, found.left))
+    return found
+
+
+def kinds_in_words(taken: Counter[str], left: Counter[str]) -> str:
+    """Return what was taken as nuclei and what was left out, each with its count."""
+    return "; ".join(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+                     for what, kinds in (("taken as nuclei", taken), ("left out", left)) if kinds)
+
+
+def ellipse(corner: tuple[float, float], opposite: tuple[float, float], points: int = 720) -> list[tuple[float, float]]:
+    """Return the outline of the ellipse that fills a box, as (row, column)."""
+    angles = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    centre, half = np.add(corner, opposite) / 2, np.subtract(opposite, corner) / 2
+    return [tuple(centre + half * (np.sin(angle), np.cos(angle))) for angle in angles]
 
 
 def rasterise(regions: list[Region], shape: tuple[int, int]) -> tuple[np.ndarray, list[str]]:

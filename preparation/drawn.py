@@ -7,7 +7,7 @@ NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, s
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from images.dealing import SHARES, deal_groups
 from images.files import ImageFileError, image_size, load_image
 from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of
-from images.masks import load_instances
+from images.masks import is_lossy, load_instances, load_mask
 from images.splits import SPLITS, DatasetError, group_names, source_name
 from preparation.annotation_files import read_coco, read_geojson
 from preparation.annotations import Annotation, rasterise
@@ -32,7 +32,8 @@ FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a fr
 Drawn = tuple[np.ndarray, list[str]]  # instance map (H, W) int32 with labels 1..n, and notes
 
 
-def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[str, Callable[[], Drawn]]:
+def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
+               classes: Collection[str] = ()) -> dict[str, Callable[[], Drawn]]:
     """Return, for each image stem that something belongs to, how to read its instance map.
 
     Outlines are read at once, so that faults are found before anything is written; label images when they are needed.
@@ -43,9 +44,10 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
     if not annotations.exists():
         raise UserError(f"{annotations}: no such file or folder. Check --annotations")
     if kind == "coco":
-        found = read_coco(_only_json(annotations))
+        found = read_coco(_only_json(annotations), classes)
+        _check_classes(classes, found.values(), annotations)
         return {stem: _drawer(images.get(stem), annotation) for stem, annotation in found.items()}
-    drawn, problems = {}, []
+    drawn, problems, read = {}, [], []
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
     files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
     files = [p for p in files if has_suffix(p, suffixes)]
@@ -59,13 +61,28 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path) -> dict[st
             problems.append(f"{path}: a second file for {stem}. Keep one")
             continue
         try:
-            drawn[stem] = (_drawer(images.get(stem), read_geojson(path)) if kind == "geojson"
-                           else partial(read_label_image, path, images.get(stem)))
+            if kind == "geojson":
+                read.append(read_geojson(path, classes))
+                drawn[stem] = _drawer(images.get(stem), read[-1])
+            else:
+                drawn[stem] = partial(read_label_image, path, images.get(stem))
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise DatasetError(annotations, problems)
+    _check_classes(classes, read, annotations)
     return drawn
+
+
+def _check_classes(classes: Collection[str], read: Iterable[Annotation], annotations: Path) -> None:
+    """Raise UserError for a class that was asked for and is nowhere drawn, which would be a mistyped one."""
+    read = list(read)
+    there = {kind for found in read for kind in (*found.taken, *found.left)}
+    missing = [name for name in classes if f"of class {name}" not in there]
+    if missing and read:
+        known = ", ".join(sorted(kind.removeprefix("of class ") for kind in there)) or "nothing"
+        raise UserError(f"--classes {','.join(missing)}: nothing of that class is drawn in {annotations}. There is: "
+                        f"{known}")
 
 
 def _drawer(image: Path | None, annotation: Annotation) -> Callable[[], Drawn]:
@@ -103,8 +120,12 @@ def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
 
 
 def read_label_image(path: Path, image: Path) -> Drawn:
-    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch."""
-    labels = load_instances(path)
+    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch.
+
+    JPEG changes numbers, so a JPEG file is taken for a mask.
+    """
+    lossy = is_lossy(path)
+    labels = load_mask(path)[..., 0].astype(np.int32) * 255 if lossy else load_instances(path)
     shape = image_size(image)
     if labels.shape != shape:
         raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but {image} has {shape[0]}x"
@@ -118,12 +139,13 @@ def read_label_image(path: Path, image: Path) -> Drawn:
 
 
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
-                 sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0) -> str:
+                 sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0,
+                 classes: Collection[str] = ()) -> str:
     """Write the data set and return the report; raises UserError for what cannot be used."""
     with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
         data = PreparedData(root, f"drawn annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
-        drawn = find_drawn(kind, images, annotations)
+        drawn = find_drawn(kind, images, annotations, classes)
         data.notes += [f"{images[stem].name}: left out, as nothing is drawn for it" for stem in images
                        if stem not in drawn]
         data.notes += [f"{stem}: something is drawn for it, but the image is missing" for stem in drawn

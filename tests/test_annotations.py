@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import prepare_data
 from conftest import PROJECT, imagescope, square
 from images.files import ImageFileError, save_instances
 from images.masks import load_instances
 from preparation.annotation_files import AnnotationError, decode_run_lengths, read_coco, read_geojson, read_imagescope
 from preparation.annotations import Region, rasterise
+from preparation.drawn import read_label_image
 
 SHARED = PROJECT.parent / "shared" / "data"
 
@@ -220,11 +222,88 @@ def test_instance_maps_keep_palette_indices_and_refuse_the_rest(tmp_path):
 
 def test_categories_of_coco_are_named(tmp_path):
     entry = {"image_id": 1, "segmentation": [[0, 0, 9, 0, 9, 9]]}
-    content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 5, "name": "nucleus"}],
-               "annotations": [{**entry, "category_id": 5}, {**entry, "category_id": 6}]}
+    content = {"images": [{"id": 1, "file_name": "a.png"}],
+               "categories": [{"id": 5, "name": "nucleus"}, {"id": 7, "name": "artefact"}],
+               "annotations": [{**entry, "category_id": 5}, {**entry, "category_id": 6}, {**entry, "category_id": 7},
+                               {**entry, "category_id": 5, "iscrowd": 1}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    note, = read_coco(tmp_path / "a.json")["a"].notes
-    assert "2 categories (6, nucleus)" in note
+    found = read_coco(tmp_path / "a.json")["a"]
+    assert [region.kind for region in found.regions] == ["nucleus", "6"]
+    assert found.notes == ["taken as nuclei: 1 of class 6, 1 of class nucleus; left out: 1 crowd (iscrowd), 1 of class "
+                           "artefact"]
+    chosen = read_coco(tmp_path / "a.json", ["artefact"])["a"]
+    assert [region.kind for region in chosen.regions] == ["artefact"], "what was asked for by name"
+
+
+def geojson_of(*objects) -> list[dict]:
+    """Return features: (class, object type) and, for a cell, whether it has a nucleus."""
+    ring = [list(point) for point in square(5, 5, corner=True)]
+    polygon = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+    return [{"type": "Feature", "geometry": polygon, "nucleusGeometry": polygon if nucleus else None,
+             "properties": {"objectType": kind} | ({"classification": {"name": name}} if name else {})}
+            for name, kind, nucleus in objects]
+
+
+def test_of_what_qupath_exports_the_nuclei_are_taken(tmp_path):
+    (tmp_path / "a.geojson").write_text(json.dumps(geojson_of(
+        ("Tumor", "annotation", False), ("", "detection", False), ("Ignore*", "annotation", False),
+        ("Region*", "annotation", False), ("", "tile", False), ("Tumor", "cell", False), ("Tumor", "cell", True),
+        ("Ambiguous", "annotation", False), ("", "tma_core", False))))
+    found = read_geojson(tmp_path / "a.geojson")
+    assert [region.name for region in found.regions] == ["1", "2", "7"]
+    assert found.notes[-1] == (
+        "taken as nuclei: 2 of class Tumor, 1 without a class; left out: 1 cell without a nucleus, 1 core of a tissue "
+        "array, 1 of class Ambiguous, 1 of class Ignore*, 1 of class Region*, 1 tile")
+    chosen = read_geojson(tmp_path / "a.geojson", ["Tumor", "Ambiguous"])
+    assert [region.name for region in chosen.regions] == ["1", "7", "8"]
+
+
+def test_a_class_that_is_nowhere_drawn_is_refused(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "drawn").mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"images/a{i}.png")
+        (tmp_path / f"drawn/a{i}.geojson").write_text(json.dumps(geojson_of(("Tumor", "annotation", False))))
+    command = ["drawn", "--format", "geojson", "--images", str(tmp_path / "images"), "--annotations",
+               str(tmp_path / "drawn"), "--out", str(tmp_path / "out"), "--classes"]
+    assert prepare_data.main([*command, "Tumour"]) == 2
+    assert "--classes Tumour: nothing of that class is drawn in " in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith("There is: Tumor")
+    assert not (tmp_path / "out").exists()
+    assert prepare_data.main([*command, "Tumor"]) == 0
+    assert prepare_data.main([*command[:1], "--format", "label-tiff", *command[3:], "Tumor"]) == 2
+
+
+def test_shapes_and_layers_of_imagescope(tmp_path):
+    corners = '<Vertex X="10" Y="10"/><Vertex X="40" Y="30"/>'
+    regions = "".join(f'<Region Id="{i}" Type="{kind}"><Attributes><Attribute Name="of a region"/></Attributes>'
+                      f'<Vertices>{corners}</Vertices></Region>' for i, kind in enumerate((2, 1, 3, 0), 1))
+    layers = (f'<Annotation Id="1"><Attributes><Attribute Name="Epithelial" Id="0" Value=""/></Attributes><Regions>'
+              f'{regions}</Regions></Annotation><Annotation Id="2" Name="Ambiguous"><Regions>{regions}</Regions>'
+              f'</Annotation><Annotation Id="3"><Attributes><Attribute Name="Description" Id="0" Value="Immune"/>'
+              f'</Attributes><Regions>{regions}</Regions></Annotation>')
+    (tmp_path / "a.xml").write_text(f"<Annotations>{layers}</Annotations>")
+    found = read_imagescope(tmp_path / "a.xml")
+    assert found.notes == ["taken as nuclei: 3 of class Epithelial, 3 of class Immune; left out: 3 arrow, ruler or "
+                           "pin, 3 of class Ambiguous"]
+    round_one, box, line = found.regions[:3]
+    drawn = rasterise([round_one], (60, 60))[0]
+    rows, columns = np.indices((60, 60))
+    distance = ((columns - 25) / 15) ** 2 + ((rows - 20) / 10) ** 2
+    assert drawn[distance < 0.999].all()
+    assert not drawn[distance > 1.001].any(), "471 pixels, as far as those on the line count"
+    assert rasterise([box], (60, 60))[0].sum() == 31 * 21
+    assert "2 vertices" in rasterise([line], (60, 60))[1][0]
+
+
+def test_a_jpeg_among_label_images_is_a_mask(tmp_path):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[5:25, 5:25] = mask[35:60, 30:50] = 255
+    Image.fromarray(mask).save(tmp_path / "a.jpg", quality=50)
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    labels, notes = read_label_image(tmp_path / "a.jpg", tmp_path / "image.png")
+    assert labels.max() == 2, "not a nucleus for each grey level"
+    assert "a mask of 0 and 255" in notes[0]
 
 
 @pytest.mark.parametrize("text", ['<?xml version="1.0" encoding="foo"?><Annotations/>',
