@@ -105,6 +105,7 @@ def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namesp
     Returns:
         What went wrong, a line for each image that failed, and the highest probability of each that came out black.
     """
+    from images.listing import shown
     from nuclei.measurement import COLUMNS, MICROMETRE_COLUMNS
 
     failed, black = [], []
@@ -112,7 +113,7 @@ def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namesp
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if args.pixel_size else ()), extrasaction="ignore")
         writer.writeheader()
-        names = {path.name for path in paths}
+        names = {shown(path.name) for path in paths}
         writer.writerows(row for name, rows in earlier.items() if name not in names for row in rows)
         for path in paths:
             times = {p: p.stat().st_mtime_ns for p in output_files(table.parent, path, predictor.classes) if p.exists()}
@@ -122,7 +123,7 @@ def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namesp
                 first_line = (str(error).splitlines() or ["out of memory"])[0]
                 failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
                 print(f"{path.name}: failed")
-                writer.writerows(earlier.get(path.name, []))
+                writer.writerows(earlier.get(shown(path.name), []))
                 continue
             writer.writerows(rows)
             for stale in (p for p, time_then in times.items() if p.stat().st_mtime_ns == time_then):
@@ -147,6 +148,7 @@ def rows_by_image(table: Path) -> dict[str, list[dict]]:
 def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
     """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
     from images.files import image_size
+    from images.listing import shown
     from nuclei.measurement import nucleus_rows
 
     start = time.perf_counter()
@@ -158,7 +160,7 @@ def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -
           f"{time.perf_counter() - start:.1f} s"
           + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
           + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)
-    return nucleus_rows(path.name, prediction.sums.measures(), args.pixel_size), prediction.highest
+    return nucleus_rows(shown(path.name), prediction.sums.measures(), args.pixel_size), prediction.highest
 
 
 def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namespace):

@@ -81,7 +81,7 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0)
     dealt = split_by_group(data_root, group_regex, seed)
     rows = [(pair.image.relative_to(data_root).as_posix(), split) for split in SPLITS for pair in dealt[split]]
     try:
-        with open(path, "x", newline="", encoding="utf-8") as file:
+        with open(path, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([("path", "split"), *sorted(rows)])
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "

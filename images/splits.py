@@ -215,7 +215,7 @@ def read_folders(data_root: Path, wanted: Iterable[str],
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
     """Return name -> origin and group of every image that a manifest lists; a table of another kind tells nothing."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             return {composed(row["tile"]): {"origin": row["source"], "group": row["group"]}
                     for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError):
@@ -265,7 +265,8 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
     splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     remedy = "Write it with python prepare_data.py split DATA_ROOT, or save it as CSV UTF-8 with commas"
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark in front
+        # Spreadsheets put a byte order mark in front; names of files are bytes, which need not be UTF-8.
+        with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         problems.append(f"{table}: cannot be read ({error}). {remedy}")

@@ -24,7 +24,7 @@ from images.files import load_image, save_instances, save_png
 from images.listing import IMAGE_SUFFIXES, list_folder
 from images.masks import load_instances
 from images.resolutions import FINEST
-from images.splits import SPLITS
+from images.splits import MANIFEST, SPLITS
 from system.errors import UserError
 
 FORMAT = 1
@@ -148,14 +148,14 @@ class PreparedData:
         description = {"format": FORMAT, "sizing": self.sizing, "source": self.description,
                        "microns_per_pixel": microns_per_pixel}
         (self.root / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        with open(self.root / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+        with open(self.root / MANIFEST, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(sorted(self.rows, key=lambda row: (row["split"], row["tile"])))
         self.draw_contact_sheet()
         notes = "".join(f"\n- {note}" for note in self.notes)
         report = self.table() + (f"\n{extra}\n" if extra else "") + (f"\nTo know:\n{notes}\n" if notes else "")
-        (self.root / "report.md").write_text(report, encoding="utf-8")
+        (self.root / "report.md").write_text(report, encoding="utf-8", errors="backslashreplace")
         return report
 
     def table(self) -> str:
@@ -169,19 +169,19 @@ class PreparedData:
         """Draw tiles from all splits, evenly spaced, with the outline of every instance."""
         from matplotlib.figure import Figure  # half a second, and --help does without
 
-        shown = []
+        chosen = []
         for split in SPLITS:
             rows = sorted((row for row in self.rows if row["split"] == split), key=lambda row: row["tile"])
             picks = np.linspace(0, len(rows) - 1, min(SHEET_TILES // len(SPLITS), len(rows))).round().astype(int)
-            shown += [rows[i] for i in picks]
-        lines = -(-len(shown) // 6)
+            chosen += [rows[i] for i in picks]
+        lines = -(-len(chosen) // 6)
         figure = Figure(figsize=(18, 3.2 * lines), layout="constrained")
         for axis in figure.subplots(lines, 6, squeeze=False).flat:
             axis.set_axis_off()
-        for axis, row in zip(figure.axes, shown, strict=False):
+        for axis, row in zip(figure.axes, chosen, strict=False):
             axis.imshow(outlined(*self._read(row)))
             name = row["tile"] if len(row["tile"]) < 40 else f"{row['tile'][:18]}...{row['tile'][-18:]}"
-            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{name}", fontsize=8, parse_math=False)
+            axis.set_title(f"{row['split']}, nuclei: {row['nuclei']}\n{shown(name)}", fontsize=8, parse_math=False)
         figure.savefig(self.root / "contact_sheet.png", dpi=100, metadata={"Software": None})
 
     def _read(self, row: dict) -> tuple[np.ndarray, np.ndarray]:

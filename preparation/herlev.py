@@ -142,7 +142,7 @@ def write_folds(root: Path, classes: dict[str, str], split_of: dict[str, str], f
     for k in range(folds):
         split = {k: "test", (k + 1) % folds: "valid"}
         dealt = {name: split.get(part, "train") for name, part in part_of.items()}
-        with open(root / f"fold_{k + 1}.csv", "w", newline="", encoding="utf-8") as file:
+        with open(root / f"fold_{k + 1}.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([("path", "split"), *sorted(
                 (f"{split_of[name]}/images/{name}.png", part) for name, part in dealt.items())])
         counts = Counter(dealt.values())

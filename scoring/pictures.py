@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from images.listing import shown
+
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
 
 
@@ -72,7 +74,8 @@ def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], proba
         row[3].imshow(image, cmap="gray", vmin=0, vmax=1)
         outline(row[3], drawn, DRAWN, "solid")
         outline(row[3], found, FOUND, (0, (3, 2)))
-        row[0].set_ylabel(names[i] if len(names[i]) < 32 else f"{names[i][:29]}...", fontsize=7,
+        name = shown(names[i])
+        row[0].set_ylabel(name if len(name) < 32 else f"{name[:29]}...", fontsize=7,
                           parse_math=False)
         for axis, title in zip(row, ("image", "mask" + (f", channel {k + 1}" if len(masks[i]) > 1 else ""),
                                      "predicted probability", f"blue: mask, orange: prediction, Dice {dice[i]:.3f}"),

@@ -4,6 +4,7 @@
 """
 
 import csv
+import os
 import unicodedata
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 import predict_papsmear
-from conftest import copy_pair, lively_model, move_pair, noisy_image, write_checkpoint, write_data_set
+from conftest import TINY, copy_pair, lively_model, move_pair, noisy_image, run_script, write_checkpoint, write_data_set
 from images.dealing import write_splits
 from images.duplicates import appearance, shared
 from images.files import save_instances, save_png
@@ -145,3 +146,47 @@ def test_appearance_is_that_of_all_channels():
     equal, near = shared([appearance(rgb)], [appearance(other)])
     assert (equal, near) == ({}, {0: 0}), "one bit differs"
     assert torch.tensor(appearance(rgb).thumbnail).norm(dim=1).allclose(torch.ones(8))
+
+
+@pytest.fixture
+def odd_names(data_root):
+    """Return a data set with an image whose name is no UTF-8, as a Windows zip unpacked on Linux has it."""
+    for kind in ("images", "masks"):
+        for split in ("train", "test"):
+            path = data_root / split / kind / f"{split}_0.png"
+            os.rename(path, os.fsencode(path.parent) + b"/zelle_\xe4.png" if split == "test" else
+                      path.with_name("клетка.png"))
+    return data_root
+
+
+def test_a_name_that_is_no_utf8_is_carried_by_every_table(odd_names, tmp_path):
+    write_splits(odd_names)
+    assert sum(len(pairs) for pairs in list_splits(odd_names).values()) == 12, "its table finds every image again"
+    (odd_names / "splits.csv").unlink()
+    done = run_script("train_papsmear.py", "--data_root", odd_names, "--output_dir", tmp_path, "--experiment_name", "a",
+                      *TINY, environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "a/test_scores.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["test_1", "test_2", "zelle_\\udce4"]
+    for folder in ("test", "train"):
+        images = odd_names / folder / "images"
+        done = run_script("predict_papsmear.py", tmp_path / "a/best_stage_4.pth", images, "--out",
+                          tmp_path / folder, environment={"PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / folder).glob("*_mask.png"))) == len(list(images.iterdir()))
+    done = run_script("predict_papsmear.py", tmp_path / "a/best_stage_4.pth", odd_names / "test/images", "--out",
+                      tmp_path / "test", "--overwrite", environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    done = run_script("evaluate_papsmear.py", tmp_path / "a/best_stage_4.pth", "--data_root", odd_names, "--out",
+                      tmp_path / "evaluated")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_data_set_is_made_of_such_names_too(odd_names, tmp_path):
+    done = run_script("prepare_data.py", "drawn", "--format", "label-tiff", "--images", odd_names / "test/images",
+                      "--annotations", odd_names / "test/masks", "--out", tmp_path / "out",
+                      environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    report = check_dataset(tmp_path / "out")
+    assert report.totals == {"source images": 3}, "the manifest is found again"
+    assert report.leakage["source images"] == {"valid": (0, 1), "test": (0, 1)}

@@ -128,7 +128,7 @@ class RunFolder:
     def write_csv(self, name: str, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
         """Save rows as a CSV of these columns."""
         with atomic_write(self.file(name)) as file:
-            text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            text = TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
             writer = csv.DictWriter(text, columns)
             writer.writeheader()
             writer.writerows(rows)
