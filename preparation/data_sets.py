@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from images.files import load_image, save_instances, save_png
-from images.listing import IMAGE_SUFFIXES, list_folder
+from images.listing import IMAGE_SUFFIXES, list_folder, shown
 from images.masks import load_instances
 from images.resolutions import FINEST
 from images.splits import MANIFEST, SPLITS
