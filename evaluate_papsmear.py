@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
+    from images.splits import SPLITS_FILE, sizing_of
     from images.targets import instance_file
     from scoring.scores import compare, score_pairs, scored_pairs, summarise
     from system.processes import is_main_process
@@ -68,16 +69,22 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
+    sizing = sizing_of(args.data_root)
+    if sizing != predictor.recipe.sizing:
+        print(f"warning: the network was trained with sizing '{predictor.recipe.sizing}', but {args.data_root} is a "
+              f"data set of '{sizing}': it sees nuclei at another size than it knows, so this score says little")
     folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
-    print(f"{len(pairs)} images of {pairs[0].image.parent} at original size")
+    table = Path(args.data_root) / SPLITS_FILE
+    print(f"{len(pairs)} images of the split {args.split} at original size, e.g. {pairs[0].image}"
+          + (f" ({table} says which)" if table.is_file() else ""))
     if args.instances:
         without = sum(instance_file(pair) is None for pair in pairs)
         print(f"drawn nuclei of {len(pairs) - without} images from their instance maps, of {without} as the connected "
               f"parts of the mask")
 
     rows = score_pairs(predictor, pairs, args.instances)
-    summary = {"checkpoint": joined(args.checkpoint), "images": str(pairs[0].image.parent), "seed": args.seed,
-               "scores": summarise(rows, args.seed)}
+    summary = {"checkpoint": joined(args.checkpoint), "split": args.split, "images": str(pairs[0].image.parent),
+               "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
     others = score_pairs(other, pairs, args.instances) if other else None
     if others:

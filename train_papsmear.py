@@ -101,11 +101,13 @@ def prepare(args: argparse.Namespace, folder: Path):
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     set_up_process(device, precision)
+    adopt(args)
     model = new_model(args)
     pyramids, fingerprint = open_data(args)
     kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
     batch_sizes = DEFAULT_BATCH_SIZES | args.batch_sizes
-    config = {key: value for key, value in vars(args).items() if key not in ("resume", "dry_run", "overwrite")} | {
+    no_settings = ("resume", "dry_run", "overwrite", "by_hand")
+    config = {key: value for key, value in vars(args).items() if key not in no_settings} | {
         "data_fingerprint": fingerprint, "resolved": {
             "device": str(device), "precision": precision, "num_workers": workers, "images_kept": kept,
             "batch_sizes": batch_sizes}}
@@ -187,6 +189,29 @@ def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
     return fingerprint
 
 
+def adopt(args: argparse.Namespace) -> None:
+    """Take network and channels from the checkpoint of --init_from, where they were not given by hand.
+
+    Raises:
+        UserError: for what was given and contradicts the checkpoint, as few weights would fit.
+    """
+    if not args.init_from or args.resume:
+        return
+    from checkpoints import load_checkpoint
+
+    source = load_checkpoint(Path(args.init_from))
+    recipe, model = source["data"], source["model_args"]
+    there = {"model": model["model"], "base_channels": model["base_channels"], "in_channels": recipe.in_channels,
+             "out_channels": recipe.classes, "targets": recipe.targets}
+    for name, value in there.items():
+        asked = getattr(args, name)
+        if asked != value and name in args.by_hand:
+            shown = (",".join(v) if isinstance(v, tuple) else v for v in (value, asked))
+            raise UserError("--init_from {}: its network has {} {}, asked for is {}. Leave --{} out, or start without "
+                            "--init_from".format(args.init_from, name, *shown, name))
+        setattr(args, name, value)
+
+
 def initialise(model, args: argparse.Namespace) -> None:
     """Take over the weights of --init_from and say which parts came, which are new and which found no place."""
     from checkpoints import load_checkpoint
@@ -194,11 +219,6 @@ def initialise(model, args: argparse.Namespace) -> None:
     if not args.init_from or args.resume:
         return
     source = load_checkpoint(Path(args.init_from))
-    for key in ("model", "base_channels"):
-        if source["model_args"][key] != model.model_args[key]:
-            there, here = source["model_args"][key], model.model_args[key]
-            raise UserError(f"--init_from {args.init_from}: its network has {key} {there}, asked for is {here}, so no "
-                             f"weight would fit. Pass --{key} {there}")
     carried, new, left_out = model.transfer_weights(source["model"])
     print(f"{args.init_from} (stage {source['stage']}) into stage {model.stage}:")
     for title, names in (("carried", carried), ("new", new), ("left out", left_out)):

@@ -35,7 +35,7 @@ DECIDED = ("budget", "max_minutes", "seed", "output_dir", "experiment_name", "re
 OF_ARMS = ("progressive", "model", "shares", "start_stage")
 OF_DATA = ("data_root", "in_channels", "out_channels", "targets", "use_augmented")
 # Settings in which trainings may differ and yet be compared.
-FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset"}
+FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset", "by_hand"}
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,12 @@ def _sizes_of_pages(image: Image.Image) -> list[tuple[int, int]]:
     return sizes
 
 
+def orientation_of(path: Path) -> int:
+    """Return how a file is to be turned by its EXIF data, 1 for not at all."""
+    with _open(path) as image:
+        return _orientation(image)
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the orientation by EXIF, 1 for upright; 1 too where these data are damaged, as the pixels may be good."""
     try:

@@ -19,7 +19,7 @@ from scipy import ndimage
 from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
 from images.duplicates import Appearance, appearance
 from images.familiarity import describe, ranges_over
-from images.files import ImageFileError, load_image, resize
+from images.files import ImageFileError, load_image, loaded, opened, orientation_of, resize
 from images.masks import how_it_is_read
 from images.recipe import MASK, DataRecipe
 from images.resolutions import FINEST, RESOLUTIONS
@@ -27,6 +27,7 @@ from images.splits import DatasetError, Pair, find_data_root, find_splits, sizin
 from images.targets import load_target
 from system.machine import cpu_count
 
+DARK_16_BIT = 6554  # a tenth of the range
 AHEAD = 4 * cpu_count()  # pairs that are decoded before they are counted
 
 
@@ -46,7 +47,7 @@ class ImagePyramid:
         appearances: what each image looks like (see images/duplicates.py).
         darker: (N,) bool, whether the image is darker in the mask of the first class than beside it.
         largest: (N,) pixels at 256 of the largest connected part of that mask, 0 for an empty one.
-        readings: sentences on masks that are not read as one may expect, with their files.
+        readings: what is not read as one may expect, in words, with its file.
     """
 
     def __init__(self, pairs: list[Pair], recipe: DataRecipe):
@@ -100,10 +101,10 @@ class ImagePyramid:
                     problems += found
                     continue
                 image, mask, self.foreground[i], description, self.lost[i], look, self.darker[i], self.largest[i], \
-                    reading = found
+                    readings = found
                 descriptions.append(description)
                 self.appearances.append(look)
-                self.readings += [(reading, self.pairs[i].mask)] if reading else []
+                self.readings += readings
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
@@ -170,9 +171,23 @@ class ImagePyramid:
         some = 0 < inside.sum() < inside.size
         darker = some and grey[inside].mean() < grey[~inside].mean()
         largest = np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:].max(initial=0)
-        reading = how_it_is_read(pair.mask) if self.recipe.classes == 1 else ""
+        readings = [(f"mask(s) {how_it_is_read(pair.mask)}", pair.mask)] if self.recipe.classes == 1 else []
+        readings = [reading for reading in (*readings, (f"image(s) {how_image_is_read(pair)}", pair.image))
+                    if not reading[0].endswith(" ")]
         return (*found, describe(image.transpose(1, 2, 0), inside), _lost(mask[:self.recipe.classes]),
-                appearance(image), darker, largest, reading)
+                appearance(image), darker, largest, readings)
+
+
+def how_image_is_read(pair: Pair) -> str:
+    """Return what a user may not expect of how an image is read, '' if there is nothing."""
+    if orientation_of(pair.image) != 1 and orientation_of(pair.mask) == 1:
+        return ("turned upright by EXIF, whose masks are not turned; where a mask was drawn on the picture as it is "
+                "stored, it does not fit")
+    with opened(pair.image) as image:
+        if image.mode.startswith("I") and loaded(pair.image, image).max() < DARK_16_BIT:
+            return ("of 16 bit without a value above a tenth of the range, as of a camera of 12 bit, so they come out "
+                    "almost black; multiply them first, e.g. 12 bit by 16")
+    return ""
 
 
 def _lost(mask: np.ndarray) -> list[bool]:

@@ -4,8 +4,11 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from images.dealing import write_splits
 from images.duplicates import shared
+from images.files import load_image
 from images.listing import name_of
 from images.pyramid import ImagePyramid, open_pyramids
 from images.resolutions import FINEST, RESOLUTIONS
@@ -15,6 +18,7 @@ from images.targets import instance_file
 HOW = {"source images": " as originals or copies", "pictures": ", by their pixels, turned or flipped ones too"}
 FEW_PIXELS = 20    # of the largest object of a split, below which it is doubted that objects are nuclei
 SOME_IMAGES = 5    # from which on it says something that nuclei are darker in none
+COLOUR = 4         # grey levels between the channels, on average, from which on an image is in colour
 LOST_SHARE = 0.1   # of the masks of train, from which on it is said that a stage sees nothing of them
 
 
@@ -145,7 +149,16 @@ def mask_warnings(pyramids: dict[str, ImagePyramid], counts: dict[str, dict]) ->
     for p in pyramids.values():
         for reading, path in p.readings:
             readings.setdefault(reading, []).append(path)
-    return found + [f"{len(paths)} mask(s) {reading}, e.g. {paths[0]}" for reading, paths in readings.items()]
+    if train.recipe.in_channels == 1 and len(train) and is_in_colour(train.pairs[0].image):
+        found.append(f"the images are in colour, e.g. {train.pairs[0].image}; with --in_channels 1 their luminance "
+                     f"alone is read. Pass --in_channels 3 to see their colours")
+    return found + [f"{len(paths)} {reading}, e.g. {paths[0]}" for reading, paths in readings.items()]
+
+
+def is_in_colour(path: Path) -> bool:
+    """Tell whether the colours of an image differ from grey by more than a camera's or JPEG's noise."""
+    pixels = load_image(path, 3).astype(int)
+    return bool(np.ptp(pixels, axis=2).mean() > COLOUR)
 
 
 def split_dataset(data_root: Path, group_regex: str | None = None, seed: int = 0, in_channels: int = 1,

@@ -10,18 +10,22 @@ import csv
 import json
 import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from images.listing import composed, left_out, list_folder, name_of
+from images.listing import composed, left_out, list_folder, name_of, shown
 from images.recipe import SIZINGS
 from system.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
 KINDS = ("images", "masks", "instances")  # folders of a split; the last may be missing
+# What people call the folders of images and masks.
+LIKELY_NAMES = (("images", "imgs", "image", "img", "pictures"),
+                ("masks", "labels", "mask", "label", "gt", "ground_truth", "groundtruth", "annotations"))
 MANIFEST = "manifest.csv"  # of a prepared data set: from which image and patient every file comes
 COPY = r"(?:flipped|mirrored|rotated_-?\d+(?:\.\d+)?)"
 COPY_MARK = re.compile(rf"^(?:{COPY}_)+(?=.)|(?<=.)(?:_{COPY})+$")
@@ -35,9 +39,26 @@ class DatasetError(UserError):
     def __init__(self, data_root: Path, problems: list[str]):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        shown = "".join(f"\n  - {problem}" for problem in problems[:50])
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        lines = grouped(problems)
+        shown = "".join(f"\n  - {line}" for line in lines[:50])
+        more = f"\n  ... and {len(lines) - 50} more" if len(lines) > 50 else ""
         super().__init__(f"{data_root}: {count} found in the data set:{shown}{more}")
+
+
+def grouped(problems: list[str], alike: int = 4) -> list[str]:
+    """Make one line of problems that say the same of several files: 'PATH: sentence', in which NAME may occur."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        path, colon, sentence = problem.partition(": ")
+        name = Path(path).stem
+        kinds.setdefault(f"{colon}{sentence.replace(name, 'NAME') if name else sentence}", []).append(problem)
+    lines = []
+    for kind, same in kinds.items():
+        if len(same) < alike or not kind.startswith(": "):
+            lines += same
+        else:
+            lines.append(f"{len(same)} files, e.g. {', '.join(p.partition(': ')[0] for p in same[:3])}{kind}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -206,10 +227,33 @@ def read_folders(data_root: Path, wanted: Iterable[str],
     problems: list[str] = []
     wanted = list(wanted)
     there = [split for split in wanted if (data_root / split).is_dir()]
-    read = wanted if all_needed or not there else there
     origins = _read_manifest(data_root / MANIFEST)
+    if not there and not any((data_root / split).is_dir() for split in SPLITS):
+        if all_needed or not all((data_root / kind).is_dir() for kind in KINDS[:2]):
+            raise DatasetError(data_root, [what_is_there(data_root)])
+        pairs = [replace(pair, **origins.get(pair.name, {})) for pair in _pair_folder(data_root, problems)]
+        return {split: pairs if split == wanted[0] else [] for split in wanted}, problems  # not dealt yet
+    read = wanted if all_needed or not there else there
     return {split: [replace(pair, **origins.get(pair.name, {})) for pair in
                     (_pair_folder(data_root / split, problems) if split in read else [])] for split in wanted}, problems
+
+
+def what_is_there(data_root: Path) -> str:
+    """Return what a folder without train, valid and test holds, and what to do about it."""
+    listing = list_folder(data_root)
+    names = {path.name.lower(): path.name for path in listing.folders}
+    images, masks = (next((names[name] for name in known if name in names), None) for known in LIKELY_NAMES)
+    if images and masks and (images, masks) == KINDS[:2]:
+        return (f"images and masks lie in it without train, valid and test. Deal them with python prepare_data.py "
+                f"split {shlex.quote(str(data_root))}")
+    if images and masks:
+        return (f"its folders are {images} and {masks}; expected are images and masks. Rename them, then deal the "
+                f"images with python prepare_data.py split {shlex.quote(str(data_root))}")
+    found = ", ".join([path.name for path in listing.folders][:5]) or "none"
+    files = f", and {len(listing.files)} image files, e.g. {next(iter(listing.files.values())).name}" if \
+        listing.files else ""
+    return (f"no folder train, valid or test; its folders are: {found}{files}. Expected: {TREE}; or folders images and "
+            f"masks, which python prepare_data.py split deals")
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
@@ -272,6 +316,9 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
         problems.append(f"{table}: cannot be read ({error}). {remedy}")
         return splits
     columns = list(rows[0]) if rows else []
+    if shown("".join(map(str, columns))) != "".join(map(str, columns)):
+        problems.append(f"{table}: cannot be read (its first line is no UTF-8). {remedy}")
+        return splits
     if not {"path", "split"} <= set(columns):
         problems.append(f"{table}: columns {columns} found; 'path' and 'split' are needed. {remedy}")
         return splits

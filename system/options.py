@@ -4,6 +4,7 @@ Nothing here imports torch, so --help and wrong options answer at once.
 """
 
 import argparse
+import difflib
 import functools
 import io
 import math
@@ -115,13 +116,37 @@ def regex(text: str) -> str:
     return text
 
 
+def checkpoint_path(text: str) -> str:
+    """Return the path of a checkpoint; of a run folder, the best of its last stage."""
+    if not Path(text).is_dir():
+        return text
+    best = sorted(Path(text).glob("best_stage_[1-4].pth"))
+    if not best:
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder without best_stage_X.pth; a checkpoint is such a file, "
+                                         f"or the run folder that it lies in")
+    return str(best[-1])
+
+
 def checkpoint_list(text: str) -> list[str]:
-    """Return the paths of one checkpoint, or of several joined by commas; a file whose name has a comma is one."""
-    return [text] if Path(text).is_file() else text.split(",")
+    """Return the paths of one checkpoint, or of several joined by commas; a name with a comma that is there is one."""
+    return [checkpoint_path(path) for path in ([text] if Path(text).exists() else text.split(","))]
 
 
 class Parser(argparse.ArgumentParser):
     """Raise what is wrong as UserError, so that every refusal of a command line looks the same."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (--help lists all options)")
+        meant = ""
+        if message.startswith("unrecognized arguments:"):
+            wrong = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
+            near = difflib.get_close_matches(wrong, self.options(), 1, 0.7)
+            meant = f". Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{meant} (--help lists all options)")
+
+    def options(self) -> list[str]:
+        """Return all options, those of commands of this command too."""
+        found = [name for name in self._option_string_actions if name.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [name for parser in action.choices.values() for name in parser.options()]
+        return found

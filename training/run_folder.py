@@ -195,7 +195,15 @@ def environment() -> dict:
         git = commit.stdout.strip() if commit.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
         git = None
-    return {"packages": {name: metadata.version(name) for name in PACKAGES}, "python": platform.python_version(),
+    return {"packages": {name: version_of(name) for name in PACKAGES}, "python": platform.python_version(),
             "git_commit": git, "machine": platform.machine(), "system": platform.system(),
             "cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package; None where it is there under another name, as tb-nightly is."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -12,7 +12,7 @@ from datetime import datetime
 from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import UserError
-from system.options import Parser, flag, folder_name, number, regex, whole
+from system.options import Parser, checkpoint_path, flag, folder_name, number, regex, whole
 from training.schedule import CLASSIC_WORK, OLD_LR_SCALE, SHARES, WORK, deal
 
 # An option given by hand beats a preset, a preset beats a default. A preset has a budget of operations instead of
@@ -106,7 +106,8 @@ def _add_network_options(add: Callable) -> None:
     add("--model", choices=("pgunet", "unet"), default="pgunet", help="unet: the classic one (pgunet)")
     add("--progressive", default=True, help="false: stage 4 from the start (true)", **BOOLEAN)
     add("--base_channels", type=whole(1), default=64, help="channels at 256 pixels (64)")
-    add("--init_from", metavar="CHECKPOINT", help="start from its weights")
+    add("--init_from", type=checkpoint_path, metavar="CHECKPOINT",
+        help="start from its weights; channels, width and targets are its own, unless given")
     add("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
 
 
@@ -166,6 +167,7 @@ def parse(argv: list[str] | None, description: str = "") -> argparse.Namespace:
         changed = {key: by_hand[key] for key in CHANGEABLE_AT_RESUME if key in by_hand}
         return argparse.Namespace(**(defaults | by_hand), by_hand=changed)
     args = argparse.Namespace(**(defaults | PRESETS.get(by_hand.get("preset"), {}) | by_hand))
+    args.by_hand = sorted(by_hand)
     _plan_epochs(args, by_hand)
     args.experiment_name = args.experiment_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return args
