@@ -7,7 +7,6 @@ or, with the same weights for the same seed, the loop that `fit` runs: `set_stag
 `record`. Without `record` nothing is selected. Pictures and final_model.pth are written by `fit` alone.
 """
 
-import copy
 import dataclasses
 import math
 import time
@@ -18,9 +17,9 @@ from torch import nn
 
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
-from system.devices import autocast, choose_device, choose_precision, random_states, set_random_states
+from system.devices import autocast, choose_device, choose_precision
 from system.errors import NonFiniteLossError, UserError
-from system.processes import all_gather, is_main_process, progress, world_size
+from system.processes import is_main_process, progress, world_size
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
@@ -38,7 +37,7 @@ from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, resumable, snapshot
 from training.steps import OptimizerSteps
-from training.time_limit import TimeLimit
+from training.time_limit import TimeLimit, deal_time, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
 
@@ -249,7 +248,7 @@ class ProgressiveTrainer:
         """
         self._claim_folder()
         if self.time_limit and not self.course.ended(self.model.stage):
-            self.rehearse(dataloaders, say)
+            rehearse(self, dataloaders, say)
         stage = self.course.next_stage(self.model.stage)
         while stage is not None:
             self.set_stage(stage)
@@ -263,7 +262,7 @@ class ProgressiveTrainer:
                     say(line)
                 if self.time_limit:
                     self.time_limit.end_epoch(stage)
-                    self._deal_time(self.time_limit)
+                    deal_time(self)
             if self.folder:
                 self._draw_stage(valid_loader, self.folder)
             stage = self.course.next_stage(stage + 1)
@@ -272,30 +271,6 @@ class ProgressiveTrainer:
             save_checkpoint(self.folder.file("final_model.pth"), snapshot(self, None))
             self.folder.draw_curves()
             self.folder.close()
-
-    def rehearse(self, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
-        """Deal the time limit to the stages by their speed, measured on a copy; `fit` does so by itself.
-
-        Raises:
-            UserError: if the time pays for no epoch of the last stage.
-        """
-        limit, states = self.time_limit, random_states(self.device)
-        assert limit is not None
-        copied = ProgressiveTrainer(copy.deepcopy(self.model), self.device, 1, self.plan.lr, self.precision,
-                                    accumulate=self.accumulate, average=self.averaged.decay if self.averaged else 0.0,
-                                    recipe=self.recipe)
-        limit.rehearse(copied, dataloaders, range(self.model.stage, LAST_STAGE + 1))
-        copied.leave_group()
-        set_random_states(states, self.device)
-        self._deal_time(limit)
-        if not self.course.begun and (too_little := all_gather(limit.too_little(self.plan.epochs))[0]):
-            raise UserError(too_little)
-        if is_main_process():
-            say(limit.sentence(self.plan.epochs))
-
-    def _deal_time(self, limit: TimeLimit) -> None:
-        """Plan the epochs that fit into a time limit, alike in all processes."""
-        self.course.replan(all_gather(limit.deal(self.model.stage, self.finished_epochs))[0])
 
     def leave_group(self) -> None:
         """Let go what belongs to a group of processes; to be called before the group ends. Training may go on after."""

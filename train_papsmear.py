@@ -25,6 +25,7 @@ def train(args: argparse.Namespace) -> None:
     """Check the data, build network and trainer, train, and score the test split."""
     from system.processes import is_main_process, process_group
     from training.run_folder import RunFolder
+    from training.time_limit import rehearse
 
     with process_group():
         if args.resume:
@@ -36,7 +37,7 @@ def train(args: argparse.Namespace) -> None:
         model, trainer, loaders = prepare(args, folder)
         if args.dry_run:
             if args.max_minutes:
-                trainer.rehearse(loaders)
+                rehearse(trainer, loaders)
             print_memory(args, model, trainer)
             print("dry run: nothing was trained and nothing written")
             return

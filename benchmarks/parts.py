@@ -34,7 +34,8 @@ from benchmarks.workloads import (
     tiled_prediction,
 )
 from images.resolutions import DEFAULT_BATCH_SIZES
-from training.schedule import SHARES, WORK, deal
+from training.dealing import SHARES, deal
+from training.schedule import WORK
 from training.settings import PRESETS
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 

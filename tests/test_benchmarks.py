@@ -38,7 +38,8 @@ from benchmarks.workloads import (
 from conftest import PROJECT, run_script, words
 from system import machine
 from system.machine import peak_memory
-from training.schedule import SHARES, WORK, deal
+from training.dealing import SHARES, deal
+from training.schedule import WORK
 from training.settings import PRESETS
 from unet import ProgressiveUNet, UNet
 

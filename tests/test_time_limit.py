@@ -15,7 +15,7 @@ from progressive_trainer import ProgressiveTrainer
 from system.errors import UserError
 from training import time_limit
 from training.schedule import FINAL_RATE
-from training.time_limit import FirstBatches, TimeLimit
+from training.time_limit import FirstBatches, TimeLimit, rehearse
 
 
 class Clock:
@@ -160,7 +160,7 @@ def test_a_run_ends_in_time_with_the_rate_at_its_end(shared_root, tmp_path, slow
 def test_the_speed_is_measured_on_a_copy(shared_root):
     trainer, loaders = make_trainer(shared_root, time_limit=TimeLimit(1000))
     before, state = copy.deepcopy(trainer.model), torch.get_rng_state()
-    trainer.rehearse(loaders, say=lambda line: None)
+    rehearse(trainer, loaders, say=lambda line: None)
     assert tensors_equal(trainer.model, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.stage == 1

@@ -20,9 +20,10 @@ from progressive_trainer import ProgressiveTrainer
 from scoring.measures import pixel_metrics, soft_dice
 from system.errors import NonFiniteLossError, UserError
 from training.averaging import AveragedNetwork
+from training.dealing import deal
 from training.memory import training_memory
 from training.run_folder import COLUMNS, RunFolder
-from training.schedule import WORK, TrainingPlan, deal, epochs_by_stage
+from training.schedule import WORK, TrainingPlan, epochs_by_stage
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 
 

@@ -15,9 +15,6 @@ from system.errors import UserError
 WORK = {1: 40, 2: 80, 3: 120, 4: 185}
 CLASSIC_WORK = 289
 
-# Of the operations of a run, in per cent, dealt to stages 1 to 4 (docs/results.md has what was measured).
-SHARES: tuple[float, ...] = (27, 5, 7, 61)
-
 FLAT_SHARE = 0.4    # of the run's work, at the full rate, before the cosine
 WARM_UP = 0.02      # of the run's epochs, for every part from its birth
 OLD_LR_SCALE = 0.3  # of the rate, for parts that an earlier stage trained
@@ -40,48 +37,6 @@ def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]
         raise UserError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
                          f"for each of the stages {list(stages)}: 0 skips a stage, and the last has at least 1")
     return {stage: n for stage, n in zip(stages, given, strict=True) if n}
-
-
-def deal(budget: float, shares: Sequence[float] = SHARES, first: int = 1) -> tuple[int, ...]:
-    """Deal operations to stages: return the epochs of each stage from `first` on, 0 where the share pays for none.
-
-    Whole epochs are dealt from coarse to fine. What they leave of a share goes to the next finer stage, and what is
-    left at the end to the finest stage that it pays an epoch of.
-
-    Args:
-        budget: in epochs at 256 pixels, whose operations the run has at most.
-        shares: of the budget, for stages 1 to 4, in any unit; of stages below `first` they are left out.
-    Raises:
-        UserError: if nothing is left for an epoch at 256 pixels.
-    """
-    wanted = {stage: share for stage, share in zip(WORK, shares, strict=True) if stage >= first}
-    epochs = deal_work(budget * WORK[max(WORK)], wanted, WORK)
-    if not epochs[max(epochs)]:
-        dealt = f" with shares {', '.join(f'{share:g}' for share in shares)}" if len(epochs) > 1 else ""
-        raise UserError(f"a budget of {budget:g}{dealt} leaves no epoch at 256 pixels. Take a larger budget"
-                        + (", or a larger last share" if dealt else ""))
-    return tuple(epochs.values())
-
-
-def deal_work(whole: float, wanted: dict[int, float], costs: dict[int, float]) -> dict[int, int]:
-    """Deal work to stages as `deal` does, in any unit: return stage -> epochs, perhaps none of the last.
-
-    Args:
-        whole: what there is, in the unit of the costs.
-        wanted: stage -> its share of it, in another unit, from coarse to fine.
-        costs: stage -> what an epoch takes.
-    """
-    total = sum(wanted.values()) or 1.0
-    epochs, left = dict.fromkeys(wanted, 0), 0.0
-    for stage, share in wanted.items():
-        left += whole * share / total
-        epochs[stage] = int(left / costs[stage] + 1e-9)  # a share of exactly two epochs is two epochs
-        left -= epochs[stage] * costs[stage]
-    for stage, share in reversed(wanted.items()):
-        more = int(left / costs[stage] + 1e-9) if share else 0
-        epochs[stage] += more
-        left -= more * costs[stage]
-    return epochs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import UserError
 from system.options import Parser, checkpoint_path, flag, folder_name, number, regex, whole
-from training.schedule import CLASSIC_WORK, OLD_LR_SCALE, SHARES, WORK, deal
+from training.dealing import SHARES, deal
+from training.schedule import CLASSIC_WORK, OLD_LR_SCALE, WORK
 
 # An option given by hand beats a preset, a preset beats a default. A preset has a budget of operations instead of
 # epochs, so that direct training and other shares take the same with it.

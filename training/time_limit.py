@@ -1,12 +1,16 @@
 """Deal the minutes that a training may take to its stages, by the speed that is measured."""
 
+import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from images.resolutions import RESOLUTIONS
-from training.schedule import SHARES, deal_work
+from system.devices import random_states, set_random_states
+from system.errors import UserError
+from system.processes import all_gather, is_main_process
+from training.dealing import SHARES, deal_work
 
 KEPT_BACK = 0.03      # of the time that is left, for what no epoch has shown yet
 REHEARSED = 3         # batches that are timed at each stage, after one that is not
@@ -137,3 +141,32 @@ def seconds_of_pass(run, loader) -> float:
     begin = time.monotonic()
     run(few, 0)
     return (time.monotonic() - begin) / len(few) * len(loader)
+
+
+def rehearse(trainer, dataloaders: dict[int, tuple], say: Callable[[str], None] = print) -> None:
+    """Deal the time limit of a trainer to its stages by their speed, measured on a copy; `fit` does so by itself.
+
+    Args:
+        trainer: a ProgressiveTrainer.
+        dataloaders: as for `ProgressiveTrainer.fit`.
+    Raises:
+        UserError: if the time pays for no epoch of the last stage.
+    """
+    limit, states = trainer.time_limit, random_states(trainer.device)
+    copied = type(trainer)(copy.deepcopy(trainer.model), trainer.device, 1, trainer.plan.lr, trainer.precision,
+                           accumulate=trainer.accumulate, recipe=trainer.recipe,
+                           average=trainer.averaged.decay if trainer.averaged else 0.0)
+    limit.rehearse(copied, dataloaders, range(trainer.model.stage, len(RESOLUTIONS) + 1))
+    copied.leave_group()
+    set_random_states(states, trainer.device)
+    deal_time(trainer)
+    if not trainer.course.begun and (too_little := all_gather(limit.too_little(trainer.plan.epochs))[0]):
+        raise UserError(too_little)
+    if is_main_process():
+        say(limit.sentence(trainer.plan.epochs))
+
+
+def deal_time(trainer) -> None:
+    """Plan the epochs that fit into the time limit of a trainer, alike in all processes."""
+    dealt = trainer.time_limit.deal(trainer.model.stage, trainer.finished_epochs)
+    trainer.course.replan(all_gather(dealt)[0])
