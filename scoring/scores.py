@@ -14,7 +14,6 @@ from scipy import stats
 from skimage.filters import threshold_otsu
 
 from images.files import ImageFileError, load_image
-from images.listing import shown
 from images.masks import load_mask
 from images.splits import SPLITS_FILE, Pair, find_data_root, list_splits
 from images.targets import drawn_nuclei
@@ -84,7 +83,7 @@ def _row(pair: Pair, prediction: np.ndarray, mask: np.ndarray) -> dict:
     found, drawn = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (prediction, mask))
     scores = pixel_metrics(found, drawn)
     classes = range(mask.shape[2])
-    row = {"image": shown(pair.name), "height": mask.shape[0], "width": mask.shape[1]}
+    row = {"image": pair.name, "height": mask.shape[0], "width": mask.shape[1]}
     row |= {name: float(value.mean()) for name, value in scores.items()}
     row["boundary_f1"] = float(np.mean([boundary_f1(prediction[..., k], mask[..., k]) for k in classes]))
     if len(classes) > 1:

@@ -101,6 +101,15 @@ def test_a_machine_that_gets_slower_gets_fewer_epochs(clock):
     assert limit.deal(1, 11)[1] == 11, "but its stage has had its time"
 
 
+def test_what_a_stage_takes_is_seen_in_its_own_epochs(clock):
+    limit = rehearsed(clock, 60)
+    for stage, seconds in ((1, 10), (2, 10)):
+        for _ in range(6):
+            clock.now += seconds
+            limit.end_epoch(stage)
+    assert limit.costs == pytest.approx({1: 7.5, 2: 10, 3: 30, 4: 60}), "stage 1 was twice as slow, stage 2 as expected"
+
+
 def test_it_ends_with_a_network_of_the_last_stage(clock):
     limit = rehearsed(clock, 5)
     clock.now += 265
