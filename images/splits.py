@@ -50,8 +50,8 @@ def grouped(problems: list[str], alike: int = 4) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         path, colon, sentence = problem.partition(": ")
-        name = Path(path).stem
-        kinds.setdefault(f"{colon}{sentence.replace(name, 'NAME') if name else sentence}", []).append(problem)
+        name = re.escape(Path(path).stem)
+        kinds.setdefault(colon + re.sub(rf"(?<!\w){name}(?!\w)", "NAME", sentence), []).append(problem)
     lines = []
     for kind, same in kinds.items():
         if len(same) < alike or not kind.startswith(": "):

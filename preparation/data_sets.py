@@ -24,7 +24,7 @@ from images.files import load_image, save_instances, save_png
 from images.listing import IMAGE_SUFFIXES, list_folder, shown
 from images.masks import load_instances
 from images.resolutions import FINEST
-from images.splits import MANIFEST, SPLITS
+from images.splits import MANIFEST, SPLITS, grouped
 from system.errors import UserError
 
 FORMAT = 1
@@ -153,7 +153,7 @@ class PreparedData:
             writer.writeheader()
             writer.writerows(sorted(self.rows, key=lambda row: (row["split"], row["tile"])))
         self.draw_contact_sheet()
-        notes = "".join(f"\n- {note}" for note in self.notes)
+        notes = "".join(f"\n- {note}" for note in grouped(self.notes))
         report = self.table() + (f"\n{extra}\n" if extra else "") + (f"\nTo know:\n{notes}\n" if notes else "")
         (self.root / "report.md").write_text(report, encoding="utf-8", errors="backslashreplace")
         return report

@@ -133,8 +133,8 @@ def read_label_image(path: Path, image: Path) -> Drawn:
     values = np.unique(labels[labels > 0])
     pieces, count = ndimage.label(labels, np.ones((3, 3))) if len(values) == 1 else (labels, 0)
     if count > 1 or len(values) == 1 and values[0] in (255, 65535):
-        return pieces.astype(np.int32), [f"a mask of 0 and {values[0]}, not of labels: each of its {count} pieces is "
-                                         f"taken as one nucleus, also where several touch"]
+        return pieces.astype(np.int32), [f"a mask of 0 and {values[0]}, not of labels: each connected piece is taken "
+                                         f"as one nucleus, also where several touch"]
     return np.searchsorted(values, labels, side="right").astype(np.int32), []
 
 

@@ -66,6 +66,8 @@ def test_the_same_sentence_for_many_files_is_one_line(data_root):
     assert line == (f"  - 6 files, e.g. {images}/train_0.png, {images}/train_1.png, {images}/train_2.png: no mask of "
                     f"that name. Add {data_root}/train/masks/NAME.png or remove the image")
     assert len(error.value.problems) == 6
+    assert grouped([f"{name}.png: all of {name} is cut" for name in "abcd"]) == [
+        "4 files, e.g. a.png, b.png, c.png: all of NAME is cut"], "the a of all is no name"
     few = ["a/x.png: no mask of x", "a/y.png: no mask of y", "another thing"]
     assert grouped(few) == few
 

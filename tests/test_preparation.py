@@ -374,7 +374,7 @@ def test_drawn_annotations_by_group_and_what_does_not_fit(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "lonely.png: left out, as nothing is drawn for it" in said
     assert "unknown: something is drawn for it, but the image is missing" in said
-    assert "each of its 2 pieces" in said
+    assert "each connected piece" in said
     of = {row["source"]: row["split"].removeprefix("whole/") for row in manifest(tmp_path / "d")}
     assert of["d.png"] == of["d_2.png"]
     command = [*command, "--out", tmp_path / "e"]
@@ -418,7 +418,7 @@ def test_a_mask_of_ones_is_parted_like_one_of_255(tmp_path, capsys):
     Image.fromarray(mask > 0).save(drawn / "b_cp_masks.tif")
     said, rows = import_labels(images, drawn, tmp_path / "d", capsys)
     assert {row["nuclei"] for row in rows} == {"2"}
-    assert said.count("each of its 2 pieces") == 2
+    assert said.count("each connected piece") == 2
 
 
 def test_predictions_can_be_imported_again(tmp_path, capsys):
