@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
@@ -21,8 +22,12 @@ from training.settings import parse, run_settings
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
 
-def train(args: argparse.Namespace) -> None:
-    """Check the data, build network and trainer, train, and score the test split."""
+def train(args: argparse.Namespace, begun: float | None = None) -> None:
+    """Check the data, build network and trainer, train, and score the test split.
+
+    Args:
+        begun: when the command began, by `time.monotonic`, from which --max_minutes count.
+    """
     from system.processes import is_main_process, process_group
     from training.run_folder import RunFolder
     from training.time_limit import rehearse
@@ -34,7 +39,7 @@ def train(args: argparse.Namespace) -> None:
             folder = Path(args.output_dir) / args.experiment_name
             if is_main_process():  # others may come when it has begun to write
                 RunFolder(folder, overwrite=args.overwrite).check()
-        model, trainer, loaders = prepare(args, folder)
+        model, trainer, loaders = prepare(args, folder, begun)
         if args.dry_run:
             if args.max_minutes:
                 rehearse(trainer, loaders)
@@ -84,7 +89,7 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace
     return folder, run_settings(config, args)
 
 
-def prepare(args: argparse.Namespace, folder: Path):
+def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     """Open the data, print the report and what was chosen automatically; return model, trainer, loaders."""
     import torch
 
@@ -95,8 +100,8 @@ def prepare(args: argparse.Namespace, folder: Path):
     from training.time_limit import TimeLimit
     from unet import count_parameters
 
-    # Reading the data counts as well.
-    time_limit = TimeLimit(args.max_minutes, args.shares) if args.max_minutes else None
+    # Reading the data counts as well, and loading torch before.
+    time_limit = TimeLimit(args.max_minutes, args.shares, begun) if args.max_minutes else None
     if args.deterministic:
         compute_reproducibly()
     device = choose_device(args.device)
@@ -268,7 +273,8 @@ def test(trainer, args: argparse.Namespace) -> None:
 
 @command()  # `train` says itself how to go on after Ctrl-C
 def main(argv: list[str] | None = None) -> None:
-    train(parse(argv, __doc__))
+    begun = time.monotonic()
+    train(parse(argv, __doc__), begun)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,17 @@ def test_it_ends_with_a_network_of_the_last_stage(clock):
     limit.end_epoch(2)
     assert limit.deal(2, 1) == {2: 1, 3: 0, 4: 1}, "a little late"
     assert limit.deal(4, 1) == {4: 1}, "and then no more"
-    short = rehearsed(clock, 1.6, (30, 30, 30, 10))
+    short = rehearsed(clock, 1.62, (30, 30, 30, 10))
     assert short.deal(1, 0) == {1: 0, 2: 1, 3: 0, 4: 1}, "its share pays for none, the whole does"
     assert short.too_little(short.deal(1, 0)) == ""
     none = rehearsed(clock, 1)
     assert "1 minutes pay for no epoch at 256 pixels: one takes 40 s here" in none.too_little(none.deal(1, 0))
+
+
+def test_what_went_by_before_counts(clock):
+    clock.now = 100.0
+    assert TimeLimit(1, begun=70.0).elapsed == 30
+    assert TimeLimit(1).elapsed == 0
 
 
 def test_time_goes_on_after_an_interruption(clock):
@@ -155,7 +161,7 @@ def test_a_run_ends_in_time_with_the_rate_at_its_end(shared_root, tmp_path, slow
     trainer.fit(loaders, say=said.append)
     assert said[0].startswith("2.6 minutes: an epoch takes 3, 6, 12, 24 s")
     rows = metric_rows(tmp_path / "run")
-    assert [(row["stage"], row["epoch"], row["run_epoch"]) for row in rows[-2:]] == [("4", "1", "7"), ("4", "2", "8")]
+    assert [(row["stage"], row["epoch"], row["run_epoch"]) for row in rows[-2:]] == [("4", "1", "6"), ("4", "2", "7")]
     assert 156 - 24 - 10 < slow_epochs.now - start <= 156
     assert trainer.plan.rate(4, 1, 2, 3, born=4) == pytest.approx(trainer.plan.lr * FINAL_RATE)
     saved = load_checkpoint(tmp_path / "run/last.pth")

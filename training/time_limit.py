@@ -16,7 +16,7 @@ KEPT_BACK = 0.03      # of the time that is left, for what no epoch has shown ye
 REHEARSED = 3         # batches that are timed at each stage, after one that is not
 RECENT = 5            # epochs whose time says what the next will take
 SCORING_FACTOR = 3.0  # scoring an image of the test split against validating it, at least
-ENDING = 3.0          # seconds for pictures and the last checkpoint
+ENDING = 4.0          # seconds for pictures, the last checkpoint and the end of the process
 
 
 class FirstBatches:
@@ -37,7 +37,7 @@ class FirstBatches:
 
 
 class TimeLimit:
-    """The time of a training, which runs from the making of this object on.
+    """The time of a training.
 
     Epochs are dealt to the stages when their speed is known, and anew after each epoch, so that the last ends in time
     with the learning rate at its end.
@@ -45,9 +45,10 @@ class TimeLimit:
     Args:
         minutes: above 0.
         shares: of the time, for stages 1 to 4, in any unit.
+        begun: when it began, by `time.monotonic`; without it, at the making of this object.
     """
 
-    def __init__(self, minutes: float, shares: Sequence[float] = SHARES):
+    def __init__(self, minutes: float, shares: Sequence[float] = SHARES, begun: float | None = None):
         self.minutes = minutes
         self.shares = dict(zip(range(1, len(RESOLUTIONS) + 1), shares, strict=True))
         self.costs: dict[int, float] = {}     # stage -> seconds of an epoch: training, validation and saving
@@ -55,7 +56,8 @@ class TimeLimit:
         self._expected: dict[int, float] = {}  # the costs as they were rehearsed
         self._took: dict[int, list[float]] = {}  # stage -> seconds of its epochs since then
         self._spent: dict[int, float] = {}     # stage -> seconds of all its epochs
-        self._begun = self._epoch_begun = time.monotonic()
+        self._begun = time.monotonic() if begun is None else begun
+        self._epoch_begun = self._begun
 
     @property
     def elapsed(self) -> float:
