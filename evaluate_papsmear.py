@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
-    from images.splits import SPLITS_FILE, sizing_of
+    from images.splits import SPLITS_FILE, find_data_root, sizing_of
     from images.targets import instance_file
     from scoring.scores import compare, score_pairs, scored_pairs, summarise
     from system.processes import is_main_process
@@ -74,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"warning: the network was trained with sizing '{predictor.recipe.sizing}', but {args.data_root} is a "
               f"data set of '{sizing}': it sees nuclei at another size than it knows, so this score says little")
     folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
-    table = Path(args.data_root) / SPLITS_FILE
+    table = find_data_root(args.data_root) / SPLITS_FILE
     print(f"{len(pairs)} images of the split {args.split} at original size, e.g. {pairs[0].image}"
           + (f" ({table} says which)" if table.is_file() else ""))
     if args.instances:

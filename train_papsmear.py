@@ -107,7 +107,6 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     set_up_process(device, precision)
-    adopt(args)
     model = new_model(args)
     pyramids, fingerprint = open_data(args)
     kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
@@ -140,9 +139,13 @@ def new_model(args: argparse.Namespace):
     """Build the network at its first stage, with the weights of --init_from if they were asked for."""
     import torch
 
+    from checkpoints import load_checkpoint
     from images.recipe import DataRecipe
     from unet import build_model
 
+    source = load_checkpoint(Path(args.init_from)) if args.init_from and not args.resume else None
+    if source:
+        adopt(args, source)
     torch.manual_seed(args.seed)
     recipe = DataRecipe(targets=args.targets, in_channels=args.in_channels, classes=args.out_channels)
     model = build_model({"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
@@ -150,7 +153,8 @@ def new_model(args: argparse.Namespace):
     if args.model == "pgunet" and not args.progressive:
         model.start_whole()
     model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
-    initialise(model, args)
+    if source:
+        initialise(model, source, args.init_from)
     return model
 
 
@@ -195,17 +199,12 @@ def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
     return fingerprint
 
 
-def adopt(args: argparse.Namespace) -> None:
+def adopt(args: argparse.Namespace, source: dict) -> None:
     """Take network and channels from the checkpoint of --init_from, where they were not given by hand.
 
     Raises:
         UserError: for what was given and contradicts the checkpoint, as few weights would fit.
     """
-    if not args.init_from or args.resume:
-        return
-    from checkpoints import load_checkpoint
-
-    source = load_checkpoint(Path(args.init_from))
     recipe, model = source["data"], source["model_args"]
     there = {"model": model["model"], "base_channels": model["base_channels"], "in_channels": recipe.in_channels,
              "out_channels": recipe.classes, "targets": recipe.targets}
@@ -218,15 +217,10 @@ def adopt(args: argparse.Namespace) -> None:
         setattr(args, name, value)
 
 
-def initialise(model, args: argparse.Namespace) -> None:
-    """Take over the weights of --init_from and say which parts came, which are new and which found no place."""
-    from checkpoints import load_checkpoint
-
-    if not args.init_from or args.resume:
-        return
-    source = load_checkpoint(Path(args.init_from))
+def initialise(model, source: dict, path: str) -> None:
+    """Take over the weights of a checkpoint and say which parts came, which are new and which found no place."""
     carried, new, left_out = model.transfer_weights(source["model"])
-    print(f"{args.init_from} (stage {source['stage']}) into stage {model.stage}:")
+    print(f"{path} (stage {source['stage']}) into stage {model.stage}:")
     for title, names in (("carried", carried), ("new", new), ("left out", left_out)):
         parts = dict.fromkeys(next((p for p in model.parts() if name.startswith(f"{p}.")), name) for name in names)
         print(f"  {title}: {len(names)} tensors" + (f" of {', '.join(parts)}" if parts else ""))

@@ -22,9 +22,8 @@ MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything i
 
 def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
     """Return (height, width) in pixels from the header alone; a stack, and more than `max_pixels`, are refused."""
-    with _open(path) as image:
-        _check_header(path, image, max_pixels)
-        turned = _orientation(image) in (5, 6, 7, 8)
+    with opened(path, max_pixels) as image:
+        turned = orientation(image) in (5, 6, 7, 8)
         # Pillow turns the size of a TIFF by itself, in newer versions.
         width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
         return (width, height) if turned else (height, width)
@@ -38,13 +37,14 @@ def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.nd
             by its type (65535 becomes 255), never by the values found; floating point must lie in [0, 1].
         max_pixels: an image of more is refused before it is decoded.
     """
-    return _in_channels(path, decode(path, max_pixels), channels)
+    with opened(path, max_pixels) as image:
+        return in_channels(path, loaded(path, image), channels)
 
 
 def decode_image(path: Path, file: BinaryIO, channels: int) -> np.ndarray:
     """Read the image in an open file, e.g. one in memory, just as `load_image` reads `path`, the name in errors."""
     with _open(path, file) as image:
-        return _in_channels(path, loaded(path, image, file=file), channels)
+        return in_channels(path, loaded(path, image, file=file), channels)
 
 
 def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image") -> np.ndarray:
@@ -58,7 +58,7 @@ def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the im
         ImageFileError: for other shapes and types.
     """
     if isinstance(image, Image.Image):
-        return _in_channels(name, _pixels(image), channels)
+        return in_channels(name, _pixels(image), channels)
     raw = np.asarray(image)
     if raw.dtype.kind not in "buf" or raw.dtype.kind == "u" and raw.dtype.itemsize > 2:
         raise ImageFileError(f"{name}: an array of {raw.dtype}; bool, uint8, uint16 and floating point in [0, 1] are "
@@ -70,7 +70,7 @@ def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the im
     if raw.ndim not in (2, 3) or raw.ndim == 3 and raw.shape[2] != 3 or not raw.size:
         raise ImageFileError(f"{name}: an array of shape {np.shape(image)}; grey is (H, W), colour (H, W, 3), and both "
                              f"sides are at least 1. From (C, H, W) use .transpose(1, 2, 0)")
-    return _in_channels(name, raw, channels)
+    return in_channels(name, raw, channels)
 
 
 def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
@@ -115,7 +115,7 @@ def resize(image: np.ndarray, side: int) -> np.ndarray:
     return np.stack(planes, axis=-1)
 
 
-def _in_channels(name: Path | str, raw: np.ndarray, channels: int) -> np.ndarray:
+def in_channels(name: Path | str, raw: np.ndarray, channels: int) -> np.ndarray:
     """Turn (H, W) or (H, W, 3) pixels of any type that is read into (H, W, channels) uint8."""
     if channels not in (1, 3):
         raise UserError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
@@ -140,24 +140,11 @@ def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
-def decode(path: Path, max_pixels: int = MAX_PIXELS, stored: Callable[[dict], bool] | None = None) -> np.ndarray:
-    """Return the pixels of the first frame: (H, W) or (H, W, 3), bool or any number.
-
-    Args:
-        max_pixels: an image of more is refused before it is decoded.
-        stored: told the tags of a TIFF (number -> value) in which 0 is white, says whether values are taken as they are
-            stored, not as they are shown.
-    """
-    with _open(path) as image:
-        _check_header(path, image, max_pixels)
-        return loaded(path, image, stored=stored)
-
-
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path, max_pixels: float = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open an image whose header is checked; its pixels are still to be loaded."""
     with _open(path) as image:
-        _check_header(path, image, MAX_PIXELS)
+        _check_header(path, image, max_pixels)
         yield image
 
 
@@ -165,9 +152,9 @@ def _deep_image(path: Path, file: BinaryIO | None) -> Image.Image | None:
     """Read a grey TIFF of a depth that Pillow does not know; None for what is no such TIFF."""
     try:
         raw = tiff.read_deep(path, file, alone=True)
-    except READER_ERRORS as error:
-        if isinstance(error, ImageFileError):
-            raise
+    except ImageFileError:
+        raise
+    except READER_ERRORS:
         return None
     if raw is None or raw.size > 3 * MAX_PIXELS:
         return None
@@ -205,13 +192,7 @@ def _sizes_of_pages(image: Image.Image) -> list[tuple[int, int]]:
     return sizes
 
 
-def orientation_of(path: Path) -> int:
-    """Return how a file is to be turned by its EXIF data, 1 for not at all."""
-    with _open(path) as image:
-        return _orientation(image)
-
-
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """Return the orientation by EXIF, 1 for upright; 1 too where these data are damaged, as the pixels may be good."""
     try:
         return image.getexif().get(0x0112, 1)
@@ -221,10 +202,12 @@ def _orientation(image: Image.Image) -> int:
 
 def loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO | None = None,
             stored: Callable[[dict], bool] | None = None) -> np.ndarray:
-    """Return the pixels of an image opened from `path`, or from `file`; see `decode`.
+    """Return the pixels of an image opened from `path`, or from `file`: (H, W) or (H, W, 3), bool or any number.
 
     Args:
         palette: turn palette images into their colours; False keeps the indices.
+        stored: told the tags of a TIFF (number -> value) in which 0 is white, says whether values are taken as they are
+            stored, not as they are shown.
     """
     tags = image.tag_v2 if image.format == "TIFF" else {}
     try:
@@ -233,28 +216,28 @@ def loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO 
         if raw is None:
             image.load()
             raw = _pixels(image, palette)
-        elif _orientation(image) != 1:
-            raw = _turned(raw, _orientation(image))
+        elif orientation(image) != 1:
+            raw = _turned(raw, orientation(image))
         if tags.get(262) == 0 and raw.ndim == 2 and raw.dtype.kind in "bu":
             as_shown = not (stored and stored(tags))
             raw = np.invert(raw) if as_shown != turned_round else raw
         return raw
+    except ImageFileError:
+        raise
     except READER_ERRORS as error:
-        if isinstance(error, ImageFileError):
-            raise
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
 
-def _turned(raw: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn pixels (H, W) or (H, W, 3) upright, as `upright` does."""
-    if orientation in (5, 6, 7, 8):
+def _turned(raw: np.ndarray, way: int) -> np.ndarray:
+    """Turn pixels (H, W) or (H, W, 3) of an orientation upright, as `upright` does."""
+    if way in (5, 6, 7, 8):
         raw = raw.swapaxes(0, 1)
-    return raw[::-1 if orientation in (3, 4, 7, 8) else 1, ::-1 if orientation in (2, 3, 6, 7) else 1]
+    return raw[::-1 if way in (3, 4, 7, 8) else 1, ::-1 if way in (2, 3, 6, 7) else 1]
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn a photograph as its EXIF data say."""
-    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
 
 
 def _pixels(image: Image.Image, palette: bool = True) -> np.ndarray:

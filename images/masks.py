@@ -73,7 +73,8 @@ def how_it_is_read(path: Path) -> str:
             return ("in which 0 is stored for white, read as ImageJ measures it: as it is stored"
                     if tiff.inverts_when_shown(image.tag_v2) else
                     "in which 0 is stored for white, read as it is shown: white is foreground")
-        if _alpha(image) is not None and _meaning_of_alpha(path, loaded(path, image), _alpha(image)) is not None:
+        alpha = _alpha(image)
+        if alpha is not None and _meaning_of_alpha(path, loaded(path, image), alpha) is not None:
             return "of one colour with varying transparency, read from the alpha channel: opaque is foreground"
     return ""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from scipy import ndimage
 from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
 from images.duplicates import Appearance, appearance
 from images.familiarity import describe, ranges_over
-from images.files import ImageFileError, load_image, loaded, opened, orientation_of, resize
+from images.files import ImageFileError, in_channels, loaded, opened, orientation, resize
 from images.masks import how_it_is_read
 from images.recipe import MASK, DataRecipe
 from images.resolutions import FINEST, RESOLUTIONS
@@ -100,11 +101,11 @@ class ImagePyramid:
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.foreground[i], description, self.lost[i], look, self.darker[i], self.largest[i], \
-                    readings = found
-                descriptions.append(description)
-                self.appearances.append(look)
-                self.readings += readings
+                image, mask, self.foreground[i], facts = found
+                self.lost[i], self.darker[i], self.largest[i] = facts.lost, facts.darker, facts.largest
+                descriptions.append(facts.description)
+                self.appearances.append(facts.appearance)
+                self.readings += facts.readings
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
@@ -132,7 +133,7 @@ class ImagePyramid:
         return levels
 
     def _decode_pair(self, pair: Pair):
-        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, and the share of foreground."""
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, the share of foreground, and words on the image."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             raise ImageFileError("; ".join(found))
@@ -141,7 +142,7 @@ class ImagePyramid:
     def _try_pair(self, pair: Pair):
         """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
         problems, arrays = [], []
-        for read in (lambda: load_image(pair.image, self.recipe.in_channels),
+        for read in (lambda: read_image(pair, self.recipe.in_channels),
                      lambda: load_target(pair, self.recipe.classes, self.recipe.targets)):
             try:
                 arrays.append(read())
@@ -149,7 +150,7 @@ class ImagePyramid:
                 problems.append(str(error))
         if problems:
             return problems
-        image, mask = arrays
+        (image, words), mask = arrays
         if image.shape[:2] != mask.shape[:2]:
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
                     f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's "
@@ -159,35 +160,51 @@ class ImagePyramid:
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
         image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-        return image256, mask256, mask[..., :self.recipe.classes].mean(axis=(0, 1))
+        return image256, mask256, mask[..., :self.recipe.classes].mean(axis=(0, 1)), words
 
     def _describe_pair(self, pair: Pair):
-        """Return what `_try_pair` does, then the description of the image at 256 and where its mask is lost."""
+        """Return image, mask and share of foreground as `_decode_pair` does, and the facts; or the problems."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             return found
-        image, mask, *_ = found
+        image, mask, share, words_on_image = found
         inside, grey = mask[0] >= 128, image.mean(axis=0)
         some = 0 < inside.sum() < inside.size
-        darker = some and grey[inside].mean() < grey[~inside].mean()
-        largest = np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:].max(initial=0)
-        readings = [(f"mask(s) {how_it_is_read(pair.mask)}", pair.mask)] if self.recipe.classes == 1 else []
-        readings = [reading for reading in (*readings, (f"image(s) {how_image_is_read(pair)}", pair.image))
-                    if not reading[0].endswith(" ")]
-        return (*found, describe(image.transpose(1, 2, 0), inside), _lost(mask[:self.recipe.classes]),
-                appearance(image), darker, largest, readings)
+        words_on_mask = how_it_is_read(pair.mask) if self.recipe.classes == 1 else ""
+        return image, mask, share, PairFacts(
+            description=describe(image.transpose(1, 2, 0), inside), lost=_lost(mask[:self.recipe.classes]),
+            appearance=appearance(image), darker=some and grey[inside].mean() < grey[~inside].mean(),
+            largest=np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:].max(initial=0),
+            readings=[(f"{kind} {words}", path) for kind, words, path in (
+                ("mask(s)", words_on_mask, pair.mask), ("image(s)", words_on_image, pair.image)) if words])
 
 
-def how_image_is_read(pair: Pair) -> str:
-    """Return what a user may not expect of how an image is read, '' if there is nothing."""
-    if orientation_of(pair.image) != 1 and orientation_of(pair.mask) == 1:
-        return ("turned upright by EXIF, whose masks are not turned; where a mask was drawn on the picture as it is "
-                "stored, it does not fit")
+class PairFacts(NamedTuple):
+    """What is counted in a pair while it is read; see the attributes of ImagePyramid."""
+
+    description: dict
+    lost: list[bool]
+    appearance: Appearance
+    darker: bool
+    largest: int
+    readings: list[tuple[str, Path]]
+
+
+def read_image(pair: Pair, channels: int) -> tuple[np.ndarray, str]:
+    """Read an image as `images.files.load_image` does, and say what a user may not expect of that, '' for nothing."""
     with opened(pair.image) as image:
-        if image.mode.startswith("I") and loaded(pair.image, image).max() < DARK_16_BIT:
-            return ("of 16 bit without a value above a tenth of the range, as of a camera of 12 bit, so they come out "
-                    "almost black; multiply them first, e.g. 12 bit by 16")
-    return ""
+        turned = orientation(image) != 1  # before it is loaded: a TIFF forgets it then
+        raw, deep = loaded(pair.image, image), image.mode.startswith("I")
+    words = ""
+    if turned:
+        with opened(pair.mask) as mask:
+            if orientation(mask) == 1:
+                words = ("turned upright by EXIF, whose masks are not turned; where a mask was drawn on the picture as "
+                         "it is stored, it does not fit")
+    if not words and deep and raw.max() < DARK_16_BIT:
+        words = ("of 16 bit without a value above a tenth of the range, as of a camera of 12 bit, so they come out "
+                 "almost black; multiply them first, e.g. 12 bit by 16")
+    return in_channels(pair.image, raw, channels), words
 
 
 def _lost(mask: np.ndarray) -> list[bool]:

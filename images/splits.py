@@ -243,7 +243,7 @@ def what_is_there(data_root: Path) -> str:
     listing = list_folder(data_root)
     names = {path.name.lower(): path.name for path in listing.folders}
     images, masks = (next((names[name] for name in known if name in names), None) for known in LIKELY_NAMES)
-    if images and masks and (images, masks) == KINDS[:2]:
+    if (images, masks) == KINDS[:2]:
         return (f"images and masks lie in it without train, valid and test. Deal them with python prepare_data.py "
                 f"split {shlex.quote(str(data_root))}")
     if images and masks:

@@ -51,7 +51,7 @@ def rehearsed(clock: Clock, minutes: float, shares=(25, 25, 25, 25)) -> TimeLimi
     """Return a limit that knows its costs: an epoch takes 5, 10, 20 and 40 seconds; 32.5 went by to learn that."""
     limit = TimeLimit(minutes, shares)
     loaders = dict.fromkeys(RESOLUTIONS, (range(8), range(4)))
-    limit.rehearse(PretendedTrainer(clock, {1: 0.5, 2: 1, 3: 2, 4: 4}), loaders, (1, 2, 3, 4))
+    limit.measure(PretendedTrainer(clock, {1: 0.5, 2: 1, 3: 2, 4: 4}), loaders, (1, 2, 3, 4))
     return limit
 
 
@@ -72,7 +72,7 @@ def test_costs_are_those_of_whole_passes(clock):
     assert limit.reserve == time_limit.ENDING, "no test split was given"
     tested = TimeLimit(10)
     pretended = PretendedTrainer(clock, {4: 4})
-    tested.rehearse(pretended, {256: (range(8), range(4), range(100))}, [4])
+    tested.measure(pretended, {256: (range(8), range(4), range(100))}, [4])
     assert tested.reserve == time_limit.ENDING, "nor is a loader without a data set one"
 
 

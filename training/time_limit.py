@@ -69,7 +69,7 @@ class TimeLimit:
         self._begun -= state["elapsed"]
         self._spent = dict(state["spent"])
 
-    def rehearse(self, trainer, dataloaders: dict[int, tuple], stages: Sequence[int]) -> None:
+    def measure(self, trainer, dataloaders: dict[int, tuple], stages: Sequence[int]) -> None:
         """Measure what an epoch costs at each stage.
 
         Args:
@@ -158,7 +158,7 @@ def rehearse(trainer, dataloaders: dict[int, tuple], say: Callable[[str], None] 
     copied = type(trainer)(copy.deepcopy(trainer.model), trainer.device, 1, trainer.plan.lr, trainer.precision,
                            accumulate=trainer.accumulate, recipe=trainer.recipe,
                            average=trainer.averaged.decay if trainer.averaged else 0.0)
-    limit.rehearse(copied, dataloaders, range(trainer.model.stage, len(RESOLUTIONS) + 1))
+    limit.measure(copied, dataloaders, range(trainer.model.stage, len(RESOLUTIONS) + 1))
     copied.leave_group()
     set_random_states(states, trainer.device)
     deal_time(trainer)
