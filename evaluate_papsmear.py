@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from system.errors import UserError
-from system.options import Parser, checkpoint_list, command, flag, results_folder, whole
+from system.options import Parser, checkpoint_list, command, flag, name_ending, regex, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -34,6 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="what is scored (test)")
     parser.add_argument("--use_augmented", default=True, type=flag, nargs="?", const=True, metavar="true|false",
                         help="score flipped_*, mirrored_*, rotated_X_* too, as after training (true)")
+    parser.add_argument("--group_regex", type=regex, metavar="REGEX",
+                        help="finds the patient or field of view in a name; intervals and tests resample groups, not "
+                             "images (what manifest.csv tells)")
+    parser.add_argument("--mask_suffix", type=name_ending, default="", metavar="END",
+                        help="that names of masks have behind those of images, e.g. _mask (none)")
+    parser.add_argument("--max_value", type=whole(1),
+                        help="white in images of more than 8 bit, e.g. 4095 for 12 bit (that of the checkpoint)")
     parser.add_argument("--instances", action="store_true", help="compare nucleus by nucleus too: AJI, PQ, DQ, SQ, F1")
     parser.add_argument("--all_scales", action="store_true", help="Dice and milliseconds at each scale of the decoder")
     parser.add_argument("--compare", metavar="OTHER", type=checkpoint_list,
@@ -42,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the bootstrap (0)")
     parser.add_argument("--out", type=results_folder,
-                        help="folder for the results (CHECKPOINT_SPLIT beside the checkpoint)")
+                        help="folder for the results (CHECKPOINT_SPLIT beside the checkpoint; with --compare "
+                             "CHECKPOINT_SPLIT_against_OTHER)")
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
@@ -51,14 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
-    from images.splits import SPLITS_FILE, find_data_root, sizing_of
+    from images.splits import SPLITS_FILE, description_of, find_data_root
     from images.targets import instance_file
     from scoring.scores import compare, score_pairs, scored_pairs, summarise
     from system.processes import is_main_process
     from training.run_folder import RunFolder
 
-    first = Path(args.checkpoint[0])
-    folder = Path(args.out) if args.out else first.with_name(f"{first.stem}_{args.split}")
+    folder = Path(args.out) if args.out else default_folder(args)
     existing = [folder / name for name in RESULT_FILES if (folder / name).exists()]
     if existing and not args.overwrite:
         raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
@@ -68,8 +75,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if other and other.classes != predictor.classes:
         raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
-    pairs = scored_pairs(args.data_root, args.split, args.use_augmented)
-    sizing = sizing_of(args.data_root)
+    pairs = scored_pairs(args.data_root, args.split, args.use_augmented, args.mask_suffix)
+    sizing, _ = description_of(args.data_root)
     if sizing != predictor.recipe.sizing:
         print(f"warning: the network was trained with sizing '{predictor.recipe.sizing}', but {args.data_root} is a "
               f"data set of '{sizing}': it sees nuclei at another size than it knows, so this score says little")
@@ -82,11 +89,14 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"drawn nuclei of {len(pairs) - without} images from their instance maps, of {without} as the connected "
               f"parts of the mask")
 
-    rows = score_pairs(predictor, pairs, args.instances)
+    rows = score_pairs(predictor, pairs, args.instances, args.group_regex)
+    groups = len({row["group"] for row in rows})
+    if groups < len(rows):
+        print(f"{groups} groups of images, e.g. {rows[0]['group']}: intervals and tests resample groups")
     summary = {"checkpoint": joined(args.checkpoint), "split": args.split, "images": str(pairs[0].image.parent),
                "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
-    others = score_pairs(other, pairs, args.instances) if other else None
+    others = score_pairs(other, pairs, args.instances, args.group_regex) if other else None
     if others:
         summary |= {"compared_with": joined(args.compare), "other_scores": summarise(others, args.seed),
                     "comparison": compare(rows, others, args.seed)}
@@ -106,6 +116,17 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"look at {folder}/: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
 
 
+def default_folder(args: argparse.Namespace) -> Path:
+    """Return CHECKPOINT_SPLIT beside the checkpoint; with --compare the other's run and name follow."""
+    first = Path(args.checkpoint[0])
+    name = f"{first.stem}_{args.split}"
+    if args.compare:
+        other = Path(args.compare[0])
+        run = "" if other.parent == first.parent else f"{other.absolute().parent.name}_"
+        name += f"_against_{run}{other.stem}"
+    return first.with_name(name)
+
+
 def joined(checkpoints: list[str]) -> str:
     """Return the paths as the command line has them."""
     return ",".join(checkpoints)
@@ -118,6 +139,7 @@ def open_predictor(args: argparse.Namespace, checkpoints: list[str]):
 
     predictor = Predictor(checkpoints, args.device, args.precision, args.tile, augment=args.augment)
     set_up_process(predictor.device, predictor.precision)
+    predictor.max_value = args.max_value or predictor.max_value
     print(f"{joined(checkpoints)}: {predictor}")
     return predictor
 
@@ -153,7 +175,8 @@ def score_scales(predictor, pairs: list) -> dict:
     from system.processes import all_gather, is_main_process
 
     result = {}
-    images = [load_image(pair.image, predictor.in_channels) for pair in pairs[:20]] if is_main_process() else []
+    images = [load_image(pair.image, predictor.in_channels, max_value=predictor.max_value)
+              for pair in pairs[:20]] if is_main_process() else []
     print("\nscale       Dice   ms an image")
     for scale in predictor.models[0].scales:
         predictor.scale = scale
@@ -179,7 +202,7 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
 
     order = sorted(range(len(rows)), key=lambda i: rows[i]["dice"])
     shown = order if len(order) <= 2 * SHOWN_CASES else order[:SHOWN_CASES] + order[-SHOWN_CASES:]
-    images = [load_image(pairs[i].image, 3).transpose(2, 0, 1) / 255 for i in shown]
+    images = [load_image(pairs[i].image, 3, max_value=predictor.max_value).transpose(2, 0, 1) / 255 for i in shown]
     probabilities, masks = [], []
     for i in shown:
         _, probability, mask = score_pair(predictor, pairs[i])

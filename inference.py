@@ -50,6 +50,7 @@ class Predictor:
         models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
         recipe: the data recipe (see `images.recipe`) of the first checkpoint; in all but the statistics of their
             training images the others agree with it.
+        max_value: what is white in images of more than 8 bit, that of the recipe (see there) unless it is changed.
         stage, threshold, device, precision: what was found and chosen.
     Raises:
         UserError: for files that are no checkpoints or do not belong together, and for settings out of range.
@@ -66,6 +67,7 @@ class Predictor:
         for path, checkpoint in zip(paths, found, strict=True):
             _check_agreement(checkpoint, found[0], path, paths[0])
         self.stage, self.threshold, self.recipe = found[0]["stage"], found[0]["threshold"], found[0]["data"]
+        self.max_value = self.recipe.max_value
         self.models = [model_of(checkpoint, path).to(self.device, memory_format=torch.channels_last)
                        for checkpoint, path in zip(found, paths, strict=True)]
         for block in (module for model in self.models for module in model.modules()):
@@ -113,7 +115,8 @@ class Predictor:
             ImageFileError: a UserError that says what is wrong with the image.
         """
         from_file = isinstance(image, (str, Path))
-        pixels = load_image(Path(image), self.in_channels) if from_file else to_image(image, self.in_channels)
+        pixels = load_image(Path(image), self.in_channels, max_value=self.max_value) if from_file else \
+            to_image(image, self.in_channels, max_value=self.max_value)
         if self.recipe.sizing == "tile":
             return np.concatenate(list(self.predict_bands([pixels], *pixels.shape[:2])))
         return self._predict_resized(pixels)
@@ -156,11 +159,12 @@ class Predictor:
             pixels: (H, W, in_channels) uint8.
             probability: (H, W, K) float32, what `predict` made of it.
         """
-        mask = probability[..., 0] >= self.threshold
+        mask, size = probability[..., 0] >= self.threshold, None
         if self.recipe.sizing == "resize":
+            size = pixels.shape[:2]
             pixels = resize(pixels, FINEST)
             mask = resize(mask[..., None].astype(np.uint8) * 255, FINEST)[..., 0] >= 128
-        return strangest(describe(pixels, mask), self.recipe.training_ranges)
+        return strangest(describe(pixels, mask, size), self.recipe.training_ranges)
 
     def _predict_resized(self, pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]

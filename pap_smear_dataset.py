@@ -41,6 +41,7 @@ class PapSmearDataset(Dataset):
         pyramid: the split as already decoded; data_root, use_augmented, cache_images and targets are then not used.
         targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
         augment_strength: factor on the amounts of the random transforms, 0..3.
+        max_value, mask_suffix: see `images.pyramid.open_pyramids`; not used with a pyramid.
     Raises:
         DatasetError (a UserError) that lists every problem found in the files.
     """
@@ -48,7 +49,8 @@ class PapSmearDataset(Dataset):
     def __init__(self, data_root="data", split: str = "train", target_size: int = 256, use_augmented: bool = True,
                  augment_probability: float = 0.5, in_channels: int = 1, out_channels: int = 1,
                  cache_images: bool | None = None, seed: int = 0, pyramid: ImagePyramid | None = None,
-                 targets: tuple[str, ...] = MASK, augment_strength: float = 1.0):
+                 targets: tuple[str, ...] = MASK, augment_strength: float = 1.0, max_value: int = 0,
+                 mask_suffix: str = ""):
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if not 0 <= augment_probability <= 1:
@@ -61,7 +63,7 @@ class PapSmearDataset(Dataset):
         self._size_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.update_target_size(target_size)
         self.pyramid = pyramid or open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images,
-                                                (split,), targets)[split]
+                                                (split,), targets, max_value, mask_suffix)[split]
 
     @property
     def recipe(self) -> DataRecipe:
@@ -222,6 +224,7 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
                                    device: torch.device | str = "cpu",
                                    pyramids: dict[str, ImagePyramid] | None = None,
                                    targets: tuple[str, ...] = MASK, augment_strength: float = 1.0,
+                                   max_value: int = 0, mask_suffix: str = "",
                                    ) -> dict[int, tuple[ProgressiveLoader, ProgressiveLoader, ProgressiveLoader]]:
     """Make the train, valid and test loader of every resolution; all twelve share one decoded copy of the data.
 
@@ -242,7 +245,8 @@ def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int]
             raise UserError(f"batch_sizes has {resolution!r}: {size!r}; keys are {RESOLUTIONS}, values whole numbers "
                              f"of at least 1")
     if pyramids is None:
-        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images, targets=targets)
+        pyramids = open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images, targets=targets,
+                                 max_value=max_value, mask_suffix=mask_suffix)
     siblings: WeakSet[ProgressiveLoader] = WeakSet()
 
     def loader(split: str, resolution: int) -> ProgressiveLoader:

@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
     parser.add_argument("--scale", type=int, help="stop at this decoder level, e.g. 128 to skip the finest")
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
+    parser.add_argument("--max_value", type=whole(1),
+                        help="white in images of more than 8 bit, e.g. 4095 for 12 bit (that of the checkpoint)")
     parser.add_argument("--max_pixels", type=number(1), default=5e8, help="larger images are not decoded (5e8)")
     parser.add_argument("--stream_above", type=number(0), default=1.6e7,
                         help="pixels from which on images of native scale are predicted from file to file (1.6e7)")
@@ -72,6 +74,7 @@ def predict(args: argparse.Namespace) -> int:
                           scale=args.scale)
     set_up_process(predictor.device, predictor.precision)
     predictor.threshold = args.threshold or predictor.threshold
+    predictor.max_value = args.max_value or predictor.max_value
     folder = Path(args.out)
     if any(path.resolve().parent == folder.resolve() for path in all_paths):
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
@@ -172,7 +175,7 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
     from nuclei.outlines import overlay
     from nuclei.streaming import Prediction
 
-    image = load_image(path, 3, int(args.max_pixels))
+    image = load_image(path, 3, int(args.max_pixels), predictor.max_value)
     pixels = to_image(image, predictor.in_channels)
     probability = predictor.predict(pixels)
     nuclei = predictor.nuclei(probability, args.min_area)
@@ -198,7 +201,7 @@ def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespa
     from nuclei.streaming import stream_prediction
     from system.atomic import finished_files
 
-    rows = ImageRows(path, 3, args.max_pixels)
+    rows = ImageRows(path, 3, args.max_pixels, predictor.max_value)
     if not rows.in_parts:
         print(f"{path.name}: not a TIFF that can be read in parts; all its pixels are held in memory")
     with finished_files() as unfinished:

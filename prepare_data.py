@@ -12,6 +12,7 @@
 """
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -21,9 +22,26 @@ from images.recipe import SIZINGS
 from images.resolutions import FINEST
 from preparation.choices import DRAWN_FORMATS, HERLEV_TARGETS, SAMPLE_COUNTS
 from system.errors import UserError
-from system.options import Parser, command, number, regex, whole
+from system.options import Parser, command, name_ending, number, regex, whole
 
 # All modules that need numpy are imported inside the functions: --help and wrong options answer at once.
+
+def class_list(text: str) -> tuple[str, ...]:
+    """Read names joined by commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not names joined by commas, e.g. Nucleus,Mitosis")
+    return names
+
+
+def split_shares(text: str) -> tuple[float, ...]:
+    """Read per cent of train, valid and test, with sum 100."""
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){2}", text) or not 99.9 < sum(map(float, text.split(","))) < 100.1 \
+            or not all(map(float, text.split(","))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers above 0 with sum 100, for train, valid and "
+                                         f"test, e.g. 70,15,15")
+    return tuple(float(share) / 100 for share in text.split(","))
+
 
 SHARED_OPTIONS = {
     "--out": {"type": Path, "required": True, "help": "folder to make; must be new or empty"},
@@ -33,6 +51,15 @@ SHARED_OPTIONS = {
                       "help": "finds the patient, slide or field of view in an image's name, e.g. '^[^_]+' for all "
                               "before the first underscore; images of one group belong into one split"},
     "--in_channels": {"type": int, "choices": (1, 3), "default": 1, "help": "1 luminance, 3 RGB (1)"},
+    "--shares": {"type": split_shares, "default": (0.70, 0.15, 0.15), "metavar": "70,15,15",
+                 "help": "per cent of the images for train, valid and test (70,15,15)"},
+    "--max_value": {"type": whole(0), "default": 0,
+                    "help": "white in images of more than 8 bit, e.g. 4095 for 12 bit (0: that of their type)"},
+    "--mask_suffix": {"type": name_ending, "default": "", "metavar": "END",
+                      "help": "that names of masks have behind those of images, e.g. _mask (none)"},
+    "--classes": {"type": class_list, "default": (), "metavar": "A,B",
+                  "help": "classes, layers or categories that are nuclei (all but those whose name says otherwise, "
+                          "such as Ignore*)"},
     "--out_channels": {"type": whole(1), "default": 1, "help": "classes; above 1 masks are label images 0..K (1)"},
 }
 
@@ -51,8 +78,7 @@ DRAWN = """Turn images and what was drawn on them in QuPath, Fiji, napari or CVA
 
 geojson (QuPath) and label-tiff (Fiji, napari, Cellpose): one file an image, with the image's stem (NAME.geojson or
 NAME.png.geojson; NAME.tif, NAME_cp_masks.png, NAME_labels.tif). coco (CVAT): one JSON for all. Groups (patients,
-slides) are found in the names by --group_regex and go into one split each: 70 % of the images train, 15 % valid, 15 %
-test."""
+slides) are found in the names by --group_regex and go into one split each."""
 
 SAMPLE = "Draw synthetic Pap smear fields with masks of the nuclei, such as the bundled sample."
 
@@ -60,16 +86,8 @@ CHECK = "Read every file of a data set and report images, empty masks, foregroun
 
 SPLIT = """Write splits.csv into a data set and check it: every group (or image) in one split, copies in train alone.
 
-70 % of the images go to train, 15 % to valid and 15 % to test, whatever folder they lie in. Training and evaluation
-then follow splits.csv."""
-
-
-def class_list(text: str) -> tuple[str, ...]:
-    """Read names joined by commas."""
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not names joined by commas, e.g. Nucleus,Mitosis")
-    return names
+--shares says how many per cent of the images go to train, valid and test, whatever folder they lie in. Training and
+evaluation then follow splits.csv."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
             one.add_argument(option, **SHARED_OPTIONS[option])
         return one.add_argument
 
-    option = add("monuseg", prepare_monuseg, MONUSEG, ("--out", "--overlap", "--seed"))
+    option = add("monuseg", prepare_monuseg, MONUSEG, ("--out", "--overlap", "--seed", "--classes"))
     option("--train_dir", type=Path, required=True, help="unpacked training data")
     option("--test_dir", type=Path, required=True, help="unpacked test data")
     option("--valid_share", type=number(0, 1, above=True, below=True), default=0.2, help="of training images (0.2)")
@@ -98,7 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
            help="what the masks mark; both: 1 nucleus, 2 cytoplasm (nucleus)")
     option("--folds", type=whole(0), default=0, help="also write so many splits for cross-validation, 3 or more (0)")
 
-    option = add("drawn", import_drawn, DRAWN, ("--out", "--group_regex", "--overlap", "--seed"))
+    option = add("drawn", import_drawn, DRAWN, ("--out", "--group_regex", "--shares", "--overlap", "--seed",
+                                               "--classes", "--max_value"))
     option("--format", choices=DRAWN_FORMATS, required=True)
     option("--images", type=Path, required=True, help="folder of images")
     option("--annotations", type=Path, required=True, help="folder of one file an image, or COCO JSON")
@@ -106,18 +125,18 @@ def build_parser() -> argparse.ArgumentParser:
            help="tile: cut into 256x256 at native scale (default); resize: keep images whole, as training brings each "
                 "to 256x256 (single cells)")
     option("--microns_per_pixel", type=number(0, above=True), help="size of a pixel, if known")
-    option("--classes", type=class_list, default=(), metavar="A,B",
-           help="classes or categories that are nuclei (all but those whose name says otherwise, such as Ignore*)")
 
     option = add("sample", make_sample, SAMPLE, ("--out", "--seed"))
     for split, count in SAMPLE_COUNTS.items():
         option(f"--{split}", type=whole(1), default=count, help=f"{split} images ({count})")
 
-    option = add("check", check, CHECK, ("--group_regex", "--in_channels", "--out_channels"))
+    option = add("check", check, CHECK, ("--group_regex", "--in_channels", "--out_channels", "--max_value",
+                                         "--mask_suffix"))
     option("data_root", type=Path, nargs="?", default=Path("data"), metavar="DATA_ROOT",
            help="folder with train|valid|test / images|masks (data)")
 
-    option = add("split", split_data, SPLIT, ("--group_regex", "--seed", "--in_channels", "--out_channels"))
+    option = add("split", split_data, SPLIT, ("--group_regex", "--shares", "--seed", "--in_channels", "--out_channels",
+                                                "--max_value", "--mask_suffix"))
     option("data_root", type=Path, metavar="DATA_ROOT", help="folder with train|valid|test / images|masks")
     return parser
 
@@ -126,7 +145,7 @@ def prepare_monuseg(args: argparse.Namespace) -> None:
     """Make the data set and say how to check it by patient."""
     from preparation.monuseg import patient_regex, prepare
 
-    report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed)
+    report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed, args.classes)
     patients = patient_regex(args.train_dir, args.test_dir)
     say_what_to_do(report, args.out, *(("--group_regex", patients) if patients else ()))
 
@@ -150,7 +169,8 @@ def import_drawn(args: argparse.Namespace) -> None:
     if args.classes and args.format == "label-tiff":
         raise UserError("--classes is for geojson and coco; label images have none. Leave it out")
     report = drawn.import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
-                                args.overlap, args.microns_per_pixel, args.seed, args.classes)
+                                args.overlap, args.microns_per_pixel, args.seed, args.classes, args.shares,
+                                args.max_value)
     say_what_to_do(report, args.out, *(("--group_regex", args.group_regex) if args.group_regex else ()))
 
 
@@ -174,14 +194,16 @@ def check(args: argparse.Namespace) -> None:
     """Print the report on a data set."""
     from images.report import check_dataset
 
-    print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels))
+    print(check_dataset(args.data_root, args.group_regex, args.in_channels, args.out_channels,
+                        max_value=args.max_value, mask_suffix=args.mask_suffix))
 
 
 def split_data(args: argparse.Namespace) -> None:
     """Write the split and print the report on it."""
     from images.report import split_dataset
 
-    path, report = split_dataset(args.data_root, args.group_regex, args.seed, args.in_channels, args.out_channels)
+    path, report = split_dataset(args.data_root, args.group_regex, args.seed, args.in_channels, args.out_channels,
+                                 args.shares, args.max_value, args.mask_suffix)
     print(f"wrote {path}\n{report}")
 
 

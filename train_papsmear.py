@@ -164,7 +164,7 @@ def open_data(args: argparse.Namespace) -> tuple[dict, str]:
     from images.report import check_dataset
 
     pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
-                             targets=args.targets)
+                             targets=args.targets, max_value=args.max_value, mask_suffix=args.mask_suffix)
     if args.overfit:
         few = pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit])
         pyramids = dict.fromkeys(pyramids, few)
@@ -205,7 +205,13 @@ def adopt(args: argparse.Namespace, source: dict) -> None:
     Raises:
         UserError: for what was given and contradicts the checkpoint, as few weights would fit.
     """
+    from images.splits import description_of
+
     recipe, model = source["data"], source["model_args"]
+    sizing, _ = description_of(args.data_root)
+    if sizing != recipe.sizing:
+        print(f"warning: {args.init_from} was trained on a data set of sizing '{recipe.sizing}', {args.data_root} is "
+              f"one of '{sizing}': its weights know nuclei at another size")
     there = {"model": model["model"], "base_channels": model["base_channels"], "in_channels": recipe.in_channels,
              "out_channels": recipe.classes, "targets": recipe.targets}
     for name, value in there.items():
@@ -249,10 +255,11 @@ def test(trainer, args: argparse.Namespace) -> None:
     from inference import Predictor
     from scoring.scores import score_otsu, score_pairs, score_table, scored_pairs, summarise
 
-    pairs = scored_pairs(args.data_root, "test", args.use_augmented)
+    pairs = scored_pairs(args.data_root, "test", args.use_augmented, args.mask_suffix)
     predictor = Predictor(trainer.folder.file("best_stage_4.pth"), str(trainer.device), trainer.precision)
-    rows = score_pairs(predictor, pairs)
-    summaries = {"best_stage_4": summarise(rows), "Otsu threshold": summarise(score_otsu(pairs, args.out_channels))}
+    rows = score_pairs(predictor, pairs, group_regex=args.group_regex)
+    summaries = {"best_stage_4": summarise(rows),
+                 "Otsu threshold": summarise(score_otsu(pairs, args.out_channels, args.max_value))}
     trainer.folder.write_csv("test_scores.csv", rows, tuple(rows[0]))
     trainer.folder.write_json("test_scores.json", summaries)
     gain = summaries["best_stage_4"]["dice"]["mean"] - summaries["Otsu threshold"]["dice"]["mean"]

@@ -38,7 +38,7 @@ class ImageRows:
     as are all other formats; everything else is read in parts.
 
     Args:
-        path, channels, max_pixels: as for `images.files.load_image`, which defines the values too.
+        path, channels, max_pixels, max_value: as for `images.files.load_image`, which defines the values too.
     Attributes:
         height, width: pixels.
         in_parts: whether parts are decoded one after the other.
@@ -46,8 +46,8 @@ class ImageRows:
         ImageFileError: for a file that cannot be opened or has too many pixels; while reading, for damaged parts.
     """
 
-    def __init__(self, path: Path, channels: int, max_pixels: float = MAX_PIXELS):
-        self.path, self.channels = Path(path), channels
+    def __init__(self, path: Path, channels: int, max_pixels: float = MAX_PIXELS, max_value: int = 0):
+        self.path, self.channels, self.max_value = Path(path), channels, max_value
         self.height, self.width = image_size(self.path, max_pixels)
         self._layout = _tiff_layout(self.path)
         self.in_parts = self._layout is not None
@@ -55,7 +55,7 @@ class ImageRows:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield (rows, width, channels) uint8."""
         if self._layout is None:
-            yield load_image(self.path, self.channels, self.height * self.width)
+            yield load_image(self.path, self.channels, self.height * self.width, self.max_value)
             return
         with open(self.path, "rb") as file:
             for rows, places in self._layout.bands:
@@ -66,7 +66,8 @@ class ImageRows:
                     if len(parts[-1]) < count:
                         raise ImageFileError(f"{self.path}: damaged or cut off ({count} bytes expected at {offset}). "
                                              f"Export it again or remove it")
-                yield decode_image(self.path, io.BytesIO(small_tiff(self._layout, rows, parts)), self.channels)
+                yield decode_image(self.path, io.BytesIO(small_tiff(self._layout, rows, parts)), self.channels,
+                                   self.max_value)
 
 
 @dataclass(frozen=True)

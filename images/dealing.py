@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from images.splits import SPLITS, SPLITS_FILE, DatasetError, Pair, groups_of, originals, read_folders
+from images.pairs import Pair, originals
+from images.splits import SPLITS, SPLITS_FILE, DatasetError, groups_of, read_folders
 from system.errors import UserError
 
 SHARES = (0.70, 0.15, 0.15)
+FEW_GROUPS = 5  # of valid or test, below which their scores depend on chance
 
 
 def deal_groups(contents: Mapping[str, int | Sequence[int]], shares: Sequence[float], seed: int) -> dict[str, int]:
@@ -48,13 +50,20 @@ def deal_groups(contents: Mapping[str, int | Sequence[int]], shares: Sequence[fl
     return dealt
 
 
-def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 0) -> dict[str, list[Pair]]:
-    """Deal all images into 70 % train, 15 % valid and 15 % test with `deal_groups`: no group is in two of them.
+def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 0, shares: Sequence[float] = SHARES,
+                   mask_suffix: str = "") -> tuple[dict[str, list[Pair]], list[str]]:
+    """Deal all images into train, valid and test with `deal_groups`: no group is in two of them.
 
     Copies go to train only; of an image of which there are only copies, one stands for it in valid and test. An image
     that lies in two folders is taken once.
+
+    Args:
+        shares: of the images, for train, valid and test.
+        mask_suffix: see `images.splits.list_splits`.
+    Returns:
+        The pairs of each split; and what is odd about it: images that are left out, and splits of few groups.
     """
-    folders, problems = read_folders(Path(data_root), SPLITS, all_needed=False)
+    folders, problems = read_folders(Path(data_root), SPLITS, all_needed=False, mask_suffix=mask_suffix)
     by_name: dict[str, Pair] = {}
     for pair in (pair for pairs in folders.values() for pair in pairs):
         first = by_name.setdefault(pair.name, pair)
@@ -64,21 +73,36 @@ def split_by_group(data_root: Path, group_regex: str | None = None, seed: int = 
     if problems:
         raise DatasetError(data_root, problems)
     groups = groups_of(list(by_name.values()), group_regex)
-    part_of = deal_groups({key: len(originals(pairs)) for key, pairs in groups.items()}, SHARES, seed)
+    part_of = deal_groups({key: len(originals(pairs)) for key, pairs in groups.items()}, shares, seed)
     dealt: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    left_out = []
     for key, pairs in groups.items():
         split = SPLITS[part_of[key]]
-        dealt[split] += pairs if split == "train" else originals(pairs)
-    return dealt
+        taken = pairs if split == "train" else originals(pairs)
+        dealt[split] += taken
+        left_out += [pair for pair in pairs if pair not in taken]
+    odd = few_groups({split: sum(part == i for part in part_of.values()) for i, split in enumerate(SPLITS)})
+    if left_out:
+        odd.append(f"{len(left_out)} copies are left out, as they show images of valid and test, e.g. "
+                   f"{left_out[0].image}")
+    return dealt, odd
 
 
-def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0) -> Path:
-    """Write `splits.csv` from `split_by_group`; an existing one is never overwritten."""
+def few_groups(groups: Mapping[str, int]) -> list[str]:
+    """Return a sentence for valid and for test if they have few of these groups (split -> number)."""
+    return [f"{split} has {groups[split]} group(s) alone (patients, fields of view or images), so that its scores "
+            f"depend on chance. Take a larger share, or add images"
+            for split in SPLITS[1:] if groups[split] < FEW_GROUPS]
+
+
+def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0, shares: Sequence[float] = SHARES,
+                 mask_suffix: str = "") -> tuple[Path, list[str]]:
+    """Write `splits.csv` from `split_by_group`, and return its path and what is odd; an existing one stays as it is."""
     data_root = Path(data_root)
     path = data_root / SPLITS_FILE
     if path.exists():
         raise UserError(f"{path}: exists already. Move or delete it first; it is never overwritten")
-    dealt = split_by_group(data_root, group_regex, seed)
+    dealt, odd = split_by_group(data_root, group_regex, seed, shares, mask_suffix)
     rows = [(pair.image.relative_to(data_root).as_posix(), split) for split in SPLITS for pair in dealt[split]]
     try:
         with open(path, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -86,4 +110,4 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "
                          f"yours") from None
-    return path
+    return path, odd

@@ -14,24 +14,26 @@ PERCENTILES = (1, 99)  # of the training images, between which their range lies
 SMALLEST = 10          # pixels; smaller specks of a mask are no nuclei
 
 # How far beyond the range of training a number must lie to be named, as a share of the width of that range, and at
-# least so much: levels on the scale [0, 1], areas in powers of two. With the nuclei as they are drawn, at most 3 % of
-# Pap smear cells and MoNuSeg images are named against training images of their own kind.
+# least so much: levels on the scale [0, 1], areas and sides in powers of two. With the nuclei as they are drawn, at
+# most 3 % of Pap smear cells and MoNuSeg images are named against training images of their own kind.
 MARGIN = 0.25
-LEAST_MARGIN = {"level": 0.05, "area": 1.0}
+LEAST_MARGIN = {"level": 0.05, "area": 1.0, "side": 0.5}
 
 
-def describe(image: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+def describe(image: np.ndarray, mask: np.ndarray, size: tuple[int, int] | None = None) -> dict[str, float]:
     """Describe an image by the numbers that are compared.
 
     Args:
         image: (H, W, C) uint8, grey or RGB, at the scale that the network sees.
         mask: (H, W) bool, the nuclei drawn or predicted on it.
+        size: height and width before the image was brought to that scale, if it was.
     Returns:
         name -> value: brightness (mean) and contrast (standard deviation) on the scale [0, 1], of each colour if there
-        are three; red and blue against green; and the median area in pixels of the connected parts of the mask, which
-        is missing where there are none.
+        are three; red and blue against green; the median area in pixels of the connected parts of the mask, which is
+        missing where there are none; and, with a size, the side of the square of as many pixels.
     """
-    return describe_parts(image.reshape(-1, image.shape[2]), part_areas(mask))
+    side = {"side": float(np.sqrt(size[0] * size[1]))} if size else {}
+    return side | describe_parts(image.reshape(-1, image.shape[2]), part_areas(mask))
 
 
 def part_areas(mask: np.ndarray) -> np.ndarray:
@@ -62,18 +64,24 @@ def ranges_over(descriptions: list[dict[str, float]]) -> dict[str, tuple[float, 
 def strangest(description: dict[str, float], ranges: Mapping[str, tuple[float, float]]) -> str | None:
     """Say by which number an image lies farthest outside the ranges of training; None if it lies in or near them.
 
+    A side comes first: of an image that is resized from another one all nuclei have another size.
+
     >>> strangest({"brightness": 0.1}, {"brightness": (0.5, 0.6)})
     'brightness 0.10, in training 0.50 to 0.60'
     """
     excess = {}
     for name in description.keys() & ranges.keys():
-        is_area = name.startswith("area")
-        low, value, high = (np.log2(v) if is_area else v for v in (ranges[name][0], description[name], ranges[name][1]))
-        margin = max(MARGIN * (high - low), LEAST_MARGIN["area" if is_area else "level"])
+        kind = name.split()[0] if name.split()[0] in LEAST_MARGIN else "level"
+        low, value, high = (v if kind == "level" else np.log2(v)
+                            for v in (ranges[name][0], description[name], ranges[name][1]))
+        margin = max(MARGIN * (high - low), LEAST_MARGIN[kind])
         excess[name] = max(low - value, value - high) / margin
-    name = max(sorted(excess), key=excess.get, default=None)
+    name = "side" if excess.get("side", 0) > 1 else max(sorted(excess), key=excess.get, default=None)
     if name is None or excess[name] <= 1:
         return None
-    digits = 0 if name.startswith("area") else 2
+    digits = 0 if name.split()[0] in LEAST_MARGIN else 2
     low, value, high = (f"{v:.{digits}f}" for v in (ranges[name][0], description[name], ranges[name][1]))
-    return f"{name} {value}, in training {low} to {high}"
+    found = f"{name} {value}, in training {low} to {high}"
+    return found if name != "side" else (
+        f"{value} pixels a side, in training {low} to {high}, so all that it shows is resized to another scale. Cut "
+        f"it into parts of that size, or train on tiles")

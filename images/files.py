@@ -29,36 +29,39 @@ def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS, max_value: int = 0) -> np.ndarray:
     """Read an image as (H, W, channels) uint8.
 
     Args:
         channels: 1 for luminance (ITU-R 601), 3 for RGB. Palettes are resolved and alpha is dropped. 16 bit is scaled
             by its type (65535 becomes 255), never by the values found; floating point must lie in [0, 1].
         max_pixels: an image of more is refused before it is decoded.
+        max_value: what becomes 255 instead of 65535 or 1.0; 8 bit stays as it is.
     """
     with opened(path, max_pixels) as image:
-        return in_channels(path, loaded(path, image), channels)
+        return in_channels(path, loaded(path, image), channels, max_value)
 
 
-def decode_image(path: Path, file: BinaryIO, channels: int) -> np.ndarray:
+def decode_image(path: Path, file: BinaryIO, channels: int, max_value: int = 0) -> np.ndarray:
     """Read the image in an open file, e.g. one in memory, just as `load_image` reads `path`, the name in errors."""
     with _open(path, file) as image:
-        return in_channels(path, loaded(path, image, file=file), channels)
+        return in_channels(path, loaded(path, image, file=file), channels, max_value)
 
 
-def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image") -> np.ndarray:
+def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the image",
+             max_value: int = 0) -> np.ndarray:
     """Turn an image that is in memory into (H, W, channels) uint8, just as `load_image` turns a file.
 
     Args:
         image: (H, W), (H, W, 1) grey, (H, W, 2) grey with alpha, (H, W, 3) RGB or (H, W, 4) RGB with alpha, of bool,
             uint8, uint16 or floating point in [0, 1]; or a Pillow image of any mode.
         name: what to call it in an error.
+        max_value: as for `load_image`.
     Raises:
         ImageFileError: for other shapes and types.
     """
     if isinstance(image, Image.Image):
-        return in_channels(name, _pixels(image), channels)
+        return in_channels(name, _pixels(image), channels, max_value)
     raw = np.asarray(image)
     if raw.dtype.kind not in "buf" or raw.dtype.kind == "u" and raw.dtype.itemsize > 2:
         raise ImageFileError(f"{name}: an array of {raw.dtype}; bool, uint8, uint16 and floating point in [0, 1] are "
@@ -70,7 +73,7 @@ def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the im
     if raw.ndim not in (2, 3) or raw.ndim == 3 and raw.shape[2] != 3 or not raw.size:
         raise ImageFileError(f"{name}: an array of shape {np.shape(image)}; grey is (H, W), colour (H, W, 3), and both "
                              f"sides are at least 1. From (C, H, W) use .transpose(1, 2, 0)")
-    return in_channels(name, raw, channels)
+    return in_channels(name, raw, channels, max_value)
 
 
 def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
@@ -115,12 +118,12 @@ def resize(image: np.ndarray, side: int) -> np.ndarray:
     return np.stack(planes, axis=-1)
 
 
-def in_channels(name: Path | str, raw: np.ndarray, channels: int) -> np.ndarray:
+def in_channels(name: Path | str, raw: np.ndarray, channels: int, max_value: int = 0) -> np.ndarray:
     """Turn (H, W) or (H, W, 3) pixels of any type that is read into (H, W, channels) uint8."""
     if channels not in (1, 3):
         raise UserError(f"channels is {channels!r}; images are read with 1 (luminance) or 3 (RGB)")
     if raw.dtype != np.uint8:
-        raw = _to_8_bit(name, raw)
+        raw = _to_8_bit(name, raw, max_value)
     image = Image.fromarray(raw)
     return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(*raw.shape[:2], channels)
 
@@ -166,8 +169,12 @@ def _deep_image(path: Path, file: BinaryIO | None) -> Image.Image | None:
 
 
 def _check_header(path: Path, image: Image.Image, max_pixels: float) -> None:
-    """Refuse too many pixels, and a stack of planes; the smaller pictures of a pyramid are none."""
+    """Refuse too many pixels, a stack of planes, of which the smaller pictures of a pyramid are none, and a film."""
     width, height = image.size
+    frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
+    if frames > 1:
+        raise ImageFileError(f"{path}: an animated {image.format} of {frames} pictures; one is read. Save the one that "
+                             f"you want by itself")
     planes = 1 + sum(size == image.size for size in _sizes_of_pages(image)[1:]) if image.format == "TIFF" else 1
     if planes > 1:
         raise ImageFileError(f"{path}: a stack of {planes} images of {height}x{width} pixels; one plane is read. Save "
@@ -252,11 +259,17 @@ def _pixels(image: Image.Image, palette: bool = True) -> np.ndarray:
     return np.asarray(image)
 
 
-def _to_8_bit(path: Path | str, raw: np.ndarray) -> np.ndarray:
-    """Scale by the type: bool, uint16 (also when held as int32) or floating point in [0, 1] to uint8."""
+def _to_8_bit(path: Path | str, raw: np.ndarray, max_value: int = 0) -> np.ndarray:
+    """Scale by `max_value`, or by the type: bool, uint16 (also when held as int32), floating point in [0, 1]."""
     if raw.dtype == bool:
         return raw.astype(np.uint8) * 255
     low, high = raw.min(), raw.max()
+    if max_value:
+        if not (low >= 0 and high <= max_value):
+            raise ImageFileError(f"{path}: values {low:g}..{high:g} found, but --max_value {max_value} says what is "
+                                 f"white; they must lie in 0..{max_value}. Pass the largest value that the camera "
+                                 f"gives, or leave it out")
+        return np.round(raw * (255 / max_value)).astype(np.uint8)
     if raw.dtype.kind == "f":
         if not (low >= 0 and high <= 1):
             raise ImageFileError(f"{path}: floating-point values {low:g}..{high:g} found; they must lie in [0, 1]. "

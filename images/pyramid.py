@@ -22,9 +22,10 @@ from images.duplicates import Appearance, appearance
 from images.familiarity import describe, ranges_over
 from images.files import ImageFileError, in_channels, loaded, opened, orientation, resize
 from images.masks import how_it_is_read
+from images.pairs import Pair
 from images.recipe import MASK, DataRecipe
 from images.resolutions import FINEST, RESOLUTIONS
-from images.splits import DatasetError, Pair, find_data_root, find_splits, sizing_of
+from images.splits import DatasetError, description_of, find_data_root, find_splits
 from images.targets import load_target
 from system.machine import cpu_count
 
@@ -43,21 +44,12 @@ class ImagePyramid:
         names: of the pairs.
         recipe: the same with mean, standard deviation and ranges of all images at 256, once they were read.
         fingerprint: hash of all names and pixels at 256, in hexadecimal.
-        lost: (N, 3) bool, whether the mask shows something at 256 pixels and nothing of it at 32, 64, 128.
-        foreground: (N, classes) share of each mask's original pixels that belong to the class.
-        appearances: what each image looks like (see images/duplicates.py).
-        darker: (N,) bool, whether the image is darker in the mask of the first class than beside it.
-        largest: (N,) pixels at 256 of the largest connected part of that mask, 0 for an empty one.
-        readings: what is not read as one may expect, in words, with its file.
+        facts: what was counted in each pair, in the order of the indices.
     """
 
     def __init__(self, pairs: list[Pair], recipe: DataRecipe):
         self.pairs, self.names, self.recipe = pairs, [pair.name for pair in pairs], recipe
-        self.foreground = np.zeros((len(pairs), recipe.classes))
-        self.lost = np.zeros((len(pairs), len(RESOLUTIONS) - 1), bool)
-        self.appearances: list[Appearance] = []
-        self.darker, self.largest = np.zeros(len(pairs), bool), np.zeros(len(pairs), int)
-        self.readings: list[tuple[str, Path]] = []
+        self.facts: list[PairFacts] = []
         self._cache: ImageCache | None = None
 
     def __len__(self) -> int:
@@ -71,6 +63,11 @@ class ImagePyramid:
     def channels(self) -> tuple[int, int]:
         """Return the channels of image and mask."""
         return self.recipe.in_channels, self.recipe.target_channels
+
+    @property
+    def foreground(self) -> np.ndarray:
+        """Return (N, classes) the share of each mask's original pixels that belong to the class."""
+        return np.array([facts.foreground for facts in self.facts]).reshape(len(self.facts), self.recipe.classes)
 
     @property
     def cached(self) -> bool:
@@ -92,20 +89,18 @@ class ImagePyramid:
 
     def read_all(self, cache: ImageCache | None = None) -> list[str]:
         """Decode every file once, check it, count, and keep it if there is a cache; return the problems found."""
+        self.facts.clear()
         digest = hashlib.blake2b(digest_size=16)
         channels = self.recipe.in_channels
         sums = np.zeros((2, channels))
-        problems, descriptions = [], []
+        problems = []
         with ThreadPoolExecutor(max_workers=cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
             for i, found in enumerate(_in_order(pool, self._describe_pair, self.pairs)):
                 if isinstance(found, list):
                     problems += found
                     continue
-                image, mask, self.foreground[i], facts = found
-                self.lost[i], self.darker[i], self.largest[i] = facts.lost, facts.darker, facts.largest
-                descriptions.append(facts.description)
-                self.appearances.append(facts.appearance)
-                self.readings += facts.readings
+                image, mask, facts = found
+                self.facts.append(facts)
                 digest.update(os.fsencode(self.names[i]) + image.tobytes() + mask.tobytes())
                 value = image.reshape(channels, -1) / np.float32(255)
                 sums += value.mean(axis=1), np.square(value).mean(axis=1)
@@ -114,7 +109,7 @@ class ImagePyramid:
         mean, square = sums / max(len(self) - len(problems), 1)
         std = np.sqrt(np.maximum(square - mean ** 2, 0))
         self.recipe = replace(self.recipe, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
-                              training_ranges=ranges_over(descriptions))
+                              training_ranges=ranges_over([facts.description for facts in self.facts]))
         self.fingerprint = digest.hexdigest()
         if not problems:
             self._cache = cache
@@ -126,23 +121,31 @@ class ImagePyramid:
             return self._cache.read(resolution, indices)
         if not len(indices):  # the part of a process in a small batch
             return tuple(torch.empty(0, c, resolution, resolution, dtype=torch.uint8) for c in self.channels)
-        found = [self._decode_pair(self.pairs[i])[:2] for i in indices]
+        found = [self._decode_again(i) for i in indices]
         levels = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
         while levels[0].shape[-1] > resolution:
             levels = tuple(halve(level) for level in levels)
         return levels
 
-    def _decode_pair(self, pair: Pair):
-        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, the share of foreground, and words on the image."""
+    def _decode_again(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8 of a pair that was read before.
+
+        Raises ImageFileError for a file that has become another one since.
+        """
+        pair = self.pairs[index]
+        if index < len(self.facts) and stamp(pair) != self.facts[index].stamp:
+            raise ImageFileError(f"{pair.image}: it or its mask {pair.mask} was changed after the data set had been "
+                                 f"read, so this run would train on two data sets. Start it again")
         found = self._try_pair(pair)
         if isinstance(found, list):
             raise ImageFileError("; ".join(found))
-        return found
+        return found[:2]
 
     def _try_pair(self, pair: Pair):
-        """Decode a pair as `_decode_pair` does, or return the problems with both files as a list of sentences."""
+        """Return image (C, 256, 256) and mask (K, 256, 256) uint8, the original mask (H, W, K) bool, and words on the
+        image; or the problems with both files as a list of sentences."""
         problems, arrays = [], []
-        for read in (lambda: read_image(pair, self.recipe.in_channels),
+        for read in (lambda: read_image(pair, self.recipe),
                      lambda: load_target(pair, self.recipe.classes, self.recipe.targets)):
             try:
                 arrays.append(read())
@@ -160,37 +163,59 @@ class ImagePyramid:
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "
                     f"every image resized"]
         image256, mask256 = (resize(a, FINEST).transpose(2, 0, 1).copy() for a in (image, mask.astype(np.uint8) * 255))
-        return image256, mask256, mask[..., :self.recipe.classes].mean(axis=(0, 1)), words
+        return image256, mask256, mask[..., :self.recipe.classes], words
 
     def _describe_pair(self, pair: Pair):
-        """Return image, mask and share of foreground as `_decode_pair` does, and the facts; or the problems."""
+        """Return image and mask at 256 pixels, and the facts; or the problems."""
         found = self._try_pair(pair)
         if isinstance(found, list):
             return found
-        image, mask, share, words_on_image = found
+        image, mask, whole, words_on_image = found
         inside, grey = mask[0] >= 128, image.mean(axis=0)
         some = 0 < inside.sum() < inside.size
         words_on_mask = how_it_is_read(pair.mask) if self.recipe.classes == 1 else ""
-        return image, mask, share, PairFacts(
-            description=describe(image.transpose(1, 2, 0), inside), lost=_lost(mask[:self.recipe.classes]),
+        size = whole.shape[:2]
+        return image, mask, PairFacts(
+            description=describe(image.transpose(1, 2, 0), inside, size if self.recipe.sizing == "resize" else None),
+            size=size, foreground=whole.mean(axis=(0, 1)), lost=_lost(mask[:self.recipe.classes]),
             appearance=appearance(image), darker=some and grey[inside].mean() < grey[~inside].mean(),
-            largest=np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:].max(initial=0),
+            areas=np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:], stamp=stamp(pair),
             readings=[(f"{kind} {words}", path) for kind, words, path in (
                 ("mask(s)", words_on_mask, pair.mask), ("image(s)", words_on_image, pair.image)) if words])
 
 
 class PairFacts(NamedTuple):
-    """What is counted in a pair while it is read; see the attributes of ImagePyramid."""
+    """What is counted in a pair while it is read.
+
+    Attributes:
+        description: of the image, see images/familiarity.py.
+        size: height and width in the files.
+        foreground: (classes,) share of the mask's original pixels that belong to the class.
+        lost: whether the mask shows something at 256 pixels and nothing of it at 32, 64, 128.
+        appearance: what the image looks like, see images/duplicates.py.
+        darker: whether the image is darker in the mask of the first class than beside it.
+        areas: pixels at 256 of the connected parts of that mask.
+        stamp: of both files, as `stamp` returns it.
+        readings: what is not read as one may expect, in words, with its file.
+    """
 
     description: dict
+    size: tuple[int, int]
+    foreground: np.ndarray
     lost: list[bool]
     appearance: Appearance
     darker: bool
-    largest: int
+    areas: np.ndarray
+    stamp: tuple
     readings: list[tuple[str, Path]]
 
 
-def read_image(pair: Pair, channels: int) -> tuple[np.ndarray, str]:
+def stamp(pair: Pair) -> tuple:
+    """Return what changes when the image or the mask of a pair is replaced: sizes and times of both files."""
+    return tuple((found.st_size, found.st_mtime_ns) for found in (pair.image.stat(), pair.mask.stat()))
+
+
+def read_image(pair: Pair, recipe: DataRecipe) -> tuple[np.ndarray, str]:
     """Read an image as `images.files.load_image` does, and say what a user may not expect of that, '' for nothing."""
     with opened(pair.image) as image:
         turned = orientation(image) != 1  # before it is loaded: a TIFF forgets it then
@@ -201,10 +226,10 @@ def read_image(pair: Pair, channels: int) -> tuple[np.ndarray, str]:
             if orientation(mask) == 1:
                 words = ("turned upright by EXIF, whose masks are not turned; where a mask was drawn on the picture as "
                          "it is stored, it does not fit")
-    if not words and deep and raw.max() < DARK_16_BIT:
+    if not words and deep and raw.max() < DARK_16_BIT and not recipe.max_value:
         words = ("of 16 bit without a value above a tenth of the range, as of a camera of 12 bit, so they come out "
-                 "almost black; multiply them first, e.g. 12 bit by 16")
-    return in_channels(pair.image, raw, channels), words
+                 "almost black; for 12 bit pass --max_value 4095")
+    return in_channels(pair.image, raw, recipe.in_channels, recipe.max_value), words
 
 
 def _lost(mask: np.ndarray) -> list[bool]:
@@ -218,7 +243,8 @@ def _lost(mask: np.ndarray) -> list[bool]:
 
 def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, use_augmented: bool = True,
                   cache_images: bool | None = None, wanted: tuple[str, ...] = ("train", "valid", "test"),
-                  targets: tuple[str, ...] = MASK) -> dict[str, ImagePyramid]:
+                  targets: tuple[str, ...] = MASK, max_value: int = 0,
+                  mask_suffix: str = "") -> dict[str, ImagePyramid]:
     """Read and check the wanted splits.
 
     Args:
@@ -227,13 +253,16 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
         targets: ('mask',) or ('mask', 'boundary') (see targets.py).
         cache_images: keep what was decoded, in memory if that takes less than a quarter of what is free, else in
             memory-mapped files; None does the same, but decodes at every step where there is no space for them.
+        max_value: what is white in images of more than 8 bit (see images/recipe.py).
+        mask_suffix: what the names of masks have behind those of their images, e.g. '_mask'.
     Raises:
         DatasetError: one error that lists every problem of all these splits.
         UserError: if cache_images is True and there is no space.
     """
     data_root = find_data_root(data_root)
-    splits, problems = find_splits(data_root, use_augmented, wanted)
-    recipe = DataRecipe(sizing_of(data_root), targets, in_channels, out_channels)
+    splits, problems = find_splits(data_root, use_augmented, wanted, mask_suffix)
+    sizing, microns = description_of(data_root)
+    recipe = DataRecipe(sizing, targets, in_channels, out_channels, max_value=max_value, microns_per_pixel=microns)
     pyramids = {split: ImagePyramid(pairs, recipe) for split, pairs in splits.items()}
     # With problems nothing is kept, so that they are reported, whether there is space or not.
     caches = open_caches([(len(p), p.channels) for p in pyramids.values()],

@@ -12,6 +12,7 @@ from system.errors import UserError
 SIZINGS = ("resize", "tile")
 MASK, MASK_AND_BOUNDARY = ("mask",), ("mask", "boundary")
 TARGETS = (MASK, MASK_AND_BOUNDARY)
+YOUNG = {"max_value", "microns_per_pixel"}  # fields that older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class DataRecipe:
         mean, std: of the images that were read, a number a channel on the scale [0, 1]; empty until they are known. A
             network, and its checkpoint, has those of its training images.
         training_ranges: name -> (low, high) of what describes the training images (see familiarity.py).
+        max_value: what is white in images of more than 8 bit and of floating point, e.g. 4095 for a camera of 12 bit;
+            0 for the largest number of their type, or 1.0.
+        microns_per_pixel: of the images as they are in their files; 0 where it is not known.
     """
 
     sizing: str = "resize"
@@ -36,6 +40,8 @@ class DataRecipe:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     training_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    max_value: int = 0
+    microns_per_pixel: float = 0.0
 
     def __post_init__(self):
         for name, known in (("sizing", SIZINGS), ("targets", TARGETS)):
@@ -59,7 +65,7 @@ class DataRecipe:
         Args:
             this, that: what the two belong to, for the message.
         """
-        for name in ("sizing", "targets", "in_channels", "classes"):
+        for name in ("sizing", "targets", "in_channels", "classes", "max_value"):
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"{this}: {name} is {getattr(self, name)!r}, but {getattr(other, name)!r} in {that}; "
                                 f"they must agree in it")
@@ -68,7 +74,7 @@ class DataRecipe:
 def recipe_from_plain(stored: Mapping) -> DataRecipe:
     """Return the recipe of a dictionary that `dataclasses.asdict` made; raises UserError for any other content."""
     names = {f.name for f in fields(DataRecipe)}
-    if not isinstance(stored, Mapping) or set(stored) != names:
+    if not isinstance(stored, Mapping) or not names - YOUNG <= set(stored) <= names:
         found = ", ".join(map(str, stored)) if isinstance(stored, Mapping) else repr(stored)
         raise UserError(f"its data recipe has {found}; expected: {', '.join(sorted(names))}")
     ranges = {name: tuple(bounds) for name, bounds in stored["training_ranges"].items()}

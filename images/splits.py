@@ -1,36 +1,29 @@
 """Which files make up train, valid and test, and which of them show the same cell.
 
-A data root holds `train|valid|test` / `images|masks`; image and mask share the stem. `flipped_*`, `mirrored_*` and
-`rotated_X_*` are copies of the image whose name follows the prefix, `*_flipped` and so on of the one before it. A
-`splits.csv` in the root (columns `path`, relative to the root, and `split`) overrides the folders; images that it does
-not list are left out. A `manifest.csv` tells from which image and patient each file was cut.
+A data root holds `train|valid|test` / `images|masks` (see images/pairs.py). A `splits.csv` in the root (columns `path`,
+relative to the root, and `split`) overrides the folders; images that it does not list are left out. A `manifest.csv`
+tells from which image and patient each file was cut.
 """
 
 import csv
 import json
+import math
 import os
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from images.listing import composed, left_out, list_folder, name_of, shown
+from images.pairs import KINDS, TREE, Pair, originals, pair_folder, what_is_there
 from images.recipe import SIZINGS
 from system.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SPLITS_FILE = "splits.csv"
-KINDS = ("images", "masks", "instances")  # folders of a split; the last may be missing
-# What people call the folders of images and masks.
-LIKELY_NAMES = (("images", "imgs", "image", "img", "pictures"),
-                ("masks", "labels", "mask", "label", "gt", "ground_truth", "groundtruth", "annotations"))
 MANIFEST = "manifest.csv"  # of a prepared data set: from which image and patient every file comes
-COPY = r"(?:flipped|mirrored|rotated_-?\d+(?:\.\d+)?)"
-COPY_MARK = re.compile(rf"^(?:{COPY}_)+(?=.)|(?<=.)(?:_{COPY})+$")
 BUNDLED_SAMPLE = Path(__file__).resolve().parents[1] / "data"
-TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
 
 
 class DatasetError(UserError):
@@ -61,49 +54,6 @@ def grouped(problems: list[str], alike: int = 4) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One image with its mask.
-
-    Attributes:
-        origin, group: the image that it was cut from and that one's patient, if a manifest tells them.
-    """
-
-    image: Path
-    mask: Path
-    origin: str = ""
-    group: str = ""
-
-    @property
-    def name(self) -> str:
-        return name_of(self.image)
-
-    @property
-    def source(self) -> str:
-        """Name of the image that this one is, was cut from, or is a copy of."""
-        return self.origin or source_name(self.name)
-
-    @property
-    def is_copy(self) -> bool:
-        return source_name(self.name) != self.name
-
-
-def source_name(name: str) -> str:
-    """Return the name of the image that one of this name is, or is a copy of: flipped_7 and 7_flipped are 7."""
-    return COPY_MARK.sub("", name)
-
-
-def originals(pairs: Iterable[Pair]) -> list[Pair]:
-    """Leave out the copies; of an image of which there are only copies, the first stands for it."""
-    pairs = list(pairs)
-    there = {pair.source for pair in pairs if not pair.is_copy}
-    stand_ins: dict[str, Pair] = {}
-    for pair in pairs:
-        if pair.is_copy and pair.source not in there:
-            stand_ins.setdefault(pair.source, pair)
-    return [pair for pair in pairs if not pair.is_copy or stand_ins.get(pair.source) is pair]
-
-
 def find_data_root(data_root: Path | str) -> Path:
     """Return the folder to read: as given, or for the name 'data', where there is none, the project's bundled sample.
 
@@ -113,54 +63,65 @@ def find_data_root(data_root: Path | str) -> Path:
     return BUNDLED_SAMPLE if path == Path("data") and not os.path.lexists(path) else path
 
 
-def list_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[str] = SPLITS) -> dict[str, list[Pair]]:
+def list_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[str] = SPLITS,
+                mask_suffix: str = "") -> dict[str, list[Pair]]:
     """Return the pairs of the wanted splits, sorted by name, from the folders or from `splits.csv`.
 
     Args:
         use_augmented: False leaves out the copies with a prefix.
+        mask_suffix: what the names of masks have behind those of their images; they may lie in one folder then.
     Raises:
         DatasetError: with every missing folder, unpaired file and name that occurs twice.
     """
-    splits, problems = find_splits(data_root, use_augmented, wanted)
+    splits, problems = find_splits(data_root, use_augmented, wanted, mask_suffix)
     if problems:
         raise DatasetError(find_data_root(data_root), problems)
     return splits
 
 
-def find_splits(data_root: Path, use_augmented: bool = True,
-                wanted: Iterable[str] = SPLITS) -> tuple[dict[str, list[Pair]], list[str]]:
+def find_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[str] = SPLITS,
+                mask_suffix: str = "") -> tuple[dict[str, list[Pair]], list[str]]:
     """Return what `list_splits` does and the problems, so that files that do pair can be read all the same."""
     data_root = find_data_root(data_root)
     table = data_root / SPLITS_FILE
     listed = table.is_file()
-    folders, problems = read_folders(data_root, SPLITS if listed else wanted, all_needed=not listed)
-    splits = _apply_splits_file(table, folders, problems) if table.is_file() else folders
+    folders, problems = read_folders(data_root, SPLITS if listed else wanted, not listed, mask_suffix)
+    splits = _apply_splits_file(table, folders, problems) if listed else folders
+    if table.exists() and not listed:
+        problems.append(f"{table}: a folder of that name; {SPLITS_FILE} is a table that says which images belong to "
+                        f"train, valid and test. Rename the folder")
     splits = {split: sorted(splits[split], key=lambda pair: pair.name) for split in wanted}
     for split, pairs in splits.items():
         if not use_augmented:
             splits[split] = originals(pairs)
         if not pairs and not problems:
-            problems.append(f"{split}: no image. " + (f"Check {table}" if table.is_file() else f"Expected: {TREE}"))
+            problems.append(f"{split}: no image. " + (f"Check {table}" if listed else f"Expected: {TREE}"))
     return splits, problems
 
 
-def sizing_of(data_root: Path) -> str:
-    """Return how images of this data set become 256x256: 'tile', they are, or 'resize', unless dataset.json says.
+def description_of(data_root: Path) -> tuple[str, float]:
+    """Return what dataset.json says: how images become 256x256, and the micrometres of a pixel, 0 where unknown.
+
+    Sizing is 'resize' or, for images that are so already, 'tile'; without the file it is 'resize'.
 
     Raises DatasetError for a dataset.json that says something else.
     """
     path = find_data_root(data_root) / "dataset.json"
     if not path.is_file():
-        return "resize"
+        return "resize", 0.0
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         found = description["sizing"] if isinstance(description, dict) else description
-    except (OSError, ValueError, KeyError) as error:
+        microns = float(description.get("microns_per_pixel") or 0) if isinstance(description, dict) else 0.0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(data_root, [f"{path}: cannot be read ({error!r}). Prepare the data set again, or remove the "
                                        f"file to have every image resized to 256x256"]) from None
     if found not in SIZINGS:
         raise DatasetError(data_root, [f"{path}: sizing is {found!r}; it must be one of {', '.join(SIZINGS)}"])
-    return found
+    if not 0 <= microns < math.inf:
+        raise DatasetError(data_root, [f"{path}: microns_per_pixel is {microns!r}; it must be a number above 0, or "
+                                       f"null where it is not known"])
+    return found, microns
 
 
 def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:
@@ -214,12 +175,13 @@ def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = 
     return sum(key in train for key in groups), len(groups)
 
 
-def read_folders(data_root: Path, wanted: Iterable[str],
-                  all_needed: bool = True) -> tuple[dict[str, list[Pair]], list[str]]:
+def read_folders(data_root: Path, wanted: Iterable[str], all_needed: bool = True,
+                 mask_suffix: str = "") -> tuple[dict[str, list[Pair]], list[str]]:
     """Return the pairs of these folders, whatever `splits.csv` says, and the problems.
 
     Args:
         all_needed: False takes a missing folder for an empty one, unless all of them are missing.
+        mask_suffix: as for `list_splits`.
     """
     if not data_root.is_dir():
         found = "a file, not a folder" if data_root.exists() else "no such folder"
@@ -227,33 +189,21 @@ def read_folders(data_root: Path, wanted: Iterable[str],
     problems: list[str] = []
     wanted = list(wanted)
     there = [split for split in wanted if (data_root / split).is_dir()]
-    origins = _read_manifest(data_root / MANIFEST)
     if not there and not any((data_root / split).is_dir() for split in SPLITS):
-        if all_needed or not all((data_root / kind).is_dir() for kind in KINDS[:2]):
+        in_one = mask_suffix and ((data_root / KINDS[0]).is_dir() or list_folder(data_root).files)
+        if all_needed or not (in_one or all((data_root / kind).is_dir() for kind in KINDS[:2])):
             raise DatasetError(data_root, [what_is_there(data_root)])
-        pairs = [replace(pair, **origins.get(pair.name, {})) for pair in _pair_folder(data_root, problems)]
+        pairs = with_origins(pair_folder(data_root, problems, mask_suffix), data_root / MANIFEST)
         return {split: pairs if split == wanted[0] else [] for split in wanted}, problems  # not dealt yet
     read = wanted if all_needed or not there else there
-    return {split: [replace(pair, **origins.get(pair.name, {})) for pair in
-                    (_pair_folder(data_root / split, problems) if split in read else [])] for split in wanted}, problems
+    return {split: with_origins(pair_folder(data_root / split, problems, mask_suffix) if split in read else [],
+                                data_root / MANIFEST) for split in wanted}, problems
 
 
-def what_is_there(data_root: Path) -> str:
-    """Return what a folder without train, valid and test holds, and what to do about it."""
-    listing = list_folder(data_root)
-    names = {path.name.lower(): path.name for path in listing.folders}
-    images, masks = (next((names[name] for name in known if name in names), None) for known in LIKELY_NAMES)
-    if (images, masks) == KINDS[:2]:
-        return (f"images and masks lie in it without train, valid and test. Deal them with python prepare_data.py "
-                f"split {shlex.quote(str(data_root))}")
-    if images and masks:
-        return (f"its folders are {images} and {masks}; expected are images and masks. Rename them, then deal the "
-                f"images with python prepare_data.py split {shlex.quote(str(data_root))}")
-    found = ", ".join([path.name for path in listing.folders][:5]) or "none"
-    files = f", and {len(listing.files)} image files, e.g. {next(iter(listing.files.values())).name}" if \
-        listing.files else ""
-    return (f"no folder train, valid or test; its folders are: {found}{files}. Expected: {TREE}; or folders images and "
-            f"masks, which python prepare_data.py split deals")
+def with_origins(pairs: list[Pair], manifest: Path) -> list[Pair]:
+    """Return the pairs with what a manifest tells of where each comes from."""
+    origins = _read_manifest(manifest)
+    return [replace(pair, **origins.get(pair.name, {})) for pair in pairs]
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
@@ -275,31 +225,6 @@ def passed_over(data_root: Path) -> list[str]:
             if folder.is_dir() and (words := left_out(list_folder(folder))):
                 found.append(f"{folder}: {words}")
     return found
-
-
-def _pair_folder(folder: Path, problems: list[str]) -> list[Pair]:
-    """Pair images and masks of one split by stem; what does not pair goes into `problems`."""
-    found = {}
-    for kind in KINDS[:2]:
-        if not (folder / kind).is_dir():
-            problems.append(f"{folder / kind}: no such folder. Expected: {TREE}")
-            continue
-        try:
-            listing = list_folder(folder / kind)
-        except OSError as error:
-            problems.append(f"{folder / kind}: cannot be listed ({error.strerror}). Check its permissions")
-            continue
-        found[kind] = listing.files
-        problems += [f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove or rename one"
-                     for path, first in listing.twins]
-    if len(found) < 2:
-        return []
-    images, masks = found["images"], found["masks"]
-    problems += [f"{images[stem]}: no mask of that name. Add {folder / 'masks' / stem}.png or remove the image"
-                 for stem in images if stem not in masks]
-    problems += [f"{masks[stem]}: no image of that name. Add {folder / 'images' / stem}.png or remove the mask"
-                 for stem in masks if stem not in images]
-    return [Pair(images[stem], masks[stem]) for stem in images if stem in masks]
 
 
 def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: list[str]) -> dict[str, list[Pair]]:

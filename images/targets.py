@@ -14,8 +14,8 @@ from skimage.segmentation import find_boundaries
 from images.files import ImageFileError
 from images.listing import file_named
 from images.masks import load_instances, load_mask
+from images.pairs import KINDS, Pair
 from images.recipe import MASK
-from images.splits import KINDS, Pair
 
 RIM = 2 / 256  # width of the rim inside a nucleus, as a share of the image's longer side: 2 pixels at 256
 

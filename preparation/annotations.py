@@ -6,11 +6,14 @@ it. The files are read by `preparation.annotation_files`.
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from skimage.draw import polygon
+
+from system.errors import UserError
 
 # Names of classes that are drawn to be left out. QuPath ends those that it ignores with a star.
 NO_NUCLEI = re.compile(r"\*$|ignore|art[ei]fact|ambiguous|uncertain|unsure|background|exclude|debris|\broi\b|region|"
@@ -73,6 +76,17 @@ def choose(found: Annotation, classes: Collection[str] = ()) -> Annotation:
     if found.left or len(found.taken) > 1:
         found.notes.append(kinds_in_words(found.taken, found.left))
     return found
+
+
+def check_classes(classes: Collection[str], read: Iterable[Annotation], place: Path) -> None:
+    """Raise UserError for a class that was asked for and is nowhere drawn, which would be a mistyped one."""
+    read = list(read)
+    there = {kind for found in read for kind in (*found.taken, *found.left)}
+    missing = [name for name in classes if f"of class {name}" not in there]
+    if missing and read:
+        known = ", ".join(sorted(kind.removeprefix("of class ") for kind in there)) or "nothing"
+        raise UserError(f"--classes {','.join(missing)}: no region of that class or layer is in {place}. There is: "
+                        f"{known}")
 
 
 def kinds_in_words(taken: Counter[str], left: Counter[str]) -> str:

@@ -7,7 +7,7 @@ NAME_cp_masks.png, NAME_labels.tif). coco: one JSON for all. Groups (patients, s
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from images.dealing import SHARES, deal_groups
+from images.dealing import SHARES, deal_groups, few_groups
 from images.files import ImageFileError, image_size, load_image
 from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of
 from images.masks import is_lossy, load_instances, load_mask
-from images.splits import SPLITS, DatasetError, group_names, source_name
+from images.pairs import originals_among, source_name
+from images.splits import SPLITS, DatasetError, group_names
 from preparation.annotation_files import read_coco, read_geojson
-from preparation.annotations import Annotation, rasterise
+from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
 
@@ -45,7 +46,7 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
         raise UserError(f"{annotations}: no such file or folder. Check --annotations")
     if kind == "coco":
         found = read_coco(_only_json(annotations), classes)
-        _check_classes(classes, found.values(), annotations)
+        check_classes(classes, found.values(), annotations)
         return {stem: _drawer(images.get(stem), annotation) for stem, annotation in found.items()}
     drawn, problems, read = {}, [], []
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
@@ -70,19 +71,8 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
             problems.append(str(error))
     if problems:
         raise DatasetError(annotations, problems)
-    _check_classes(classes, read, annotations)
+    check_classes(classes, read, annotations)
     return drawn
-
-
-def _check_classes(classes: Collection[str], read: Iterable[Annotation], annotations: Path) -> None:
-    """Raise UserError for a class that was asked for and is nowhere drawn, which would be a mistyped one."""
-    read = list(read)
-    there = {kind for found in read for kind in (*found.taken, *found.left)}
-    missing = [name for name in classes if f"of class {name}" not in there]
-    if missing and read:
-        known = ", ".join(sorted(kind.removeprefix("of class ") for kind in there)) or "nothing"
-        raise UserError(f"--classes {','.join(missing)}: nothing of that class is drawn in {annotations}. There is: "
-                        f"{known}")
 
 
 def _drawer(image: Path | None, annotation: Annotation) -> Callable[[], Drawn]:
@@ -140,8 +130,13 @@ def read_label_image(path: Path, image: Path) -> Drawn:
 
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
                  sizing: str = "tile", overlap: int = 0, microns_per_pixel: float | None = None, seed: int = 0,
-                 classes: Collection[str] = ()) -> str:
-    """Write the data set and return the report; raises UserError for what cannot be used."""
+                 classes: Collection[str] = (), shares: Sequence[float] = SHARES, max_value: int = 0) -> str:
+    """Write the data set and return the report; raises UserError for what cannot be used.
+
+    Args:
+        shares: of the images, for train, valid and test.
+        max_value: what is white in images of more than 8 bit; 0 for the largest number of their type.
+    """
     with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
         data = PreparedData(root, f"drawn annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
@@ -154,15 +149,18 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
         if not names:
             raise UserError(f"{annotations}: none of its names ({', '.join(sorted(drawn)[:3]) or 'nothing found'}) is "
                              f"that of an image in {image_dir} ({', '.join(list(images)[:3])}). Stems must be the same")
+        assigned = assign(names, group_regex, seed, shares)
+        data.notes += few_groups({split: len({group for group, part in assigned.values() if part == split})
+                                  for split in SPLITS})
         problems = []
-        for name, (group, split) in tqdm(assign(names, group_regex, seed).items(), desc="images", unit="image",
+        for name, (group, split) in tqdm(assigned.items(), desc="images", unit="image",
                                          disable=None):
             source = Source(name, images[name].name, group, split)
             if not split:
                 data.note(source.origin, "left out, as it is a copy of an image that is not trained on")
                 continue
             try:
-                convert(data, source, images[name], *drawn[name](), overlap)
+                convert(data, source, images[name], *drawn[name](), overlap, max_value)
             except ImageFileError as error:
                 problems.append(str(error))
         if problems:
@@ -170,20 +168,25 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
         return data.finish(microns_per_pixel)
 
 
-def assign(names: list[str], group_regex: str | None, seed: int) -> dict[str, tuple[str, str]]:
-    """Return group and split of every image; '' for a copy (flipped_* ...) whose original is not in train."""
-    source_of = {name: source_name(name) for name in names}
-    group_of = group_names(sorted(set(source_of.values())), group_regex)
-    dealt = deal_groups(Counter(group_of[name] for name in names if source_of[name] == name), SHARES, seed)
+def assign(names: list[str], group_regex: str | None, seed: int,
+           shares: Sequence[float] = SHARES) -> dict[str, tuple[str, str]]:
+    """Return group and split of every image; '' for a copy (flipped_* ...) of an image that is not trained on.
+
+    Where there are only copies of an image, the first stands for it.
+    """
+    group_of = group_names(sorted({source_name(name) for name in names}), group_regex)
+    stay = dict(zip(names, originals_among(names, list(map(source_name, names))), strict=True))
+    dealt = deal_groups(Counter(group_of[source_name(name)] for name in names if stay[name]), shares, seed)
     found = {}
-    for name, source in source_of.items():
-        split = SPLITS[dealt.get(group_of[source], 0)]  # copies without any original are trained on
-        found[name] = group_of[source], split if split == "train" or source == name else ""
+    for name in names:
+        group = group_of[source_name(name)]
+        split = SPLITS[dealt[group]]
+        found[name] = group, split if split == "train" or stay[name] else ""
     return found
 
 
 def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, notes: list[str],
-            overlap: int) -> None:
+            overlap: int, max_value: int) -> None:
     """Write one image with its instance map, and remember what is odd about it."""
     data.note(source.origin, *notes)
     areas = np.bincount(labels.reshape(-1))[1:]
@@ -192,7 +195,7 @@ def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, 
     elif areas.max() > FRAME_SHARE * labels.size:
         data.note(source.origin, f"one region covers {areas.max() / labels.size:.0%} of the image. Is it a frame "
                                  f"around the nuclei? It hides all that come after it")
-    data.add(source, load_image(path, 3), labels, overlap)
+    data.add(source, load_image(path, 3, max_value=max_value), labels, overlap)
 
 
 def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> dict[str, Path]:

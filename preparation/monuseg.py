@@ -7,6 +7,7 @@ and 2020.
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from images.files import ImageFileError, load_image
 from images.listing import has_suffix
 from images.splits import DatasetError
 from preparation.annotation_files import read_imagescope
-from preparation.annotations import Annotation, rasterise
+from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
 
@@ -56,11 +57,12 @@ def _layout(folder: Path) -> tuple[Path, Path] | None:
     return (folder, folder) if any(has_suffix(p, (".xml",)) for p in folder.iterdir()) else None
 
 
-def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]:
+def read_folder(folder: Path, notes: list[str], classes: Collection[str] = ()) -> list[tuple[Path, Annotation]]:
     """Pair the images of a download with what is drawn on them, sorted by name.
 
     Args:
         notes: takes a sentence for each image without XML and each XML without image; both are left out.
+        classes: names of the layers that are nuclei; without any, all but those whose name says otherwise.
     Raises:
         DatasetError: with every XML that is refused.
     """
@@ -75,7 +77,7 @@ def read_folder(folder: Path, notes: list[str]) -> list[tuple[Path, Annotation]]
     for stem in images:
         if stem in drawn:
             try:
-                pairs.append((images[stem], read_imagescope(drawn[stem])))
+                pairs.append((images[stem], read_imagescope(drawn[stem], classes)))
             except UserError as error:
                 problems.append(str(error))
     if problems:
@@ -96,7 +98,7 @@ def assign(train: list[str], test: list[str], valid_share: float, seed: int) -> 
 
 
 def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_share: float = 0.2,
-            seed: int = 0) -> str:
+            seed: int = 0, classes: Collection[str] = ()) -> str:
     """Write the data set and return the report; raises UserError for what cannot be used."""
     with new_folder(out, train_dir, test_dir) as root:
         data = PreparedData(root, "MoNuSeg 2018", "tile")
@@ -104,11 +106,12 @@ def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_
         pairs, problems = {}, []
         for part, folder in folders.items():
             try:
-                pairs[part] = read_folder(folder, data.notes)
+                pairs[part] = read_folder(folder, data.notes, classes)
             except DatasetError as error:
                 problems += error.problems
         if problems:
             raise DatasetError(f"{train_dir}, {test_dir}", problems)
+        check_classes(classes, [annotation for found in pairs.values() for _, annotation in found], train_dir)
         names = {part: [image.stem for image, _ in found] for part, found in pairs.items()}
         split_of = assign(names["train"], names["test"], valid_share, seed)
         shared = {patient_of(n) for n in names["train"]} & {patient_of(n) for n in names["test"]}

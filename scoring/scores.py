@@ -1,9 +1,9 @@
 """Score predictions at the original image size: the one definition for the table after training and for evaluation.
 
-A row is a dictionary for one image: `image`, `height`, `width`, the pixel metrics and `boundary_f1` as means over
-classes, with several classes `dice_1`, `dice_2`, ..., `empty` (whether the mask or one of its classes is empty),
-`foreground` (share of pixels predicted), for a network `highest` (its highest probability) and, where nuclei are
-compared, the instance metrics with `nuclei_drawn` and `nuclei_found`.
+A row is a dictionary for one image: `image`, `group` (images of one group are not independent), `height`, `width`, the
+pixel metrics and `boundary_f1` as means over classes, with several classes `dice_1`, `dice_2`, ..., `empty` (whether
+the mask or one of its classes is empty), `foreground` (share of pixels predicted), for a network `highest` (its highest
+probability) and, where nuclei are compared, the instance metrics with `nuclei_drawn` and `nuclei_found`.
 """
 
 from pathlib import Path
@@ -15,7 +15,8 @@ from skimage.filters import threshold_otsu
 
 from images.files import ImageFileError, load_image
 from images.masks import load_mask
-from images.splits import SPLITS_FILE, Pair, find_data_root, list_splits
+from images.pairs import Pair
+from images.splits import MANIFEST, SPLITS_FILE, find_data_root, groups_of, list_splits, with_origins
 from images.targets import drawn_nuclei
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
 from system.processes import progress, shard, unshard
@@ -26,7 +27,7 @@ CONFIDENCE = 0.95
 BATCH_VALUES = 1_000_000  # drawn at once, so that memory does not grow with the number of images
 
 
-def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> list[Pair]:
+def scored_pairs(data_root: Path, split: str, use_augmented: bool = True, mask_suffix: str = "") -> list[Pair]:
     """Return the pairs of a split that are scored: whole images where the data set keeps them beside its tiles.
 
     A data set of tiles has its valid and test images once more in `whole/SPLIT`; these are taken, because a score is
@@ -35,16 +36,27 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True) -> lis
     data_root = find_data_root(data_root)
     whole = data_root / "whole"
     if (whole / split).is_dir() and not (data_root / SPLITS_FILE).is_file():
-        data_root = whole
-    return list_splits(data_root, use_augmented, (split,))[split]
+        return with_origins(list_splits(whole, use_augmented, (split,), mask_suffix)[split], data_root / MANIFEST)
+    return list_splits(data_root, use_augmented, (split,), mask_suffix)[split]
 
 
-def score_pairs(predictor, pairs: list[Pair], instances: bool = False) -> list[dict]:
+def score_pairs(predictor, pairs: list[Pair], instances: bool = False, group_regex: str | None = None) -> list[dict]:
     """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too.
 
     Several processes share the images, and each returns all rows.
+
+    Args:
+        group_regex: finds the group in a name (see `images.splits.groups_of`); without it the group is the one that a
+            manifest tells, else the image that this one is a copy of.
     """
-    return unshard([score_pair(predictor, pair, instances)[0] for pair in progress(shard(pairs), "scoring")])
+    rows = unshard([score_pair(predictor, pair, instances)[0] for pair in progress(shard(pairs), "scoring")])
+    return with_groups(rows, pairs, group_regex)
+
+
+def with_groups(rows: list[dict], pairs: list[Pair], group_regex: str | None = None) -> list[dict]:
+    """Return the rows of these pairs with the group of each."""
+    group_of = {pair: group for group, found in groups_of(pairs, group_regex).items() for pair in found}
+    return [{"image": row["image"], "group": group_of[pair]} | row for row, pair in zip(rows, pairs, strict=True)]
 
 
 def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -64,11 +76,11 @@ def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np
     return row, probability, mask
 
 
-def score_otsu(pairs: list[Pair], classes: int) -> list[dict]:
+def score_otsu(pairs: list[Pair], classes: int, max_value: int = 0) -> list[dict]:
     """Score Otsu's threshold (Otsu 1979) on the luminance: what is darker is foreground, in every class."""
     rows = []
     for pair in pairs:
-        grey = load_image(pair.image, 1)[..., 0]
+        grey = load_image(pair.image, 1, max_value=max_value)[..., 0]
         dark = grey <= threshold_otsu(grey) if grey.min() < grey.max() else np.zeros(grey.shape, bool)
         rows.append(_row(pair, np.repeat(dark[..., None], classes, axis=2), load_mask(pair.mask, classes)))
     return rows
@@ -95,13 +107,14 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
     """Return the number of images and empty masks, and of every measure over images: mean, std, low, high.
 
     `low` and `high` bound the percentile bootstrap interval (Efron 1979) of the mean at 95 %, from 10000 resamples of
-    the images. Images that show the same cell or patient count as independent here, which makes it too narrow.
+    the groups, each with all its images (of the images, where rows tell no groups).
     """
     summary = {"images": len(rows), "empty_masks": sum(row["empty"] for row in rows)}
+    groups = group_numbers(rows)
     for name in rows[0]:
         if name in MEASURES or name.startswith("dice_"):
             values = np.array([row[name] for row in rows])
-            low, high, _ = bootstrap_mean(values, seed)
+            low, high, _ = bootstrap_mean(values, seed, groups)
             summary[name] = {"mean": float(values.mean()), "std": float(values.std()), "low": low, "high": high}
     return summary
 
@@ -109,9 +122,9 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
 def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     """Compare two lists of rows image by image: measure -> difference, low, high, p_bootstrap, p_wilcoxon.
 
-    `difference` is the mean of the first minus the second; its interval is a paired bootstrap over images,
-    `p_bootstrap` twice the share of resampled differences on the other side of 0, and `p_wilcoxon` that of Wilcoxon's
-    signed rank test (scipy); it is 1 where no image differs.
+    `difference` is the mean of the first minus the second; its interval is a paired bootstrap over groups as in
+    `summarise`, `p_bootstrap` twice the share of resampled differences on the other side of 0, and `p_wilcoxon` that of
+    Wilcoxon's signed rank test (scipy) over the means of the groups; it is 1 where none differs.
 
     Raises:
         ValueError: if the rows are not of the same images in the same order.
@@ -119,15 +132,15 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     if [row["image"] for row in rows] != [row["image"] for row in others]:
         raise ValueError(f"the rows are of different images ({len(rows)} and {len(others)}); a paired comparison needs "
                          f"the same ones in one order")
-    result = {}
+    result, groups = {}, group_numbers(rows)
     for name in rows[0]:
         if (name in MEASURES or name.startswith("dice_")) and name in others[0]:
             values = np.array([a[name] - b[name] for a, b in zip(rows, others, strict=True)])
-            low, high, means = bootstrap_mean(values, seed)
+            low, high, means = bootstrap_mean(values, seed, groups)
             tail = min((means <= 0).mean(), (means >= 0).mean())
             result[name] = {"difference": float(values.mean()), "low": low, "high": high,
                             "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
-                            "p_wilcoxon": wilcoxon_p(values)}
+                            "p_wilcoxon": wilcoxon_p(np.bincount(groups, values) / np.bincount(groups))}
     return result
 
 
@@ -136,19 +149,35 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
-def bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float, np.ndarray]:
+def group_numbers(rows: list[dict]) -> np.ndarray:
+    """Return (N,) the number of the group of each row, from 0; each row is a group where they tell none."""
+    if "group" not in rows[0]:
+        return np.arange(len(rows))
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(row["group"], len(numbers)) for row in rows])
+
+
+def bootstrap_mean(values: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float, np.ndarray]:
     """Return the bounds of the percentile bootstrap interval of the mean (scipy), and the resampled means.
 
     Args:
-        values: (N,) floating point; of a single value the interval and all means are the value.
+        values: (N,) floating point; of a single group the interval and all means are the mean.
+        groups: (N,) the number of the group of each; groups are resampled, and the mean is over all their values.
     Returns:
         low, high, means (RESAMPLES,).
     """
-    if len(values) == 1:  # scipy refuses it
-        return float(values[0]), float(values[0]), np.repeat(values, RESAMPLES)
+    groups = np.arange(len(values)) if groups is None else groups
+    counts, sums = np.bincount(groups), np.bincount(groups, values)
+    if len(sums) == 1:  # scipy refuses it
+        return float(values.mean()), float(values.mean()), np.repeat(values.mean(), RESAMPLES)
+
+    def mean(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+        return sums.sum(axis=axis) / counts.sum(axis=axis)
+
     # `random_state` is the one name that scipy 1.13 knows and later versions, which call it `rng`, still take.
-    result = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // len(values)),
-                             confidence_level=CONFIDENCE, method="percentile", random_state=np.random.default_rng(seed))
+    result = stats.bootstrap((sums, counts), mean, n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // len(sums)),
+                             confidence_level=CONFIDENCE, method="percentile", paired=True,
+                             random_state=np.random.default_rng(seed))
     return *map(float, result.confidence_interval), result.bootstrap_distribution
 
 

@@ -100,6 +100,13 @@ def folder_name(text: str) -> str:
     return text
 
 
+def name_ending(text: str) -> str:
+    """Check what stands at the end of a file's name, before its suffix."""
+    if "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ending of a name, e.g. _mask for a_mask.png beside a.png")
+    return text
+
+
 def results_folder(text: str) -> str:
     """Check the folder that results go to: it may be absent, but not be a file."""
     if Path(text).exists() and not Path(text).is_dir():

@@ -267,7 +267,7 @@ def test_a_class_that_is_nowhere_drawn_is_refused(tmp_path, capsys):
     command = ["drawn", "--format", "geojson", "--images", str(tmp_path / "images"), "--annotations",
                str(tmp_path / "drawn"), "--out", str(tmp_path / "out"), "--classes"]
     assert prepare_data.main([*command, "Tumour"]) == 2
-    assert "--classes Tumour: nothing of that class is drawn in " in (said := capsys.readouterr().err)
+    assert "--classes Tumour: no region of that class or layer is in " in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("There is: Tumor")
     assert not (tmp_path / "out").exists()
     assert prepare_data.main([*command, "Tumor"]) == 0

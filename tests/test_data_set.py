@@ -64,11 +64,14 @@ def test_written_splits_have_no_leakage(tmp_path):
         copy_pair(root, "train", f"train_{i}", f"flipped_train_{i}")
     move_pair(root, "train", "train_3", "test", "mirrored_train_3")
     assert check_dataset(root).warnings
-    path = write_splits(root, seed=1)
+    path, odd = write_splits(root, seed=1)
     report = check_dataset(root)
     assert report.leakage["source images"] == {"valid": (0, 5), "test": (0, 5)}
     assert not report.warnings
     splits = list_splits(root)
+    left = 21 - sum(pair.is_copy for pair in splits["train"])
+    assert left > 5
+    assert [words.split(",")[0] for words in odd] == [f"{left} copies are left out"]
     assert not any(pair.is_copy for split in ("valid", "test") for pair in splits[split])
     assert {p.source for p in splits["train"] if p.is_copy} <= {p.source for p in splits["train"] if not p.is_copy}
     assert leaked(splits, "test") == (0, 5)
@@ -213,7 +216,7 @@ def test_copies_sources_and_leakage(data_root):
     move_pair(data_root, "train", "train_0", "test", "rotated_90_train_0")
     move_pair(data_root, "valid", "valid_1", "train", "mirrored_valid_1")
     report = check_dataset(data_root)
-    assert report.counts["train"] == {"images": 9, "originals": 6, "empty_masks": 0,
+    assert report.counts["train"] == {"images": 9, "originals": 6, "groups": 7, "empty_masks": 0,
                                       "foreground": [pytest.approx(0.09, abs=0.06)], "instances": 0}
     assert report.leakage["source images"] == {"valid": (1, 3), "test": (1, 4)}
     assert report.leakage["pictures"] == {"valid": (1, 3), "test": (1, 4)}, "which these copies are, pixel by pixel"

@@ -18,9 +18,10 @@ from images.dealing import write_splits
 from images.duplicates import appearance, shared
 from images.files import save_instances, save_png
 from images.listing import list_folder
+from images.pairs import originals, source_name
 from images.recipe import MASK_AND_BOUNDARY
 from images.report import check_dataset
-from images.splits import list_splits, originals, source_name
+from images.splits import list_splits
 from images.targets import instance_file, load_target
 
 

@@ -432,7 +432,7 @@ def test_predictions_can_be_imported_again(tmp_path, capsys):
             save_png(drawn / f"{path.name[0]}_{kind}.png", array)
     said, rows = import_labels(images, drawn, tmp_path / "d", capsys)
     assert {row["nuclei"] for row in rows} == {"2"}
-    assert "To know" not in said
+    assert "left out" not in said
 
 
 def test_copies_stay_with_their_originals(tmp_path, capsys):

@@ -137,7 +137,8 @@ def test_split_then_check_from_another_folder(tmp_path):
     done = run_script(script, *remedy, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote mine/splits.csv\ndata set mine\n")
-    assert "warning" not in done.stdout
+    assert "in train as well" not in done.stdout
+    assert "warning: valid has 2 group(s) alone" in done.stdout
     again = run_script(script, *remedy, cwd=tmp_path)
     assert again.returncode == 2
     assert "never overwritten" in again.stderr

@@ -18,9 +18,9 @@ from checkpoints import load_checkpoint, save_checkpoint
 from conftest import TINY, words, write_checkpoint, write_data_set
 from images.augmentation import MAX_STAIN, augment, sample_numbers
 from images.files import save_instances, save_png
+from images.pairs import Pair
 from images.pyramid import open_pyramids
 from images.recipe import MASK_AND_BOUNDARY, DataRecipe
-from images.splits import Pair
 from images.targets import load_target, rims
 from inference import Predictor
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders

@@ -12,7 +12,7 @@ from datetime import datetime
 from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import UserError
-from system.options import Parser, checkpoint_path, flag, folder_name, number, regex, whole
+from system.options import Parser, checkpoint_path, flag, folder_name, name_ending, number, regex, whole
 from training.dealing import SHARES, deal
 from training.schedule import CLASSIC_WORK, OLD_LR_SCALE, WORK
 
@@ -94,6 +94,10 @@ def _add_data_options(add: Callable) -> None:
     add("--group_regex", type=regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
     add("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
     add("--out_channels", type=whole(1), default=1, help="classes; above 1 masks are label images 0..K (1)")
+    add("--max_value", type=whole(0), default=0,
+        help="white in images of more than 8 bit, e.g. 4095 for 12 bit (0: that of their type)")
+    add("--mask_suffix", type=name_ending, default="", metavar="END",
+        help="that names of masks have behind those of images, e.g. _mask (none)")
     add("--targets", type=target_list, default=MASK, metavar="mask[,boundary]",
         help="mask,boundary: learn the rims of nuclei too, which separates those that touch (mask)")
     add("--cache_images", default=None, **BOOLEAN, help="false: decode at every step, instead of once into memory or, "
