@@ -57,11 +57,12 @@ def write_data_set(root: Path, counts=(6, 3, 3), side: int = 64) -> Path:
     return root
 
 
-def write_checkpoint(path: Path, model, sizing: str = "resize", targets=MASK, ranges: dict | None = None) -> Path:
+def write_checkpoint(path: Path, model, sizing: str = "resize", targets=MASK, ranges: dict | None = None,
+                     **recipe) -> Path:
     """Save a network as a checkpoint that no training made."""
-    recipe = DataRecipe(sizing, targets, model.in_channels, model.out_channels - ("boundary" in targets),
-                        training_ranges=ranges or {})
-    save_checkpoint(path, untrained_checkpoint(model, data=recipe))
+    data = DataRecipe(sizing, targets, model.in_channels, model.out_channels - ("boundary" in targets),
+                      training_ranges=ranges or {}, **recipe)
+    save_checkpoint(path, untrained_checkpoint(model, data=data))
     return path
 
 

@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--probability", action="store_true", help="NAME_probability.png too (16 bit, 65535 is 1)")
     parser.add_argument("--threshold", type=number(0, 1, above=True, below=True), help="that of the checkpoint")
     parser.add_argument("--min_area", type=whole(0), default=30, help="pixels of the smallest nucleus (30)")
-    parser.add_argument("--pixel_size", type=number(0, above=True), help="micrometres a pixel, for nuclei.csv")
+    parser.add_argument("--pixel_size", type=number(0, above=True),
+                        help="micrometres a pixel, for nuclei.csv; of the first level of slides (what their file says)")
     parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
     parser.add_argument("--scale", type=int, help="stop at this decoder level, e.g. 128 to skip the finest")
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
@@ -88,6 +89,8 @@ def predict(args: argparse.Namespace) -> int:
     print(f"{','.join(args.checkpoint)}: {predictor}")
     part = f", part {index} of {count}" if count > 1 else ""
     print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}")
+    if words := scale_warning(predictor, args.pixel_size):
+        print(f"warning: {words}")
 
     failed, black = predict_all(predictor, paths, table, args)
     if black:
@@ -109,12 +112,14 @@ def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namesp
         What went wrong, a line for each image that failed, and the highest probability of each that came out black.
     """
     from images.listing import shown
+    from images.slides import is_slide
     from nuclei.measurement import COLUMNS, MICROMETRE_COLUMNS
 
     failed, black = [], []
+    scaled = args.pixel_size or any(map(is_slide, paths))
     earlier = rows_by_image(table)
     with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if args.pixel_size else ()), extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if scaled else ()), extrasaction="ignore")
         writer.writeheader()
         names = {shown(path.name) for path in paths}
         writer.writerows(row for name, rows in earlier.items() if name not in names for row in rows)
@@ -150,20 +155,57 @@ def rows_by_image(table: Path) -> dict[str, list[dict]]:
 
 def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
     """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
+    from images.bands import ImageRows
     from images.files import image_size
     from images.listing import shown
+    from images.slides import is_slide
     from nuclei.measurement import nucleus_rows
 
-    start = time.perf_counter()
-    height, width = image_size(path, args.max_pixels)
-    streamed = predictor.recipe.sizing == "tile" and height * width > args.stream_above
-    prediction = (predict_streamed if streamed else predict_in_memory)(predictor, path, folder, args)
+    start, pixel_size = time.perf_counter(), args.pixel_size
+    if is_slide(path):
+        rows = slide_rows(predictor, path, args)
+        height, width, pixel_size = rows.height, rows.width, rows.microns_per_pixel
+        prediction = predict_streamed(predictor, rows, folder, args)
+    else:
+        height, width = image_size(path, args.max_pixels)
+        if predictor.recipe.sizing == "tile" and height * width > args.stream_above:
+            rows = ImageRows(path, 3, args.max_pixels, predictor.max_value)
+            if not rows.in_parts:
+                print(f"{path.name}: not a TIFF that can be read in parts; all its pixels are held in memory")
+            prediction = predict_streamed(predictor, rows, folder, args)
+        else:
+            prediction = predict_in_memory(predictor, path, folder, args)
     black = prediction.highest < predictor.threshold
     print(f"{path.name}: {height}x{width}, {prediction.nuclei} nuclei, {prediction.foreground:.1%} foreground, "
           f"{time.perf_counter() - start:.1f} s"
           + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
           + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)
-    return nucleus_rows(shown(path.name), prediction.sums.measures(), args.pixel_size), prediction.highest
+    return nucleus_rows(shown(path.name), prediction.sums.measures(), pixel_size), prediction.highest
+
+
+def slide_rows(predictor, path: Path, args: argparse.Namespace):
+    """Open a slide at the level whose pixels are nearest to those of training, and say which that is."""
+    from images.files import ImageFileError
+    from images.slides import SlideRows
+
+    if predictor.recipe.sizing != "tile":
+        raise ImageFileError(f"{path}: a slide, but this checkpoint brings each image to 256x256 as a whole. Train on "
+                             f"tiles for slides, or cut out regions like the training images")
+    wanted = predictor.recipe.microns_per_pixel
+    rows = SlideRows(path, 3, args.max_pixels, wanted, args.pixel_size or 0.0)
+    print(f"{path.name}: {rows.scale_in_words(wanted)}")
+    return rows
+
+
+def scale_warning(predictor, pixel_size: float | None) -> str:
+    """Return in words that pixels have another size than in training, '' if they do not or it is not known."""
+    from images.slides import differ, in_words
+
+    wanted = predictor.recipe.microns_per_pixel
+    if not pixel_size or predictor.recipe.sizing != "tile" or not differ(pixel_size, wanted):
+        return ""
+    return (f"--pixel_size is {pixel_size:g} micrometres, in training it was {wanted:g}, so that in images nuclei are "
+            f"{in_words(pixel_size / wanted)} as the network knows them. Bring them to {wanted:g} first")
 
 
 def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namespace):
@@ -193,17 +235,14 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
                       predictor.unlike_training(pixels, probability), sums)
 
 
-def predict_streamed(predictor, path: Path, folder: Path, args: argparse.Namespace):
-    """Predict one image from file to files; return a `nuclei.streaming.Prediction`."""
-    from images.bands import ImageRows
+def predict_streamed(predictor, rows, folder: Path, args: argparse.Namespace):
+    """Predict one image, an `ImageRows` or `SlideRows`, from file to files; return a `nuclei.streaming.Prediction`."""
     from images.files import save_png
     from nuclei.outlines import overlay
     from nuclei.streaming import stream_prediction
     from system.atomic import finished_files
 
-    rows = ImageRows(path, 3, args.max_pixels, predictor.max_value)
-    if not rows.in_parts:
-        print(f"{path.name}: not a TIFF that can be read in parts; all its pixels are held in memory")
+    path = rows.path
     with finished_files() as unfinished:
         def place(kind: str) -> list[Path]:
             return [unfinished(folder / f"{path.stem}_{kind}{ending}.tif")
@@ -227,11 +266,12 @@ def list_images(given: list[str]) -> list[Path]:
     Raises UserError for what is not there and for two images whose results would have one name.
     """
     from images.listing import IMAGE_SUFFIXES, left_out, list_folder
+    from images.slides import SLIDE_SUFFIXES
 
     paths = []
     for path in map(Path, given):
         if path.is_dir():
-            listing = list_folder(path)
+            listing = list_folder(path, IMAGE_SUFFIXES + SLIDE_SUFFIXES)
             if not listing.files:
                 raise UserError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
             paths += sorted([*listing.files.values(), *(twin for twin, _ in listing.twins)])
