@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def predict(args: argparse.Namespace) -> int:
     """Predict all images of this process; return the exit code."""
+    from images.listing import place
     from inference import Predictor
     from system.devices import set_up_process
 
@@ -77,7 +78,7 @@ def predict(args: argparse.Namespace) -> int:
     predictor.threshold = args.threshold or predictor.threshold
     predictor.max_value = args.max_value or predictor.max_value
     folder = Path(args.out)
-    if any(path.resolve().parent == folder.resolve() for path in all_paths):
+    if any(place(path).parent == folder.resolve() for path in all_paths):
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                         f"the next time. Choose another --out")
     table = folder / ("nuclei.csv" if count == 1 else f"nuclei_{index}_of_{count}.csv")

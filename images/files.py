@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from images import tiff
 from images.tiff import READER_ERRORS, ImageFileError
+from system.atomic import atomic_write
 from system.errors import UserError
 
 MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything is decoded
@@ -79,6 +80,8 @@ def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the im
 def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
     """Write (H, W), (H, W, 1) or (H, W, 3) uint8, or (H, W) uint16, as PNG; bool becomes 0/255.
 
+    The file is whole or not there.
+
     Args:
         smallest: compress as well as can be; False takes a tenth of the time for files 1 to 25 % larger.
     """
@@ -86,14 +89,16 @@ def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
         array = array.astype(np.uint8) * 255
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    Image.fromarray(array).save(path, format="PNG", optimize=smallest, compress_level=4)
+    with atomic_write(path, sync=False) as file:
+        Image.fromarray(array).save(file, format="PNG", optimize=smallest, compress_level=4)
 
 
 def save_instances(path: Path, nuclei: np.ndarray) -> Path:
     """Write a label map (H, W) as 16 bit PNG, or, with labels above 65535, as 32 bit TIFF; return the path written."""
     if nuclei.size and nuclei.max() > 65535:
         path = Path(path).with_suffix(".tif")
-        Image.fromarray(nuclei.astype(np.int32)).save(path)
+        with atomic_write(path, sync=False) as file:
+            Image.fromarray(nuclei.astype(np.int32)).save(file, format="TIFF")
     else:
         save_png(path, nuclei.astype(np.uint16), smallest=False)
     return path
@@ -138,7 +143,8 @@ def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
         raise ImageFileError(f"{path}: not a readable image ({path.stat().st_size} bytes); PNG, JPEG, TIFF and BMP are "
                              f"read. Export it again or remove it") from None
     except OSError as error:
-        raise ImageFileError(f"{path}: cannot be opened ({error}). Check the file and its permissions") from None
+        raise ImageFileError(f"{path}: cannot be opened ({error.strerror or error}). Check the file and its "
+                             f"permissions" + (", or where its link points to" if path.is_symlink() else "")) from None
     except READER_ERRORS as error:
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
 
@@ -181,8 +187,8 @@ def _check_header(path: Path, image: Image.Image, max_pixels: float) -> None:
                              f"the one that you want by itself")
     if width * height > max_pixels:
         raise ImageFileError(f"{path}: {height}x{width} pixels, {width * height:.3g} in all; at most "
-                             f"{max_pixels:.3g} are decoded. Cut or reduce the image, or raise --max_pixels if the "
-                             f"memory is there")
+                             f"{max_pixels:.3g} are decoded. Cut or reduce the image; predict_papsmear.py has "
+                             f"--max_pixels")
 
 
 def _sizes_of_pages(image: Image.Image) -> list[tuple[int, int]]:
@@ -264,6 +270,9 @@ def _to_8_bit(path: Path | str, raw: np.ndarray, max_value: int = 0) -> np.ndarr
     if raw.dtype == bool:
         return raw.astype(np.uint8) * 255
     low, high = raw.min(), raw.max()
+    if raw.dtype.kind == "f" and not np.isfinite(raw).all():
+        raise ImageFileError(f"{path}: {np.count_nonzero(~np.isfinite(raw))} of {raw.size} values are infinite or no "
+                             f"numbers (NaN). Write what these pixels are, e.g. 0")
     if max_value:
         if not (low >= 0 and high <= max_value):
             raise ImageFileError(f"{path}: values {low:g}..{high:g} found, but --max_value {max_value} says what is "

@@ -16,7 +16,7 @@ class Listing:
     Attributes:
         files: name -> file of a type that is read, in the order of their names.
         twins: (further file of a name, first file of it).
-        others: files of other types.
+        others: files of other types, and what is no file, such as a pipe.
         folders: which are not looked into.
     """
 
@@ -46,6 +46,11 @@ def has_suffix(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
     return path.suffix.lower() in suffixes and not path.name.startswith(".")
 
 
+def place(path: Path) -> Path:
+    """Return the path with all links in its folders followed, and not that of the file, which may lead in a circle."""
+    return path.parent.resolve() / path.name
+
+
 def list_folder(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
     """Return what lies in a folder; hidden files are left out. Raises OSError for a folder that cannot be listed."""
     found = Listing()
@@ -54,7 +59,7 @@ def list_folder(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listi
             continue
         if path.is_dir():
             found.folders.append(path)
-        elif not has_suffix(path, suffixes):
+        elif not has_suffix(path, suffixes) or path.exists() and not path.is_file():  # a pipe would be read for ever
             found.others.append(path)
         elif first := found.files.get(name_of(path)):
             found.twins.append((path, first))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from images.listing import composed, list_folder, name_of
+from images.listing import composed, has_suffix, list_folder, name_of
 
 KINDS = ("images", "masks", "instances")  # folders of a split; the last may be missing
 # What people call the folders of images and masks.
@@ -159,6 +159,8 @@ def _files_of(folder: Path, problems: list[str]) -> dict[str, Path] | None:
     except OSError as error:
         problems.append(f"{folder}: cannot be listed ({error.strerror}). Check its permissions")
         return None
+    problems += [f"{path}: its name is that of an image, but it is a {'folder' if path.is_dir() else 'pipe or device'}"
+                 f". Move it elsewhere" for path in (*listing.folders, *listing.others) if has_suffix(path)]
     problems += [f"{path}: same name as {first.name}; a stem may occur once in a folder. Remove or rename one"
                  for path, first in listing.twins]
     return listing.files

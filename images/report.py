@@ -21,6 +21,7 @@ HOW = {"source images": " as originals or copies", "pictures": ", by their pixel
 FEW_PIXELS = 20    # of the largest object of a split, below which it is doubted that objects are nuclei
 SOME_IMAGES = 5    # from which on it says something that nuclei are darker in none
 FEW_WIDE = 2       # pixels across a nucleus at a stage, below which the stage learns little of it
+SHADES = 1 / 255   # standard deviation up to which an image shows nothing, on the scale [0, 1]
 MANY_WIDE = 128    # pixels across a nucleus in a tile, from which on few are seen whole
 SHRUNK = 1.25      # times that images are larger than 256 pixels, from which on tiles would show more
 COLOUR = 4         # grey levels between the channels, on average, from which on an image is in colour
@@ -144,7 +145,7 @@ def refuse_full_masks(data_root: Path, pyramids: dict[str, ImagePyramid]) -> Non
     """Raise DatasetError for a split whose masks are all foreground and nothing else."""
     full = [split for split, p in pyramids.items() if len(p) and (p.foreground == 1).all()]
     if full:
-        raise DatasetError(data_root, [f"{split}: all {len(pyramids[split])} masks are foreground from edge to edge, "
+        raise DatasetError(data_root, [f"{split}: its masks ({len(pyramids[split])}) are foreground from edge to edge, "
                                        f"so there is nothing to learn. Are they inverted, or saved without their "
                                        f"transparency? Look at {pyramids[split].pairs[0].mask}" for split in full])
 
@@ -179,7 +180,8 @@ def mask_warnings(pyramids: dict[str, ImagePyramid], counts: dict[str, dict]) ->
                for split, p in pyramids.items()}
     for split, p in pyramids.items():
         if counts[split]["empty_masks"] == len(p):
-            found.append(f"all {len(p)} masks of {split} are empty in some class")
+            found.append(f"all masks of {split} ({len(p)}) are empty"
+                         + (" in some class" if p.recipe.classes > 1 else ""))
         share = counts[split]["foreground"][0]
         if share > 0.5:
             found.append(f"{share:.0%} of the pixels of {split} are foreground, which is much for nuclei. Are the "
@@ -191,6 +193,10 @@ def mask_warnings(pyramids: dict[str, ImagePyramid], counts: dict[str, dict]) ->
     if len(drawn) >= SOME_IMAGES and not any(facts.darker for facts in drawn):
         found.append(f"in none of {len(drawn)} images is what the mask marks darker than the rest, as stained nuclei "
                      f"are. Are the masks inverted?")
+    plain = [pair.image for p in pyramids.values() for pair, facts in zip(p.pairs, p.facts, strict=True)
+             if max(v for name, v in facts.description.items() if name.startswith("contrast")) < SHADES]
+    if plain:
+        found.append(f"{len(plain)} image(s) show nothing, but one shade all over, e.g. {plain[0]}")
     readings: dict[str, list[Path]] = {}
     for reading, path in (r for p in pyramids.values() for facts in p.facts for r in facts.readings):
         readings.setdefault(reading, []).append(path)

@@ -109,19 +109,20 @@ def description_of(data_root: Path) -> tuple[str, float]:
     path = find_data_root(data_root) / "dataset.json"
     if not path.is_file():
         return "resize", 0.0
+    remedy = "Prepare the data set again, or remove the file to have every image resized to 256x256"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        found = description["sizing"] if isinstance(description, dict) else description
-        microns = float(description.get("microns_per_pixel") or 0) if isinstance(description, dict) else 0.0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DatasetError(data_root, [f"{path}: cannot be read ({error!r}). Prepare the data set again, or remove the "
-                                       f"file to have every image resized to 256x256"]) from None
-    if found not in SIZINGS:
-        raise DatasetError(data_root, [f"{path}: sizing is {found!r}; it must be one of {', '.join(SIZINGS)}"])
-    if not 0 <= microns < math.inf:
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(data_root, [f"{path}: cannot be read ({error}). {remedy}"]) from None
+    known = description if isinstance(description, dict) else {}
+    sizing, microns = known.get("sizing"), known.get("microns_per_pixel") or 0
+    if sizing not in SIZINGS:
+        raise DatasetError(data_root, [f"{path}: sizing is {sizing!r}; it must be one of {', '.join(SIZINGS)}. "
+                                       f"{remedy}"])
+    if type(microns) not in (int, float) or not 0 <= microns < math.inf:
         raise DatasetError(data_root, [f"{path}: microns_per_pixel is {microns!r}; it must be a number above 0, or "
                                        f"null where it is not known"])
-    return found, microns
+    return sizing, float(microns)
 
 
 def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:
@@ -236,11 +237,11 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
     try:
         # Spreadsheets put a byte order mark in front; names of files are bytes, which need not be UTF-8.
         with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         problems.append(f"{table}: cannot be read ({error}). {remedy}")
         return splits
-    columns = list(rows[0]) if rows else []
     if shown("".join(map(str, columns))) != "".join(map(str, columns)):
         problems.append(f"{table}: cannot be read (its first line is no UTF-8). {remedy}")
         return splits

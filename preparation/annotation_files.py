@@ -19,6 +19,7 @@ from preparation.annotations import Annotation, Region, choose, ellipse
 from system.errors import UserError
 
 FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"  # Type of a region of ImageScope
+HEAD = 65536  # bytes in which JSON must have begun
 
 
 class AnnotationError(UserError):
@@ -277,10 +278,11 @@ def _decompress(text: str) -> list[int]:
 
 def _coco_region(name: str, segmentation, annotation: Annotation) -> Region:
     if isinstance(segmentation, dict):
-        inside = decode_run_lengths(segmentation["counts"], segmentation["size"])
-        annotation.size = annotation.size or inside.shape
-        if inside.shape != annotation.size:
-            raise ValueError(f"run lengths for {inside.shape}, image of {annotation.size}")
+        size = tuple(map(_whole, segmentation["size"]))
+        if annotation.size and size != annotation.size:
+            raise ValueError(f"run lengths for {size}, image of {annotation.size}")
+        inside = decode_run_lengths(segmentation["counts"], size)
+        annotation.size = inside.shape
         return Region(name, pixels=np.flatnonzero(inside))
     if not isinstance(segmentation[0], list):  # one outline without the list around it
         segmentation = [segmentation]
@@ -297,9 +299,17 @@ def _ring(points) -> np.ndarray:
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{path}: no JSON that can be read ({error}). Export it again") from None
+        with open(path, "rb") as file:
+            begin = file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n\0")
+            if begin[:1] not in (b"{", b"[", b"\xff", b"\xfe"):  # the last two begin UTF-16
+                raise ValueError(f"it begins with {begin[:12]!r}" if begin else f"{HEAD} bytes of nothing")
+            file.seek(0)
+            return json.loads(file.read())
+    except OSError as error:
+        raise AnnotationError(f"{path}: cannot be read ({error.strerror}). Check its permissions") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise AnnotationError(f"{path}: no JSON that can be read ({error or 'out of memory'}). Export it "
+                              f"again") from None
 
 
 def _dictionaries(entries) -> bool:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from images.dealing import SHARES, deal_groups, few_groups
 from images.files import ImageFileError, image_size, load_image
-from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of
+from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of, place
 from images.masks import is_lossy, load_instances, load_mask
 from images.pairs import originals_among, source_name
 from images.splits import SPLITS, DatasetError, group_names
@@ -52,11 +52,11 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
     files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
     files = [p for p in files if has_suffix(p, suffixes)]
-    image_files = {image.resolve() for image in images.values()}  # both may lie in one folder
+    image_files = {place(image) for image in images.values()}  # both may lie in one folder
     predicted = {p.stem.removesuffix("_instances") for p in files if p.stem.endswith("_instances")}
     for path in files:
         stem, beside = _stem_of_image(path, images), BESIDE_INSTANCES.fullmatch(path.stem)
-        if path.resolve() in image_files or beside and beside[1] in predicted:
+        if place(path) in image_files or beside and beside[1] in predicted:
             continue
         if stem in drawn:
             problems.append(f"{path}: a second file for {stem}. Keep one")

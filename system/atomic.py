@@ -9,15 +9,22 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary neighbour of `path` for writing; on leaving without an error it takes the place of `path`."""
+def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour of `path` for writing; on leaving without an error it takes the place of `path`.
+
+    A link of that name is replaced, and what it points to stays as it is.
+
+    Args:
+        sync: wait until the disk has it, so that it survives a power cut; for one of many small files that takes long.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -8,17 +8,20 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate_papsmear
 import predict_papsmear
 import prepare_data
 import train_papsmear
-from checkpoints import load_checkpoint
-from conftest import TINY, lively_model, write_checkpoint, write_data_set
-from images.files import load_image, save_png
+from checkpoints import load_checkpoint, save_checkpoint, untrained_checkpoint
+from conftest import TINY, lively_model, read_rows, write_checkpoint, write_data_set
+from images.files import ImageFileError, load_image, save_png
+from images.pyramid import open_pyramids
 from images.report import check_dataset
 from images.splits import DatasetError, grouped, list_splits
+from pap_smear_dataset import create_progressive_dataloaders
 from training import run_folder
 
 
@@ -135,3 +138,152 @@ def test_a_score_at_another_scale_is_doubted(shared_root, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "a.pth", lively_model(), sizing="tile")
     assert evaluate_papsmear.main([str(checkpoint), "--data_root", str(shared_root)]) == 0
     assert "warning: the network was trained with sizing 'tile', but " in capsys.readouterr().out
+
+
+def grow_discs(root, side: int, radius: float):
+    """Write a data set whose images of this side show nine discs of this radius."""
+    rows, columns = np.mgrid[:side, :side]
+    step = side / 3
+    inside = np.hypot((rows % step) - step / 2, (columns % step) - step / 2) <= radius
+    write_data_set(root, (3, 1, 1))
+    for i, path in enumerate(sorted(root.rglob("*/*/*.png"))):
+        noise = np.random.default_rng(i).integers(0, 20, inside.shape)
+        save_png(path, (np.where(inside, 60, 190) + noise).astype(np.uint8) if path.parent.name == "images" else inside)
+    return root
+
+
+@pytest.mark.parametrize(("side", "radius", "sizing", "width", "advice"), [
+    (512, 5, "resize", 5, "In tiles they would be 2.0 times as wide: prepare the data set with --sizing tile. "
+     "Otherwise train with --start_stage 3"),
+    (256, 5, "tile", 10, "pixels wide at 32x32, too few to learn from. Train with --start_stage 2"),
+    (256, 3, "resize", 6, "Train with --start_stage 3"), (256, 20, "tile", 40, None), (256, 20, "resize", 40, None)])
+def test_the_check_tells_tiles_from_resizing(side, radius, sizing, width, advice, tmp_path):
+    root = grow_discs(tmp_path / "data", side, radius)
+    (root / "dataset.json").write_text(json.dumps({"sizing": sizing}))
+    report = check_dataset(root)
+    assert report.width == pytest.approx(width, rel=0.12)
+    assert f"nuclei of train are about {report.width:.0f} pixels wide at 256x256" in str(report)
+    found = [w for w in report.warnings if w.startswith("nuclei are about")]
+    assert len(found) == bool(advice)
+    assert not advice or advice in found[0]
+
+
+def test_large_nuclei_in_tiles_are_to_be_resized(tmp_path):
+    root = write_data_set(tmp_path / "data", (3, 1, 1), 256)
+    (root / "dataset.json").write_text('{"sizing": "tile"}')
+    for path in sorted(root.rglob("masks/*.png")):
+        mask = np.zeros((256, 256), bool)
+        mask[40:200, 40:200] = True
+        save_png(path, mask)
+    assert "so few are seen whole. Prepare the data set with --sizing resize" in str(check_dataset(root))
+
+
+def test_an_image_at_another_scale_is_said(tmp_path, capsys):
+    """Trained on fields of 512 pixels, given one of 2048x1536: resized, its nuclei are 3.5 times as small."""
+    root = grow_discs(tmp_path / "data", 512, 30)
+    ranges = open_pyramids(root)["train"].recipe.training_ranges
+    assert ranges["side"] == (512, 512)
+    checkpoint = write_checkpoint(tmp_path / "a.pth", lively_model(), ranges={"side": ranges["side"]})
+    for height, width, strange in ((1536, 2048, True), (512, 512, False), (600, 620, False), (200, 200, True)):
+        save_png(tmp_path / "a.png", np.full((height, width), 99, np.uint8))
+        assert predict_papsmear.main([str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"),
+                                      "--overwrite"]) == 0
+        said = capsys.readouterr().out
+        sentence = (f"UNLIKE THE TRAINING IMAGES: {np.sqrt(height * width):.0f} pixels a side, in training 512 to "
+                    f"512, so all that it shows is resized to another scale. Cut it into parts of that size, or train "
+                    f"on tiles")
+        assert (sentence in said) == strange
+
+
+def test_pixel_sizes_travel_from_the_data_set_into_the_checkpoint(tmp_path):
+    root = write_data_set(tmp_path / "data", (3, 1, 1), 256)
+    (root / "dataset.json").write_text('{"sizing": "tile", "microns_per_pixel": 0.25}')
+    recipe = open_pyramids(root, max_value=4095)["train"].recipe
+    assert (recipe.microns_per_pixel, recipe.max_value) == (0.25, 4095)
+    checkpoint = untrained_checkpoint(lively_model(), data=recipe)
+    save_checkpoint(tmp_path / "a.pth", checkpoint)
+    assert load_checkpoint(tmp_path / "a.pth")["data"] == recipe
+    stored = torch.load(tmp_path / "a.pth", weights_only=True)
+    for name in ("max_value", "microns_per_pixel"):
+        del stored["data"][name]
+    torch.save(stored, tmp_path / "old.pth")
+    assert load_checkpoint(tmp_path / "old.pth")["data"].max_value == 0, "as older files have it"
+
+
+def test_white_of_12_bit(tmp_path, capsys):
+    """Read with --max_value 4095, 12 bit in 16 bit files give what 8 bit files of the same picture give."""
+    eight, twelve = (write_data_set(tmp_path / name) for name in ("eight", "twelve"))
+    for path in sorted(twelve.rglob("images/*.png")):
+        save_png(path, np.round(load_image(path, 1)[..., 0] * (4095 / 255)).astype(np.uint16))
+    image = next(iter(sorted(twelve.rglob("images/*.png"))))
+    assert np.array_equal(load_image(image, 1, max_value=4095), load_image(eight / image.relative_to(twelve), 1))
+    with pytest.raises(ImageFileError, match="values .*found, but --max_value 1023 says what is white"):
+        load_image(image, 1, max_value=1023)
+    assert prepare_data.main(["check", str(twelve)]) == 0
+    assert "for 12 bit pass --max_value 4095" in capsys.readouterr().out
+    assert prepare_data.main(["check", str(twelve), "--max_value", "4095"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    command = ["--output_dir", str(tmp_path), *TINY]
+    for name, options in (("eight", []), ("twelve", ["--max_value", "4095"])):
+        assert train_papsmear.main([*command, "--data_root", str(tmp_path / name), "--experiment_name", f"run_{name}",
+                                    *options]) == 0
+    rows = [read_rows(tmp_path / f"run_{name}/test_scores.csv") for name in ("eight", "twelve")]
+    assert rows[0] == rows[1]
+    checkpoint = tmp_path / "run_eight/best_stage_4.pth"
+    for run, folder, options in (("run_twelve", "a", []), ("run_eight", "b", ["--max_value", "4095"])):
+        assert predict_papsmear.main([str(tmp_path / run / "best_stage_4.pth"), str(image), "--out",
+                                      str(tmp_path / folder), *options]) == 0
+    assert predict_papsmear.main([str(checkpoint), str(eight / image.relative_to(twelve)), "--out",
+                                  str(tmp_path / "c")]) == 0
+    assert len({(tmp_path / folder / f"{image.stem}_mask.png").read_bytes() for folder in "abc"}) == 1
+
+
+def test_a_start_from_a_checkpoint_of_another_sizing_is_doubted(shared_root, tmp_path, capsys):
+    start = write_checkpoint(tmp_path / "a.pth", lively_model(), "tile")
+    assert train_papsmear.main(["--data_root", str(shared_root), "--dry_run", "--init_from", str(start)]) == 0
+    assert f"warning: {start} was trained on a data set of sizing 'tile'" in capsys.readouterr().out
+
+
+def test_a_comparison_has_a_folder_of_its_own(shared_root, tmp_path, capsys):
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        write_checkpoint(tmp_path / run / "best_stage_4.pth", lively_model(seed=len(run)))
+    first, other = (str(tmp_path / run / "best_stage_4.pth") for run in ("one", "two"))
+    for arguments in ([first], [first, "--compare", other], [other]):
+        assert evaluate_papsmear.main([*arguments, "--data_root", str(shared_root)]) == 0
+    assert (tmp_path / "one/best_stage_4_test/scores.csv").is_file()
+    assert (tmp_path / "one/best_stage_4_test_against_two_best_stage_4/scores_compared.csv").is_file()
+    assert evaluate_papsmear.main([first, "--data_root", str(shared_root)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_image_replaced_while_it_is_decoded_at_every_step_ends_the_run(data_root):
+    loaders = create_progressive_dataloaders(data_root, {32: 2}, cache_images=False)
+    train = loaders[32][0]
+    assert len(list(train)) == 3
+    path = data_root / "train/images/train_3.png"
+    save_png(path, load_image(path, 1)[::-1])
+    with pytest.raises(ImageFileError, match=r"train_3.png: it or its mask .* was changed after the data set had been "
+                                             r"read"):
+        list(train)
+
+
+@pytest.mark.parametrize("text", ["70,30", "70,15,16", "100,0,0", "a,b,c", "-10,60,50"])
+def test_shares_that_are_none(text, one_folder, capsys):
+    assert prepare_data.main(["split", str(one_folder), f"--shares={text}"]) == 2
+    assert "is not three numbers above 0 with sum 100" in capsys.readouterr().err
+
+
+def test_a_split_says_groups_and_what_it_leaves_out(one_folder, capsys):
+    for kind in ("images", "masks"):
+        for i in range(6):
+            shutil.copy(one_folder / kind / f"train_{i}.png", one_folder / kind / f"train_{i}_flipped.png")
+    assert prepare_data.main(["split", str(one_folder), "--shares", "50,25,25"]) == 0
+    said = capsys.readouterr().out
+    counts = {line.split()[0]: list(map(int, line.split()[1:4])) for line in said.splitlines()
+              if line.startswith(("train ", "valid ", "test "))}
+    assert {split: n[2] for split, n in counts.items()} == {"train": 6, "valid": 3, "test": 3}
+    left = 18 - sum(n[0] for n in counts.values())
+    assert left > 0
+    assert f"warning: {left} copies are left out, as they show images of valid and test" in said
+    assert "warning: valid has 3 group(s) alone" in said

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from conftest import imagescope, square
+from conftest import imagescope, read_rows, square
 from images.dealing import deal_groups
 from images.files import load_image, save_png
 from images.masks import load_instances, load_mask
@@ -22,7 +23,7 @@ from images.pyramid import open_pyramids
 from images.report import check_dataset
 from images.splits import group_names, leaked, list_splits
 from preparation.data_sets import COLUMNS, cut_tile, tile_offsets
-from preparation.drawn import import_drawn
+from preparation.drawn import assign, import_drawn
 from preparation.herlev import CLASSES, field_of
 from preparation.herlev import prepare as prepare_herlev
 from preparation.monuseg import prepare as prepare_monuseg
@@ -444,10 +445,44 @@ def test_copies_stay_with_their_originals(tmp_path, capsys):
         save_png(drawn / f"{name}.png", np.eye(64, 80, dtype=bool))
     said, rows = import_labels(images, drawn, tmp_path / "d", capsys)
     split_of = {row["tile"]: row["split"] for row in rows}
-    assert {split_of[name] for name in split_of if "_" in name} == {"train"}
+    assert {split_of[name] for name in split_of if "flipped_" in name} == {"train"}
     assert all(split_of[name.removeprefix("flipped_")] == "train" for name in split_of if "flipped_" in name)
-    assert split_of["rotated_90_lonely"] == "train"
+    assert "rotated_90_lonely" in split_of, "it stands for the image that is not there"
     assert said.count("copy of an image that is not trained on") == 8 - sum("flipped_" in name for name in split_of) > 0
+
+
+def test_images_of_which_there_are_only_copies_are_dealt_like_any_other():
+    """Of 77 sources 68 existed only as copies; the split came out as 133, 1, 1."""
+    names = [f"{i}_{end}" for i in range(20) for end in ("flipped", "rotated_90")] + ["30", "31", "32"]
+    assigned = assign(names, None, 0)
+    count = Counter(split for _, split in assigned.values())
+    assert set(count) == {"train", "valid", "test", ""}
+    assert len({group for group, split in assigned.values() if split == "valid"}) >= 3
+    for name, (group, split) in assigned.items():
+        assert group == name.split("_")[0]
+        assert split in (assigned[f"{group}_flipped"][1], "") if int(group) < 20 else split
+    assert count[""] == sum(assigned[f"{i}_flipped"][1] != "train" for i in range(20)), "the second copy of each"
+    halves = Counter(split for _, split in assign(list(map(str, range(40))), None, 0, (0.5, 0.25, 0.25)).values())
+    assert halves == {"train": 20, "valid": 10, "test": 10}
+
+
+def test_layers_of_monuseg_are_chosen_by_name(tmp_path, capsys):
+    train_dir, test_dir = write_monuseg(tmp_path / "raw")
+    for path in (*train_dir.rglob("*.xml"), *test_dir.rglob("*.xml")):
+        path.write_text(path.read_text().replace('<Annotation Id="1">', '<Annotation Id="1" Name="Nuclei">').replace(
+            "</Annotations>", '<Annotation Id="2" Name="Vessels"><Regions><Region Id="1" NegativeROA="0"><Vertices>'
+            + "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in square(150, 150)) + "</Vertices></Region></Regions>"
+            "</Annotation></Annotations>"))
+    command = ["monuseg", "--train_dir", str(train_dir), "--test_dir", str(test_dir)]
+    assert prepare_data.main([*command, "--out", str(tmp_path / "a")]) == 0
+    assert "taken as nuclei: 1 of class Nuclei, 1 of class Vessels" in capsys.readouterr().out
+    assert prepare_data.main([*command, "--out", str(tmp_path / "b"), "--classes", "Nuclei"]) == 0
+    assert "left out: 1 of class Vessels" in capsys.readouterr().out
+    counts = [sum(int(row["nuclei"]) for row in read_rows(tmp_path / name / "manifest.csv")
+                  if row["split"].startswith("whole/test")) for name in "ab"]
+    assert counts[0] == 2 * counts[1] > 0
+    assert prepare_data.main([*command, "--out", str(tmp_path / "c"), "--classes", "nuclei"]) == 2
+    assert "There is: Nuclei, Vessels" in capsys.readouterr().err
 
 
 def test_names_that_are_formulas_are_drawn_as_they_stand(tmp_path):

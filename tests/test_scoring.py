@@ -5,12 +5,14 @@
 
 import json
 import math
+import os
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import evaluate_papsmear
 import train_papsmear
@@ -24,7 +26,7 @@ from nuclei.outlines import boundary
 from nuclei.overlaps import overlaps
 from scoring import scores
 from scoring.measures import INSTANCE_METRICS, boundary_f1, instance_metrics, pixel_metrics
-from scoring.scores import compare, scored_pairs, summarise
+from scoring.scores import compare, score_pairs, scored_pairs, summarise
 
 # ---- nucleus by nucleus
 
@@ -230,6 +232,40 @@ def test_comparison_is_paired():
     assert (same["difference"], same["p_bootstrap"], same["p_wilcoxon"]) == (0, 1, 1)
     with pytest.raises(ValueError, match="different images"):
         compare(scored([1.0]), scored([1.0, 0.5]))
+
+
+def test_groups_are_resampled_and_not_their_images():
+    """Ten images of one patient that all score the same are worth one, not ten."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(0.8, 0.05, 30)
+    alone = scored(list(means))
+    copied = [row | {"image": f"{i}_{k}", "group": str(i)} for i, row in enumerate(alone) for k in range(10)]
+    wide, narrow = summarise(copied)["dice"], summarise([{**row, "group": row["image"]} for row in copied])["dice"]
+    assert (wide["low"], wide["high"]) == pytest.approx([summarise(alone)["dice"][k] for k in ("low", "high")])
+    assert (narrow["high"] - narrow["low"]) == pytest.approx((wide["high"] - wide["low"]) / np.sqrt(10), rel=0.1)
+    unequal = scored([1.0, 1.0, 1.0, 0.0])
+    for row, group in zip(unequal, "aaab", strict=True):
+        row["group"] = group
+    assert summarise(unequal)["dice"]["mean"] == 0.75, "the mean is over images all the same"
+    others = [row | {"dice": row["dice"] - 0.01 * (i % 3)} for i, row in enumerate(copied)]
+    result = compare(copied, others)["dice"]
+    by_group = [np.mean([a["dice"] - b["dice"] for a, b in zip(copied, others, strict=True) if a["group"] == str(g)])
+                for g in range(30)]
+    assert result["p_wilcoxon"] == pytest.approx(stats.wilcoxon(by_group).pvalue)
+
+
+def test_rows_know_their_group(tmp_path):
+    root = write_data_set(tmp_path / "data", (2, 1, 4))
+    with open(root / "manifest.csv", "w") as file:
+        file.write("tile,split,source,group\n")
+        file.writelines(f"test_{i},test,slide_{i}.tif,patient_{i // 2}\n" for i in range(4))
+    predictor = Predictor(write_checkpoint(tmp_path / "a.pth", lively_model()))
+    pairs = scored_pairs(root, "test")
+    assert [row["group"] for row in score_pairs(predictor, pairs)] == ["patient_0"] * 2 + ["patient_1"] * 2
+    assert [row["group"] for row in score_pairs(predictor, pairs, group_regex=r"\d")] == list("0123")
+    os.renames(root / "test/images", root / "whole/test/images")
+    os.renames(root / "test/masks", root / "whole/test/masks")
+    assert [pair.group for pair in scored_pairs(root, "test")] == ["patient_0"] * 2 + ["patient_1"] * 2
 
 
 # ---- evaluation
