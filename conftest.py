@@ -14,7 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
 
 import numpy as np
 import pytest
+import tifffile
 import torch
+from PIL import Image
 from scipy import ndimage
 
 from checkpoints import save_checkpoint, untrained_checkpoint
@@ -221,3 +223,21 @@ def noisy_image(height, width, channels=1, seed=0) -> np.ndarray:
 def read_rows(path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_slide(path: Path, height=700, width=1100, mpp: float | None = 0.25):
+    """Write an Aperio SVS of three levels, each the 2x2 means of the one above; return the levels as arrays."""
+    levels = [noisy_image(height, width, 3)]
+    for _ in range(2):
+        image = Image.fromarray(levels[-1])
+        levels.append(np.asarray(image.reduce(2).crop((0, 0, image.width // 2, image.height // 2))))
+    about = f"Aperio Image Library v11.0.37\n{width}x{height} (256x256)" + (f"|AppMag = 40|MPP = {mpp}" if mpp else "")
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for i, level in enumerate(levels):
+            file.write(level, tile=(256, 256), photometric="rgb", description=about if i == 0 else
+                       f"Aperio Image Library v11.0.37\n{width}x{height} -> {level.shape[1]}x{level.shape[0]}",
+                       metadata=None, compression="adobe_deflate",)
+            if i == 0:  # the second picture of such a file is a thumbnail
+                file.write(np.ascontiguousarray(level[::8, ::8]), photometric="rgb", description="Aperio thumbnail",
+                           metadata=None, rowsperstrip=16)
+    return levels

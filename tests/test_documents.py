@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import PROJECT, write_data_set
+from conftest import PROJECT, lively_model, write_checkpoint, write_data_set, write_slide
 from images.files import save_png
 from preparation.herlev import prepare as prepare_herlev
 from tests.test_preparation import write_drawn, write_herlev, write_images, write_monuseg
@@ -209,6 +209,9 @@ def workplace(trained_run, tmp_path_factory) -> Path:
         shutil.move(source[1], place / drawn)
     write_images(place / "data_monuseg/whole/test/images", ["whole"])
     save_png(write_images(place / "data_monuseg/whole/test/masks", []) / "whole.png", np.eye(80, dtype=bool)[:64])
+    (place / "outputs/tiles").mkdir()
+    write_checkpoint(place / "outputs/tiles/best_stage_4.pth", lively_model(), "tile")
+    write_slide(place / "slide.svs", 300, 400)
     for name in ("smear.png", "smear.tif", "slide.tif"):
         shutil.copy(place / "MoNuSegTestData/TCGA-BB-0000-01Z.tif", place / name)
     return place

@@ -8,31 +8,11 @@ import tifffile
 from PIL import Image
 
 import predict_papsmear
-from conftest import lively_model, noisy_image, read_rows, write_checkpoint
+from conftest import lively_model, read_rows, write_checkpoint, write_slide
 from images.files import ImageFileError
 from images.slides import SlideRows, differ, in_words
 
 pytest.importorskip("tiffslide", reason="slides need tiffslide: pip install -r requirements-wsi.txt")
-MPP = 0.25
-
-
-def write_slide(path, height=700, width=1100, mpp: float | None = MPP):
-    """Write an Aperio SVS of three levels, each the 2x2 means of the one above; return the levels as arrays."""
-    levels = [noisy_image(height, width, 3)]
-    for _ in range(2):
-        image = Image.fromarray(levels[-1])
-        levels.append(np.asarray(image.reduce(2).crop((0, 0, image.width // 2, image.height // 2))))
-    about = f"Aperio Image Library v11.0.37\n{width}x{height} (256x256)" + (f"|AppMag = 40|MPP = {mpp}" if mpp else "")
-    with tifffile.TiffWriter(path, bigtiff=True) as file:
-        for i, level in enumerate(levels):
-            file.write(level, tile=(256, 256), photometric="rgb", description=about if i == 0 else
-                       f"Aperio Image Library v11.0.37\n{width}x{height} -> {level.shape[1]}x{level.shape[0]}",
-                       metadata=None, compression="adobe_deflate",)
-            if i == 0:  # the second picture of such a file is a thumbnail
-                file.write(np.ascontiguousarray(level[::8, ::8]), photometric="rgb", description="Aperio thumbnail",
-                           metadata=None, rowsperstrip=16)
-    return levels
-
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
