@@ -14,6 +14,8 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     score           validation Dice of these weights (None for a network that was not validated)
     best_scores     stage -> best validation Dice so far
     plan            epochs of each stage, rate and schedule (see training.schedule.TrainingPlan)
+    position        in last.pth, where it was saved in the middle of an epoch (see training/position.py); else None
+    history         in last.pth, the rows of metrics.csv; else an empty list
     time_limit      of a run that has one: 'elapsed', seconds so far, and 'spent', stage -> seconds; else None
     optimizer       state dict of AdamW
     scaler          state dict of the gradient scaler, empty unless float16
@@ -24,6 +26,8 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
 """
 
 import dataclasses
+import errno
+import math
 import pickle
 import struct
 from pathlib import Path
@@ -31,18 +35,70 @@ from pathlib import Path
 import torch
 
 from images.recipe import DataRecipe, recipe_from_plain
+from system.archives import verify_archive
 from system.atomic import atomic_write
-from system.errors import UserError
-from unet import LAST_STAGE, build_model
+from system.errors import NonFiniteLossError, UserError
+from unet import LAST_STAGE, MODELS, build_model
 
 FORMAT = 2
 # What torch.load was seen to raise for files that are something else or cut off.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
               AttributeError, struct.error)
 FIELDS = ("format", "model_args", "stage", "model", "unborn", "data", "threshold", "epoch", "score",
-          "best_scores", "plan", "time_limit", "optimizer", "scaler", "averaged", "random_states", "config")
+          "best_scores", "plan", "position", "history", "time_limit", "optimizer", "scaler", "averaged",
+          "random_states", "config")
+YOUNG = {"time_limit": None, "position": None, "history": []}  # fields that older files of the format lack
+WIDEST = 4096  # channels at 256 pixels of a network that a file may ask for
 
-YOUNG = {"time_limit": None}  # fields that older files of the format lack
+
+def _whole(value, low: int, high: float = math.inf) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _number(value, low: float, high: float = math.inf) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _tensors(value) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+
+
+def _model_args(value) -> bool:
+    return isinstance(value, dict) and set(value) == {"model", "in_channels", "out_channels", "base_channels"} and \
+        value["model"] in MODELS and _whole(value["in_channels"], 1, 64) and _whole(value["out_channels"], 1, 1024) \
+        and _whole(value["base_channels"], 1, WIDEST)
+
+
+def _plan(value) -> bool:
+    return isinstance(value, dict) and set(value) == {"epochs", "lr", "schedule", "old_lr_scale"} and \
+        isinstance(value["epochs"], dict) and bool(value["epochs"]) and all(
+            _whole(stage, 1, LAST_STAGE) and _whole(n, 0) for stage, n in value["epochs"].items())
+
+
+# Field -> what it must be, and that in words. None stands in all but the first ones for what is not there.
+RULES = {
+    "model_args": (_model_args, f"the arguments of unet.build_model, at most {WIDEST} base channels"),
+    "stage": (lambda v: _whole(v, 1, LAST_STAGE), f"a whole number from 1 to {LAST_STAGE}"),
+    "model": (_tensors, "tensors by name"),
+    "threshold": (lambda v: _number(v, 0, 1) and 0 < v < 1, "a number between 0 and 1"),
+    "unborn": (_tensors, "tensors by name"),
+    "epoch": (lambda v: _whole(v, 0), "a whole number of at least 0"),
+    "score": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
+    "best_scores": (lambda v: isinstance(v, dict) and all(_whole(s, 1, LAST_STAGE) and _number(d, 0, 1)
+                                                          for s, d in v.items()), "a Dice from 0 to 1 by stage"),
+    "plan": (_plan, "epochs by stage, lr, schedule and old_lr_scale"),
+    "position": (lambda v: isinstance(v, dict), "a dictionary"),
+    "history": (lambda v: isinstance(v, list) and all(isinstance(row, dict) for row in v), "a list of rows"),
+    "time_limit": (lambda v: isinstance(v, dict) and {"elapsed", "spent"} <= set(v) and _number(v["elapsed"], 0)
+                   and isinstance(v["spent"], dict), "'elapsed' and 'spent'"),
+    "optimizer": (lambda v: isinstance(v, dict), "a dictionary"),
+    "scaler": (lambda v: isinstance(v, dict), "a dictionary"),
+    "averaged": (lambda v: isinstance(v, dict) and _tensors(v.get("model")), "a dictionary with 'model'"),
+    "random_states": (_tensors, "tensors by name"),
+    "config": (lambda v: isinstance(v, dict), "a dictionary"),
+}
+NEEDED = ("model_args", "stage", "model", "threshold")
 
 
 def untrained_checkpoint(model, **fields) -> dict:
@@ -58,12 +114,33 @@ def untrained_checkpoint(model, **fields) -> dict:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint so that the file is either whole or not there: to a temporary file, then renamed."""
+    """Write a checkpoint so that the file is either whole or not there: to a temporary file, then renamed.
+
+    Raises:
+        NonFiniteLossError: for a tensor that is not finite; nothing is written.
+        OSError: for a full disk.
+    """
     assert set(checkpoint) == set(FIELDS), set(checkpoint) ^ set(FIELDS)
     stored = checkpoint | {"data": dataclasses.asdict(checkpoint["data"])}
     check_plain(stored, "checkpoint")
-    with atomic_write(path) as file:
-        torch.save(stored, file)
+    if bad := non_finite(stored):
+        raise NonFiniteLossError(f"{bad} holds numbers that are infinite or none, so {path.name} is not written, and "
+                                 f"what was saved before stays. Try a lower --lr or --precision float32")
+    try:
+        with atomic_write(path) as file:
+            torch.save(stored, file)
+    except RuntimeError as error:  # torch's own writer, where the disk refuses
+        raise OSError(errno.EIO, f"cannot be written ({str(error).splitlines()[0]})", str(path)) from None
+
+
+def non_finite(value, name: str = "checkpoint") -> str:
+    """Return the name of the first tensor that is not finite, '' if there is none."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        if found := non_finite(item, f"{name}[{key!r}]"):
+            return found
+    bad = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all()
+    return name if bad else ""
 
 
 def check_plain(value, name: str) -> None:
@@ -84,6 +161,7 @@ def load_checkpoint(path: Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Checkpoints are OUTPUT_DIR/NAME/best_stage_4.pth and its neighbours")
+    verify_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -98,10 +176,26 @@ def load_checkpoint(path: Path) -> dict:
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "
                         f"go through model.transfer_weights")
+    found = YOUNG | found
+    for name, (holds, rule) in RULES.items():
+        if (found[name] is not None or name in NEEDED) and not holds(found[name]):
+            raise UserError(f"{path}: {name} is {shortened(found[name])}; it must be {rule}. The file was edited or is "
+                            f"of another program")
     try:
-        return YOUNG | found | {"data": recipe_from_plain(found["data"])}
-    except UserError as error:
+        recipe = recipe_from_plain(found["data"])
+    except (UserError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: {error}. Use the version of the project that wrote it") from None
+    args = found["model_args"]
+    if (recipe.in_channels, recipe.target_channels) != (args["in_channels"], args["out_channels"]):
+        raise UserError(f"{path}: its network has {args['in_channels']} channels in and {args['out_channels']} out, "
+                        f"its data recipe {recipe.in_channels} and {recipe.target_channels}. The file was edited")
+    return found | {"data": recipe}
+
+
+def shortened(value) -> str:
+    """Return a value as text of one line that can be read."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load_resumable(path: Path, model_args: dict) -> dict:
@@ -126,6 +220,18 @@ def load_model(path: Path):
 
 def model_of(checkpoint: dict, path: Path):
     """Do what `load_model` does with a checkpoint that was read from `path`."""
+    with torch.device("meta"):  # without memory, which a file may ask for that has other weights
+        plan = build_model(checkpoint["model_args"])
+        plan.set_stage(checkpoint["stage"])
+    shapes = {name: tensor.shape for name, tensor in plan.live_state().items()}
+    if {name: tensor.shape for name, tensor in checkpoint["model"].items()} != shapes:
+        wrong = sorted(name for name in shapes.keys() | checkpoint["model"].keys()
+                       if name not in checkpoint["model"] or shapes.get(name) != checkpoint["model"][name].shape)
+        raise UserError(f"{path}: its weights do not fit the network they say they are for ({', '.join(wrong[:3])}). "
+                        f"The file is damaged or was edited")
+    if bad := non_finite(checkpoint["model"], "model"):
+        raise UserError(f"{path}: {bad} holds numbers that are infinite or none, so the network would answer none. "
+                        f"Take another checkpoint of the run")
     model = build_model(checkpoint["model_args"])
     model.set_stage(checkpoint["stage"])
     load_weights(model, checkpoint["model"], path)

@@ -207,7 +207,11 @@ class Predictor:
             for model in self.models:
                 logits = torch.rot90(self._logits(model, seen), -turns, (-2, -1))
                 total = total + finish(logits.flip(-1) if flip else logits).sigmoid()
-        return (total / (len(views) * len(self.models))).cpu()
+        total = (total / (len(views) * len(self.models))).cpu()
+        if not total.isfinite().all():
+            raise UserError("the network answers with what is no number (NaN). Try --precision float32, and look at "
+                            "the image")
+        return total
 
     def _logits(self, model, image: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (N, K, H, W): the image is halved down to the stage, its logits doubled."""

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from images.augmentation import MAX_STRENGTH, augment, sample_numbers
+from images.files import ImageFileError
 from images.pyramid import ImagePyramid, open_pyramids
 from images.recipe import MASK, DataRecipe
 from images.report import check_dataset, split_dataset
@@ -22,6 +23,7 @@ from images.splits import SPLITS
 from system.errors import UserError
 from system.options import Parser, command, regex, whole
 from system.processes import shard
+from system.signals import leave_signals_to_the_parent
 
 
 class PapSmearDataset(Dataset):
@@ -143,7 +145,10 @@ class _RawBatches(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> dict:
-        return {key: np.asarray(value) for key, value in self.dataset.raw_batch(*request).items()}
+        try:
+            return {key: np.asarray(value) for key, value in self.dataset.raw_batch(*request).items()}
+        except UserError as error:  # torch would add the traceback of the worker
+            return {"error": str(error)}
 
 
 def _as_it_is(raw: dict) -> dict:
@@ -189,13 +194,17 @@ class ProgressiveLoader:
         return full + (rest > 0 and not (self.training and rest == 1 and full))
 
     def __iter__(self) -> Iterator[dict]:
+        return self.starting_at(0)
+
+    def starting_at(self, first: int) -> Iterator[dict]:
+        """Yield the batches of a pass from number `first` on, without decoding those before it."""
         resolution, epoch = self.dataset.target_size, self.epoch
         self.epoch += 1
         order = np.arange(len(self.dataset))
         if self.training:
             np.random.default_rng([self.dataset.seed, resolution, epoch, 1]).shuffle(order)
         self._requests[:] = [(resolution, shard(order[i * self.batch_size:(i + 1) * self.batch_size]))
-                             for i in range(len(self))]
+                             for i in range(first, len(self))]
         for raw in self._raw_batches():
             yield self.dataset.finished(raw, epoch, self.device)
 
@@ -214,8 +223,22 @@ class ProgressiveLoader:
         if self._workers is None or not self.training:
             self._workers = DataLoader(_RawBatches(self.dataset), batch_size=None, sampler=self._requests,
                                        collate_fn=_as_it_is, num_workers=self.num_workers,
-                                       persistent_workers=self.training)
-        return map(_as_tensors, self._workers)
+                                       persistent_workers=self.training, worker_init_fn=leave_signals_to_the_parent)
+        return map(_as_tensors, self._answers())
+
+    def _answers(self) -> Iterator[dict]:
+        """Yield what workers send; an error of theirs becomes one of this process, in a sentence."""
+        try:
+            for answer in self._workers:
+                if "error" in answer:
+                    raise ImageFileError(answer["error"])
+                yield answer
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise UserError(f"a process that decodes images has died ({str(error).splitlines()[0]}). Was it killed, or "
+                            f"is the memory full? Resume with a smaller --num_workers, or with --num_workers "
+                            f"0") from None
 
 
 def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int] | None = None, in_channels: int = 1,

@@ -9,6 +9,7 @@ or, with the same weights for the same seed, the loop that `fit` runs: `set_stag
 
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,8 @@ from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
 from system.devices import autocast, choose_device, choose_precision
 from system.errors import NonFiniteLossError, UserError
-from system.processes import is_main_process, progress, world_size
+from system.processes import all_reduce_sum, is_main_process, progress, world_size
+from system.signals import StoppedBySignal
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
@@ -33,6 +35,7 @@ from training.optimization import (
     young_batchnorms,
 )
 from training.parallel import ParallelSteps, synchronised
+from training.position import EpochPosition
 from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, resumable, snapshot
@@ -68,6 +71,8 @@ class ProgressiveTrainer:
         time_limit: decides in place of `epochs_per_stage` how long `fit` trains (see training/time_limit.py).
         overwrite: whether a run that lies in `output_dir` may be replaced.
         config: settings to keep in checkpoints and config.json (plain types).
+        save_minutes: between two last.pth within an epoch, which `resume` goes on from with the next batch; 0 saves
+            at the end of epochs alone.
     Raises:
         UserError: for a device or precision that is not there and settings out of range.
     """
@@ -77,7 +82,7 @@ class ProgressiveTrainer:
                  keep: int = 3, schedule: str = "run", old_lr_scale: float = OLD_LR_SCALE,
                  weight_decay: float = 1e-2, clip_norm: float = 0.0, average: float = 0.0, threshold: float = 0.5,
                  recipe: DataRecipe | None = None, compile: bool = False, time_limit: TimeLimit | None = None,
-                 overwrite: bool = False, config: dict | None = None):
+                 overwrite: bool = False, config: dict | None = None, save_minutes: float = 10.0):
         lr, old_lr_scale, weight_decay, average, threshold = map(
             float, (lr, old_lr_scale, weight_decay, average, threshold))  # NumPy's do not load safely
         for name, value, low in (("accumulate", accumulate, 1), ("save_every", save_every, 1), ("keep", keep, 0)):
@@ -85,7 +90,7 @@ class ProgressiveTrainer:
                 raise UserError(f"{name} is {value!r}; it must be a whole number of at least {low}")
         if not 0 <= average < 1 or not 0 < threshold < 1:
             raise UserError(f"average is {average!r} and threshold {threshold!r}; they must lie in [0, 1) and (0, 1)")
-        for name, amount in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
+        for name, amount in (("weight_decay", weight_decay), ("clip_norm", clip_norm), ("save_minutes", save_minutes)):
             if not 0 <= amount < math.inf:
                 raise UserError(f"{name} is {amount!r}; it must be a number of at least 0")
         check_plain(config or {}, "config")
@@ -106,6 +111,10 @@ class ProgressiveTrainer:
         self.averaged = AveragedNetwork(self.model, average) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
+        self.save_minutes = save_minutes
+        self.asked_to_stop: Callable[[], int] = lambda: 0  # the number of a signal, see system/signals.py
+        self._saved_at = time.monotonic()
+        self._position: dict | None = None  # in the epoch in which a resumed run was cut off
         self._config_written = False
 
     @property
@@ -136,6 +145,7 @@ class ProgressiveTrainer:
         """
         new = stage != self.model.stage
         if new:
+            self._position = None
             for network in {self.model, self.evaluated_model}:
                 network.set_stage(stage)
         self.course.enter(stage, new, epochs)
@@ -155,38 +165,87 @@ class ProgressiveTrainer:
             UserError: for a loader whose first batch is something else; what is wrong and what to change.
             NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight and no statistic.
         """
-        start, busy = time.perf_counter(), time.process_time()
         recipe = self._begin_epoch(loader, epoch)
-        batches, young = len(loader), young_batchnorms(self.model)
-        statistics = BatchNormStatistics(self.model)
-        steps = math.ceil(batches / self.accumulate)
         measures = PassMeasures(self.threshold, recipe.classes)
-        with progress(loader, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
-            for i, batch in enumerate(bar):
-                if i == 0:
+        saved, self._position = self._position if epoch == self.finished_epochs else None, None
+        position = EpochPosition(loader, measures, self._steps, self.device, saved)
+        first, batches = position.done, len(loader)
+        young, statistics = young_batchnorms(self.model), BatchNormStatistics(self.model)
+        steps = math.ceil(batches / self.accumulate)
+        with progress(position, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
+            for i, batch in enumerate(bar, start=first):
+                if i == first:
                     self._begin_steps(batch, recipe)
                 if i % self.accumulate == 0:
                     self._prepare_step(epoch, i // self.accumulate, steps)
-                steady = age_batchnorms(young)
+                    statistics.keep()
                 last = (i + 1) % self.accumulate == 0 or i + 1 == batches
-                self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
-                statistics.keep()
-                with self._parallel.batch(last, steady) as network, statistics.restored_after(NonFiniteLossError):
-                    logits, mask, loss = self._forward(batch, network)
-                    self._refuse_non_finite(loss, "loss", epoch, i, batch)
-                    self._steps.add(loss, len(mask))
-                if last:
-                    self._take_step()
+                with statistics.restored_after(NonFiniteLossError):
+                    logits, mask, loss = self._train_batch(batch, epoch, i, last, age_batchnorms(young))
                 measures.add(logits.detach(), mask, loss.detach())
+                position.done = i + 1
+                if last and position.done < batches:
+                    self._save_or_stop(position)
                 if not bar.disable:
                     so_far = measures.so_far()
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
-        metrics = measures.result()
-        seconds = time.perf_counter() - start
+        metrics, seconds = measures.result(), position.seconds
         self.course.finished_epochs = epoch + 1
         return metrics | self._steps.summary() | {
             "lr": max(group["lr"] for group in self.optimizer.param_groups), "seconds": seconds,
-            "processor_seconds": time.process_time() - busy, "images_per_second": measures.images / seconds}
+            "processor_seconds": position.processor_seconds, "images_per_second": measures.images / seconds}
+
+    def _train_batch(self, batch: dict, epoch: int, i: int, last: bool, steady: bool):
+        """Add the gradients of batch `i` and, if it is the last one of a step, take the step.
+
+        Returns:
+            The finest logits, the mask on the device, and the loss.
+        """
+        try:
+            self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
+            with self._parallel.batch(last, steady) as network:
+                logits, mask, loss = self._forward(batch, network)
+                self._refuse_non_finite(loss, "loss", epoch, i, batch)
+                self._steps.add(loss, len(mask))
+            if last:
+                norm = self._steps.prepare()
+                if not self.scaler.is_enabled():  # float16 skips a step that overflows
+                    self._refuse_non_finite(norm, "norm of the gradients", epoch, i, batch)
+                self._take_step(norm)
+        except NonFiniteLossError:
+            self._steps.forget()
+            if self.folder:
+                self.folder.save_refused(batch)
+            raise
+        return logits, mask, loss
+
+    def _save_or_stop(self, position: EpochPosition) -> None:
+        """Between two steps: save last.pth if it is time, and stop, saved, if the process was asked to."""
+        due = bool(self.folder and self.save_minutes
+                   and time.monotonic() - self._saved_at >= 60 * self.save_minutes)
+        asked, due = all_reduce_sum(self.asked_to_stop() > 0, due)
+        if asked or due:
+            self._save_last(None, position.state())
+        self._stop_if_asked(bool(asked))
+
+    def _stop_if_asked(self, asked: bool | None = None) -> None:
+        """Raise StoppedBySignal, in all processes, if one of them was asked to stop.
+
+        Args:
+            asked: what is agreed already.
+        """
+        if asked is None:
+            asked = all_reduce_sum(self.asked_to_stop() > 0)[0] > 0
+        if asked:
+            if self.folder:
+                self.folder.close()
+            raise StoppedBySignal(self.asked_to_stop() or signal.SIGTERM)
+
+    def _save_last(self, score: float | None, position: dict | None = None) -> None:
+        """Write last.pth, in the main process alone."""
+        if self.folder:
+            self.folder.save_last(resumable(self, score, position))
+        self._saved_at = time.monotonic()
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
@@ -263,6 +322,8 @@ class ProgressiveTrainer:
                 if self.time_limit:
                     self.time_limit.end_epoch(stage)
                     deal_time(self)
+                if self.course.left(stage) > 0 or self.course.next_stage(stage + 1):
+                    self._stop_if_asked()
             if self.folder:
                 self._draw_stage(valid_loader, self.folder)
             stage = self.course.next_stage(stage + 1)
@@ -283,16 +344,26 @@ class ProgressiveTrainer:
                 "epochs": {str(stage): n for stage, n in self.plan.epochs.items()}, "lr": self.plan.lr,
                 "accumulate": self.accumulate, "threshold": self.threshold, "processes": world_size()}
 
+    @property
+    def position_in_words(self) -> str:
+        """Return how far a resumed run is in its epoch, '' at the beginning of one."""
+        return f", and batch {self._position['done']} of {self._position['batches']} of the next" if self._position \
+            else ""
+
     def resume(self, path) -> None:
         """Continue from a last.pth: weights, optimizer, plan, scores, random states and position.
 
+        A file that was saved in the middle of an epoch is gone on from with the next batch of that epoch.
+
         Raises UserError for a file of another network and for one that is not a last.pth.
         """
-        restore(self, path)
         if self.folder:
-            self.folder.claimed = True
+            self.folder.lock()
+        saved = restore(self, path)
+        self._position = saved["position"]
+        if self.folder:
             stage = self.model.stage
-            self.folder.drop_after(stage, self.finished_epochs, self.course.run_epoch(stage))
+            self.folder.go_on(saved["history"], stage, self.finished_epochs, self.course.run_epoch(stage))
 
     def _prepare_step(self, epoch: int, step: int, steps: int) -> None:
         """Set the rate of every part for one optimizer step."""
@@ -300,8 +371,8 @@ class ProgressiveTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(stage, epoch, step, steps, group["born"])
 
-    def _take_step(self) -> None:
-        self._steps.take()
+    def _take_step(self, norm: torch.Tensor) -> None:
+        self._steps.take(norm)
         self.course.step()
         if self.averaged:
             self.averaged.update()
@@ -339,7 +410,7 @@ class ProgressiveTrainer:
         for name in names:
             save_checkpoint(self.folder.file(name), snapshot(self, score))
         # Last, so that an interruption in between repeats the epoch instead of losing its best weights.
-        save_checkpoint(self.folder.file("last.pth"), resumable(self, score))
+        self._save_last(score)
         self.folder.prune()
 
     @torch.inference_mode()

@@ -364,6 +364,7 @@ def test_scores_are_at_the_original_size(tmp_path):
 def test_a_run_leaves_the_documented_tree(trained_run, shared_root):
     folder, printed = trained_run
     assert {p.name for p in folder.iterdir()} == {
+        ".lock", "previous.pth",
         "config.json", "logs", "metrics.csv", "best_stage_1.pth", "best_stage_2.pth", "best_stage_3.pth",
         "best_stage_4.pth", "final_model.pth", "last.pth", "training_curves.png", "predictions_stage_1.png",
         "predictions_stage_2.png", "predictions_stage_3.png", "predictions_stage_4.png", "test_scores.csv",

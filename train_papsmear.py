@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
-from system.errors import UserError
+from system.errors import DiskError, UserError, is_for_user
 from system.options import command, is_first_of_launch
 from training.settings import parse, run_settings
 
@@ -47,8 +47,13 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
             print("dry run: nothing was trained and nothing written")
             return
         if args.resume:
-            trainer.resume(folder / "last.pth")
-            print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}")
+            trainer.resume(resumable_file(folder))
+            print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}"
+                  + trainer.position_in_words)
+            if trainer.course.ended(model.stage) and (folder / "test_scores.json").exists():
+                print(f"{folder}: this run is finished, and nothing is written. Look at its test_scores.csv, or start "
+                      f"another with --init_from {folder}")
+                return
         fit(trainer, loaders, folder)
     if not is_first_of_launch():
         return
@@ -61,15 +66,25 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
 
 
 def fit(trainer, loaders: dict, folder: Path) -> None:
-    """Train; at Ctrl-C say how to go on."""
+    """Train; at a signal, or when the disk refuses, say how to go on."""
+    from system.signals import noted_signals
+
     try:
-        trainer.fit(loaders)
+        with noted_signals() as trainer.asked_to_stop:
+            trainer.fit(loaders)
     except KeyboardInterrupt:
         begun = (folder / "last.pth").exists()
         if is_first_of_launch():
             print("\ninterrupted; " + (f"continue with --resume {folder}" if begun else
-                                       "no epoch was finished, start again with --overwrite"), file=sys.stderr)
+                                       "nothing was saved yet, start again with --overwrite"), file=sys.stderr)
         raise
+    except OSError as error:
+        if not is_for_user(error):
+            raise
+        saved = f"Make room or mend the disk, then continue with --resume {folder}" if (folder / "last.pth").exists() \
+            else "Nothing was saved yet; start again where there is room"
+        raise DiskError(f"{error.filename or folder}: {error.strerror or error}. What was saved last is whole. "
+                        f"{saved}") from None
 
 
 def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
@@ -78,15 +93,34 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace
 
     folder = Path(args.resume)
     folder = folder.parent if folder.name == "last.pth" else folder
-    if folder.is_dir() and not (folder / "last.pth").exists():
-        raise UserError(f"{folder}: no last.pth in it, so no epoch of that run was finished. Start it again with "
-                        f"--overwrite")
-    config = load_checkpoint(folder / "last.pth")["config"]
+    config = load_checkpoint(resumable_file(folder))["config"]
     if "resolved" not in config:
         raise UserError(f"{folder}: this run was started from Python, so its settings are there. Build the trainer as "
                         f"it was and call trainer.resume('{folder / 'last.pth'}')")
     config["precision"] = config["resolved"]["precision"]  # unless given: 'auto' could mean another one on this machine
     return folder, run_settings(config, args)
+
+
+def resumable_file(folder: Path) -> Path:
+    """Return last.pth of a run folder or, where it is damaged or missing, the one before, and say so.
+
+    Raises UserError where neither can be read.
+    """
+    from checkpoints import load_checkpoint
+
+    last, previous = folder / "last.pth", folder / "previous.pth"
+    if folder.is_dir() and not last.exists() and not previous.exists():
+        raise UserError(f"{folder}: no last.pth in it, so nothing of that run was saved. Start it again with "
+                        f"--overwrite")
+    try:
+        load_checkpoint(last)
+        return last
+    except UserError as error:
+        if not previous.exists():
+            raise
+        load_checkpoint(previous)
+        print(f"warning: {error}\nwarning: going on from {previous}, which was saved before it")
+        return previous
 
 
 def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
@@ -131,7 +165,7 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
         save_every=args.save_every, keep=args.keep, schedule=args.schedule,
         old_lr_scale=args.old_lr_scale, weight_decay=args.weight_decay, clip_norm=args.clip_norm,
         average=args.average, compile=args.compile, time_limit=time_limit,
-        overwrite=args.overwrite, config=config)
+        overwrite=args.overwrite, config=config, save_minutes=args.save_minutes)
     return model, trainer, loaders
 
 

@@ -108,6 +108,7 @@ class ImagePyramid:
                     cache.write(i, image, mask)
         mean, square = sums / max(len(self) - len(problems), 1)
         std = np.sqrt(np.maximum(square - mean ** 2, 0))
+        std[std == 0] = 1.0  # images of one shade
         self.recipe = replace(self.recipe, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
                               training_ranges=ranges_over([facts.description for facts in self.facts]))
         self.fingerprint = digest.hexdigest()

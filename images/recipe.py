@@ -4,6 +4,7 @@ It is made when a data set is read and carried by loaders, trainer, checkpoint a
 numpy or torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -48,6 +49,18 @@ class DataRecipe:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of "
                                 f"{' and '.join(map(repr, known))}")
+        for name, holds, rule in (
+                ("in_channels", type(self.in_channels) is int and self.in_channels > 0, "a whole number of at least 1"),
+                ("classes", type(self.classes) is int and self.classes > 0, "a whole number of at least 1"),
+                ("max_value", type(self.max_value) is int and self.max_value >= 0, "a whole number of at least 0"),
+                ("microns_per_pixel", _finite(self.microns_per_pixel) and self.microns_per_pixel >= 0,
+                 "a number of at least 0"),
+                ("mean", all(map(_finite, self.mean)), "finite numbers"),
+                ("std", all(_finite(value) and value > 0 for value in self.std), "finite numbers above 0"),
+                ("training_ranges", all(len(bounds) == 2 and all(map(_finite, bounds))
+                                        for bounds in self.training_ranges.values()), "two finite numbers by name")):
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
         if not len(self.mean) == len(self.std) or self.mean and len(self.mean) != self.in_channels:
             raise UserError(f"mean is {self.mean} and std {self.std}; each must have one number a channel, here "
                             f"{self.in_channels}")
@@ -69,6 +82,10 @@ class DataRecipe:
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"{this}: {name} is {getattr(self, name)!r}, but {getattr(other, name)!r} in {that}; "
                                 f"they must agree in it")
+
+
+def _finite(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def recipe_from_plain(stored: Mapping) -> DataRecipe:

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class DiskError(UserError):
+    """The disk refused what a training wanted to save; a command line ends with code 3."""
+
+
 class NonFiniteLossError(FloatingPointError):
     """The loss became infinite or not a number; the message says where. A command line ends with code 1."""
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from system.errors import NonFiniteLossError, UserError, is_for_user
+from system.errors import DiskError, NonFiniteLossError, UserError, is_for_user
 
 # Seconds that other processes leave to the first one for saying the same error. As soon as it has ended, torchrun ends
 # the others, so only what went wrong in them alone is said late.
@@ -31,7 +31,8 @@ def command(interrupted: str = "") -> Callable:
     """Return a decorator for `main(argv=None)` that turns what goes wrong into a line on stderr and an exit code.
 
     The code is what `main` returns, 0 for None; 2 for what a user can mend (see `system.errors.is_for_user`); 1 for
-    a training whose numbers overflow; 130 for Ctrl-C. All else is a fault of ours and keeps its traceback. What goes
+    a training whose numbers overflow; 3 where the disk ended one; 130 for Ctrl-C, 143 and 129 for the signals TERM and
+    HUP. All else is a fault of ours and keeps its traceback. What goes
     wrong in all processes of torchrun is said by the first.
 
     Args:
@@ -52,11 +53,11 @@ def command(interrupted: str = "") -> Callable:
                 if not is_first_of_launch():
                     time.sleep(PATIENCE)
                 print(f"error: {error}", file=sys.stderr)
-                return 1 if overflow else 2
-            except KeyboardInterrupt:
+                return 1 if overflow else 3 if isinstance(error, DiskError) else 2
+            except KeyboardInterrupt as error:
                 if interrupted and is_first_of_launch():
                     print(f"\ninterrupted; {interrupted}", file=sys.stderr)
-                return 130
+                return getattr(error, "code", 130)
         return run
     return decorate
 

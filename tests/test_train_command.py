@@ -113,6 +113,7 @@ def test_resuming_a_finished_run_from_the_command_line_changes_no_number(trained
     printed = capsys.readouterr().out
     assert "resumed" in printed
     assert "epoch 1/1" not in printed
+    assert "this run is finished, and nothing is written" in printed
     assert metric_rows(folder) == metric_rows(trained_run[0])
 
 
@@ -121,8 +122,9 @@ def test_resume_takes_the_file_too_and_says_what_to_do_without_one(trained_run, 
     shutil.copytree(trained_run[0], folder)
     assert train_papsmear.main(["--resume", str(folder / "last.pth"), "--dry_run"]) == 0
     (folder / "last.pth").unlink()
+    (folder / "previous.pth").unlink()
     assert train_papsmear.main(["--resume", str(folder)]) == 2
-    assert "no epoch of that run was finished" in capsys.readouterr().err
+    assert "nothing of that run was saved" in capsys.readouterr().err
     (tmp_path / "afile").write_text("")
     for options in (["--output_dir", str(tmp_path / "afile")],
                     ["--output_dir", str(tmp_path), "--experiment_name", "afile"]):

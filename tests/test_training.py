@@ -135,7 +135,7 @@ def test_images_of_a_short_last_group_weigh_as_the_others(shared_root):
         found = []
         trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: found.extend(
             p.grad.clone() for p in trainer.model.parameters() if p.grad is not None))
-        trainer._steps.take()
+        trainer._steps.take(trainer._steps.prepare())
         return found
 
     whole, parts = gradients([6]), gradients([4, 2])
@@ -466,7 +466,7 @@ def test_only_record_selects_and_writes(shared_root, tmp_path):
     train = trainer.train_epoch(loaders[32][0], 0)
     on_test = trainer.validate_epoch(loaders[32][2], 0)
     valid = trainer.validate_epoch(loaders[32][1], 0)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "config.json"]
     assert trainer.best_scores == {}
     assert on_test["dice"] != valid["dice"]
     trainer.record(train, valid)
@@ -551,7 +551,7 @@ def test_a_run_from_before_a_column_was_there_goes_on(tmp_path):
     columns = [name for name in COLUMNS if name != "processor_seconds"]
     (tmp_path / "metrics.csv").write_text(f"{','.join(columns)}\n{','.join('1' for _ in columns)}\n")
     folder = RunFolder(tmp_path)
-    folder.drop_after(1, 1, 1)
+    folder.go_on([], 1, 1, 1)
     folder.log_epoch(dict.fromkeys(COLUMNS, 2))
     folder.close()
     first, second = folder.rows()

@@ -23,6 +23,16 @@ class MeanOverImages:
             summed = value.cpu().double().sum(dim=0).mean()  # over classes last
             self._sums[name] = self._sums.get(name, 0.0) + summed
 
+    def state(self) -> dict:
+        """Return what `load` takes, as plain types."""
+        return {"images": self.images, "sums": {name: float(value) for name, value in self._sums.items()}}
+
+    def load(self, state: dict) -> None:
+        """Add what was collected before."""
+        self.images += state["images"]
+        self._sums = {name: self._sums.get(name, 0.0) + torch.tensor(value, dtype=torch.float64)
+                      for name, value in state["sums"].items()}
+
     def add_up(self) -> None:
         """Take over, once and at the end, what all other processes collected; each of them added some batch."""
         self.images, *sums = all_reduce_sum(self.images, *self._sums.values())
@@ -89,6 +99,14 @@ class PassMeasures:
 
     def _soft_dice(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return soft_dice(logits[:, :self.classes].sigmoid(), mask[:, :self.classes])
+
+    def state(self) -> dict:
+        """Return the sums over the images of this process, as plain types."""
+        return self._means.state()
+
+    def load(self, state: dict) -> None:
+        """Add the sums that `state` returned before."""
+        self._means.load(state)
 
     def so_far(self) -> dict[str, float]:
         """Return the means over the images of this process."""

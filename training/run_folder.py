@@ -3,19 +3,25 @@
 It is created by the first write, so a run that is refused leaves nothing behind.
 """
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch.nn import functional as F
 
+from checkpoints import save_checkpoint
 from images.files import load_image
 from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions, training_curves
@@ -29,8 +35,13 @@ OF_STEPS = ("lr", "gradient_norm", "skipped_steps", "loss_scale", "seconds", "pr
             "images_per_second")
 COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "train_loss", "train_soft_dice", *MEASURES, "foreground",
            "empty_masks", *OF_STEPS)
-RUN_FILES = re.compile(r"config\.json|metrics\.csv|best_stage_\d\.pth|final_model\.pth|last\.pth"
-                       r"|stage_\d_epoch_\d+\.pth|\..*\.(pth|json|csv)\..*\.tmp|training_curves\.png|predictions_stage_\d\.png|test_scores\.(csv|json)")
+OF_EPOCHS = r"stage_[1-4]_epoch_\d+\.pth"
+NAMES = (rf"config\.json|metrics\.csv|best_stage_[1-4]\.pth|final_model\.pth|last\.pth|previous\.pth|{OF_EPOCHS}|"
+         r"training_curves\.png|predictions_stage_[1-4]\.png|test_scores\.(csv|json)|refused_batch\.npz")
+UNFINISHED = re.compile(rf"\.({NAMES})\.\w{{8}}\.tmp")  # of system.atomic, where a process was killed
+RUN_FILES = re.compile(rf"{NAMES}|{UNFINISHED.pattern}")
+LOCK = ".lock"
+_LOCKS: dict[Path, FileLock] = {}  # of this process, which may open a folder of its own twice
 SHOWN_IMAGES = 6
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
@@ -47,6 +58,7 @@ class RunFolder:
     def __init__(self, path: Path, keep: int = 3, overwrite: bool = False):
         self.path, self.keep, self.overwrite = Path(path), keep, overwrite
         self.claimed = False
+        self.history: list[dict[str, str]] = []  # the rows of metrics.csv, as text
         self._writer = None
         self._purge_step: int | None = None  # TensorBoard forgets events of an interrupted run from here on
 
@@ -65,14 +77,53 @@ class RunFolder:
         """Check the folder and clear it, once, before the first write of a run that does not continue another."""
         if not self.claimed:
             self.check()
-            if self.path.is_dir():
-                self._clear()
+            self.lock()
+            if not self.overwrite:
+                self.check()  # another process may have written a whole run since
+            self._clear()
             self.claimed = True
 
+    def lock(self) -> None:
+        """Keep other processes from writing into the folder, until this one ends, however it ends.
+
+        Raises UserError if another one does so already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = _LOCKS.setdefault(self.path.resolve(), FileLock(self.path / LOCK))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path}: another process is writing into this run folder. Wait until it has ended, "
+                            f"or choose another --experiment_name") from None
+        except OSError as error:  # some network drives have no locks
+            print(f"warning: {self.path}: cannot be locked ({error}), so nothing keeps a second process from writing "
+                  f"into it")
+
     def file(self, name: str) -> Path:
-        """Return the path of a file in the folder, which is made if it is missing."""
+        """Return the path of a file in the folder, which is made if it is missing, but not a second time."""
+        if self.claimed and not self.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run folder was removed while the run was writing into it",
+                                    str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / name
+
+    def save_last(self, checkpoint: dict) -> None:
+        """Write last.pth; the one before stays as previous.pth, for the case that the disk damages the new one."""
+        path = self.file("last.pth")
+        if path.exists():
+            before = path.with_name("previous.pth")
+            before.unlink(missing_ok=True)
+            try:
+                os.link(path, before)
+            except OSError:  # no hard links here
+                os.replace(path, before)
+        save_checkpoint(path, checkpoint)
+
+    def save_refused(self, batch: dict) -> None:
+        """Write refused_batch.npz: image, mask and names of a batch that made numbers overflow, to look at."""
+        with contextlib.suppress(OSError), atomic_write(self.file("refused_batch.npz")) as file:
+            np.savez_compressed(file, image=batch["image"].cpu().numpy(), mask=batch["mask"].cpu().numpy(),
+                                names=np.array([str(name) for name in batch.get("name", ())]))
 
     def write_config(self, config: dict, name: str = "config.json") -> None:
         """Save the settings with package versions, git commit and machine, as config.json unless told otherwise.
@@ -95,35 +146,40 @@ class RunFolder:
         """
         path = self.file("metrics.csv")
         new = not path.exists()
+        self.history.append({name: repr(row[name]) for name in COLUMNS})
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.DictWriter(file, COLUMNS)
             if new:
-                writer.writerow(COLUMNS)
-            writer.writerow([repr(row[c]) for c in COLUMNS])
-        for name in COLUMNS[4:]:
-            plain = name.removeprefix("train_")
-            split = "train" if plain != name else "valid"
-            tag = f"{plain}/stage_{row['stage']}_{split}" if plain in MEASURES else f"run/{name}"
-            self.tensorboard().add_scalar(tag, row[name], row["run_epoch"])
-        self.tensorboard().flush()
+                writer.writeheader()
+            writer.writerow(self.history[-1])
+        with said_and_passed_over("the logs for TensorBoard"):
+            for name in COLUMNS[4:]:
+                plain = name.removeprefix("train_")
+                split = "train" if plain != name else "valid"
+                tag = f"{plain}/stage_{row['stage']}_{split}" if plain in MEASURES else f"run/{name}"
+                self.tensorboard().add_scalar(tag, row[name], row["run_epoch"])
+            self.tensorboard().flush()
 
     def rows(self) -> list[dict]:
         """Return metrics.csv as numbers; NaN where a run that went on has rows from before a column was there."""
-        path = self.path / "metrics.csv"
-        if not path.is_file():
-            return []
-        with open(path, newline="", encoding="utf-8") as file:
-            return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = self.history or read_metrics(self.path / "metrics.csv")
+        return [{name: float(row.get(name) or "nan") for name in COLUMNS} for row in rows]
 
-    def drop_after(self, stage: int, epoch: int, run_epoch: int) -> None:
-        """Drop what was logged beyond `epoch` finished epochs of `stage`, the `run_epoch`-th of the run."""
-        self._purge_step = run_epoch + 1
-        path = self.path / "metrics.csv"
-        if not path.is_file():
-            return
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)]
-        self.write_csv("metrics.csv", rows)
+    def go_on(self, history: list[dict], stage: int, epoch: int, run_epoch: int) -> None:
+        """Make metrics.csv what it was after `epoch` finished epochs of `stage`, the `run_epoch`-th of the run.
+
+        Args:
+            history: its rows as the checkpoint has them; empty for an older one, where the file itself is read.
+        """
+        self.claimed, self._purge_step = True, run_epoch + 1
+        self._clear_unfinished()
+        self.history = [dict(row) for row in history] or [
+            row for row in read_metrics(self.path / "metrics.csv")
+            if (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)]
+        if self.history:
+            self.write_csv("metrics.csv", self.history)
+        else:
+            (self.path / "metrics.csv").unlink(missing_ok=True)
 
     def write_csv(self, name: str, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
         """Save rows as a CSV of these columns."""
@@ -136,7 +192,8 @@ class RunFolder:
 
     def draw_curves(self) -> None:
         """Draw training_curves.png from metrics.csv."""
-        training_curves(self.rows(), self.file("training_curves.png"))
+        with said_and_passed_over("training_curves.png"):
+            training_curves(self.rows(), self.file("training_curves.png"))
 
     def draw_predictions(self, stage: int, batch: dict, logits: torch.Tensor, mask: torch.Tensor,
                          measures: PassMeasures) -> None:
@@ -153,13 +210,14 @@ class RunFolder:
         images, masks, found = (list(tensor[:SHOWN_IMAGES].cpu().numpy()) for tensor in
                                 (image, mask, logits.sigmoid()))
         names = batch.get("name", [f"image {i + 1}" for i in range(len(mask))])
-        path = self.file(f"predictions_stage_{stage}.png")
-        predictions(images, masks, found, names[:SHOWN_IMAGES], dice.tolist(), path, measures.threshold)
-        self.tensorboard().add_image("predictions", load_image(path, 3), stage, dataformats="HWC")
+        with said_and_passed_over(f"predictions_stage_{stage}.png"):
+            path = self.file(f"predictions_stage_{stage}.png")
+            predictions(images, masks, found, names[:SHOWN_IMAGES], dice.tolist(), path, measures.threshold)
+            self.tensorboard().add_image("predictions", load_image(path, 3), stage, dataformats="HWC")
 
     def prune(self) -> None:
         """Remove the oldest stage_X_epoch_Y.pth beyond the number to keep."""
-        saved = sorted(self.path.glob("stage_*_epoch_*.pth"),
+        saved = sorted((path for path in self.path.iterdir() if re.fullmatch(OF_EPOCHS, path.name)),
                        key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)])
         for path in saved[:max(len(saved) - self.keep, 0)]:
             path.unlink()
@@ -174,8 +232,15 @@ class RunFolder:
     def close(self) -> None:
         """Finish the logs."""
         if self._writer is not None:
-            self._writer.close()
+            with said_and_passed_over("the logs for TensorBoard"):
+                self._writer.close()
             self._writer = None
+
+    def _clear_unfinished(self) -> None:
+        """Remove what killed processes left half written."""
+        for path in self.path.iterdir():
+            if UNFINISHED.fullmatch(path.name):
+                path.unlink()
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote here, and nothing else that lies in the folder."""
@@ -185,6 +250,25 @@ class RunFolder:
                 path.unlink()
         if logs.is_dir() and not any(logs.iterdir()):
             logs.rmdir()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the whole rows of a metrics.csv as text, [] where there is none; a torn end is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    rows = csv.DictReader(text.splitlines())
+    return [row for row in rows if None not in row and None not in row.values()
+            and all(re.fullmatch(r"\d+", row.get(name, "")) for name in ("stage", "epoch"))]
+
+
+@contextlib.contextmanager
+def said_and_passed_over(what: str) -> Iterator[None]:
+    """Let no training end because of what can be done without: say what the disk refused."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} cannot be written ({error.strerror or error}); the training goes on")
 
 
 def environment() -> dict:

@@ -29,7 +29,8 @@ PRESETS = {
                 "augment_strength": 2.0, "old_lr_scale": 1.0, "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
 }
 BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
-CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cache_images", "compile")
+CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cache_images", "compile", "save_every",
+                        "keep", "save_minutes")
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
@@ -150,6 +151,8 @@ def _add_output_options(add: Callable) -> None:
     add("--output_dir", default="outputs", help="folder of the run folders (outputs)")
     add("--experiment_name", type=folder_name, help="name of the run folder (date and time)")
     add("--save_every", type=whole(1), default=10, help="epochs between stage_X_epoch_Y.pth (10)")
+    add("--save_minutes", type=number(0), default=10.0,
+        help="between two last.pth within an epoch; 0 saves at the end of epochs alone (10)")
     add("--keep", type=whole(0), default=3, help="how many of them stay (3)")
     add("--resume", metavar="RUN_FOLDER", help="continue a run with its own settings")
     add("--overwrite", default=False, action="store_true", help="replace what an earlier run of that name wrote")

@@ -15,22 +15,29 @@ def snapshot(trainer, score: float | None) -> dict:
     """
     return {"format": FORMAT, "model_args": trainer.model.model_args, "stage": trainer.model.stage,
             "model": trainer.evaluated_model.live_state(), "unborn": {}, "data": trainer.recipe,
-            "threshold": trainer.threshold, "score": score, **trainer.course.state(),
+            "threshold": trainer.threshold, "score": score, **trainer.course.state(), "position": None, "history": [],
             "time_limit": trainer.time_limit.state() if trainer.time_limit else None,
             "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "averaged": None,
             "random_states": random_states(trainer.device), "config": trainer.config}
 
 
-def resumable(trainer, score: float | None) -> dict:
-    """Return a `snapshot` from which `restore` goes on: every part as it was trained, and the averages beside it."""
+def resumable(trainer, score: float | None, position: dict | None = None) -> dict:
+    """Return a `snapshot` from which `restore` goes on: every part as it was trained, and the averages beside it.
+
+    Args:
+        position: within the epoch that is under way, as `training.position.EpochPosition.state` returns it.
+    """
     return snapshot(trainer, score) | {
-        "model": trainer.model.live_state(), "unborn": trainer.model.unborn_state(),
+        "model": trainer.model.live_state(), "unborn": trainer.model.unborn_state(), "position": position,
+        "history": trainer.folder.history if trainer.folder else [],
         "averaged": trainer.averaged.state() if trainer.averaged else None}
 
 
-def restore(trainer, path: Path) -> None:
+def restore(trainer, path: Path) -> dict:
     """Bring a trainer to where a last.pth was written: weights, optimizer, course, time, random states.
 
+    Returns:
+        The checkpoint.
     Raises:
         UserError: for a file of another network and for one that is not a last.pth.
     """
@@ -49,3 +56,4 @@ def restore(trainer, path: Path) -> None:
         trainer.time_limit.resume(saved["time_limit"])
     trainer.recipe = saved["data"]
     set_random_states(saved["random_states"], trainer.device)
+    return saved

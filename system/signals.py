@@ -1,0 +1,54 @@
+"""Signals that ask a process to stop: noted at first, obeyed when what is under way is done."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A process stopped because it was asked to, with what it did saved.
+
+    Attributes:
+        code: with which a command line ends: 128 and the number of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[Callable[[], int]]:
+    """Give a function that returns the number of the signal that came, 0 for none. A second one stops at once.
+
+    In a thread other than the main one signals are as they are otherwise.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    came = [0]
+
+    def note(number: int, _frame) -> None:
+        if came[0]:
+            raise StoppedBySignal(number)
+        came[0] = number
+
+    before = {}
+    for name in NAMES:
+        if number := getattr(signal, name, None):
+            before[number] = signal.signal(number, note)
+    try:
+        yield lambda: came[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(_worker: int = 0) -> None:
+    """Ignore what a terminal sends to all processes at once; for processes that decode for another one."""
+    for name in ("SIGINT", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
