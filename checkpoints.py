@@ -47,7 +47,7 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueErro
 FIELDS = ("format", "model_args", "stage", "model", "unborn", "data", "threshold", "epoch", "score",
           "best_scores", "plan", "position", "history", "time_limit", "optimizer", "scaler", "averaged",
           "random_states", "config")
-YOUNG = {"time_limit": None, "position": None, "history": []}  # fields that older files of the format lack
+YOUNG: dict = {"time_limit": None, "position": None, "history": []}  # fields that older files of the format lack
 WIDEST = 4096  # channels at 256 pixels of a network that a file may ask for
 
 

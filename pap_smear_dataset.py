@@ -224,12 +224,13 @@ class ProgressiveLoader:
             self._workers = DataLoader(_RawBatches(self.dataset), batch_size=None, sampler=self._requests,
                                        collate_fn=_as_it_is, num_workers=self.num_workers,
                                        persistent_workers=self.training, worker_init_fn=leave_signals_to_the_parent)
-        return map(_as_tensors, self._answers())
+        return map(_as_tensors, self._answers(self._workers))
 
-    def _answers(self) -> Iterator[dict]:
+    @staticmethod
+    def _answers(workers: DataLoader) -> Iterator[dict]:
         """Yield what workers send; an error of theirs becomes one of this process, in a sentence."""
         try:
-            for answer in self._workers:
+            for answer in workers:
                 if "error" in answer:
                     raise ImageFileError(answer["error"])
                 yield answer

@@ -9,8 +9,6 @@ or, with the same weights for the same seed, the loop that `fit` runs: `set_stag
 
 import dataclasses
 import math
-import signal
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,12 +18,12 @@ from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
 from system.devices import autocast, choose_device, choose_precision
 from system.errors import NonFiniteLossError, UserError
-from system.processes import all_reduce_sum, is_main_process, progress, world_size
-from system.signals import StoppedBySignal
+from system.processes import is_main_process, progress, world_size
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
 from training.course import Course
+from training.keeping import Keeper
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
 from training.optimization import (
@@ -38,7 +36,7 @@ from training.parallel import ParallelSteps, synchronised
 from training.position import EpochPosition
 from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
-from training.snapshots import restore, resumable, snapshot
+from training.snapshots import restore, snapshot
 from training.steps import OptimizerSteps
 from training.time_limit import TimeLimit, deal_time, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
@@ -102,7 +100,7 @@ class ProgressiveTrainer:
         torch.manual_seed(seed)
         self.model = synchronised(model.to(self.device).to(memory_format=torch.channels_last), self.device)
         self._parallel = ParallelSteps(self.model, compile)
-        self.accumulate, self.save_every = accumulate, save_every
+        self.accumulate = accumulate
         self.threshold, self.config = threshold, config or {}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
                                            fused=self.device.type in ("cpu", "cuda"))
@@ -111,9 +109,7 @@ class ProgressiveTrainer:
         self.averaged = AveragedNetwork(self.model, average) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
-        self.save_minutes = save_minutes
-        self.asked_to_stop: Callable[[], int] = lambda: 0  # the number of a signal, see system/signals.py
-        self._saved_at = time.monotonic()
+        self.keeper = Keeper(self.folder, save_every, save_minutes)
         self._position: dict | None = None  # in the epoch in which a resumed run was cut off
         self._config_written = False
 
@@ -185,7 +181,7 @@ class ProgressiveTrainer:
                 measures.add(logits.detach(), mask, loss.detach())
                 position.done = i + 1
                 if last and position.done < batches:
-                    self._save_or_stop(position)
+                    self.keeper.between_steps(self, position)
                 if not bar.disable:
                     so_far = measures.so_far()
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
@@ -218,34 +214,6 @@ class ProgressiveTrainer:
                 self.folder.save_refused(batch)
             raise
         return logits, mask, loss
-
-    def _save_or_stop(self, position: EpochPosition) -> None:
-        """Between two steps: save last.pth if it is time, and stop, saved, if the process was asked to."""
-        due = bool(self.folder and self.save_minutes
-                   and time.monotonic() - self._saved_at >= 60 * self.save_minutes)
-        asked, due = all_reduce_sum(self.asked_to_stop() > 0, due)
-        if asked or due:
-            self._save_last(None, position.state())
-        self._stop_if_asked(bool(asked))
-
-    def _stop_if_asked(self, asked: bool | None = None) -> None:
-        """Raise StoppedBySignal, in all processes, if one of them was asked to stop.
-
-        Args:
-            asked: what is agreed already.
-        """
-        if asked is None:
-            asked = all_reduce_sum(self.asked_to_stop() > 0)[0] > 0
-        if asked:
-            if self.folder:
-                self.folder.close()
-            raise StoppedBySignal(self.asked_to_stop() or signal.SIGTERM)
-
-    def _save_last(self, score: float | None, position: dict | None = None) -> None:
-        """Write last.pth, in the main process alone."""
-        if self.folder:
-            self.folder.save_last(resumable(self, score, position))
-        self._saved_at = time.monotonic()
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
@@ -323,7 +291,7 @@ class ProgressiveTrainer:
                     self.time_limit.end_epoch(stage)
                     deal_time(self)
                 if self.course.left(stage) > 0 or self.course.next_stage(stage + 1):
-                    self._stop_if_asked()
+                    self.keeper.between_epochs()
             if self.folder:
                 self._draw_stage(valid_loader, self.folder)
             stage = self.course.next_stage(stage + 1)
@@ -405,13 +373,7 @@ class ProgressiveTrainer:
         values |= {name: train[name] for name in OF_STEPS}
         self.folder.log_epoch(values | {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
                                         "run_epoch": self.course.run_epoch(stage)})
-        names = [f"best_stage_{stage}.pth"] * best
-        names += [f"stage_{stage}_epoch_{finished}.pth"] * (finished % self.save_every == 0 and self.folder.keep > 0)
-        for name in names:
-            save_checkpoint(self.folder.file(name), snapshot(self, score))
-        # Last, so that an interruption in between repeats the epoch instead of losing its best weights.
-        self._save_last(score)
-        self.folder.prune()
+        self.keeper.save_epoch(self, score, best)
 
     @torch.inference_mode()
     def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:

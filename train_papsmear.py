@@ -70,7 +70,7 @@ def fit(trainer, loaders: dict, folder: Path) -> None:
     from system.signals import noted_signals
 
     try:
-        with noted_signals() as trainer.asked_to_stop:
+        with noted_signals() as trainer.keeper.asked_to_stop:
             trainer.fit(loaders)
     except KeyboardInterrupt:
         begun = (folder / "last.pth").exists()

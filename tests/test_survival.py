@@ -70,7 +70,7 @@ def test_a_run_that_is_stopped_at_every_step_ends_as_one_that_is_not(options, pl
         trainer, loaders = trainer_of("cut")
         if codes:
             trainer.resume(tmp_path / "cut/last.pth")
-        trainer.asked_to_stop = stop_after(0)
+        trainer.keeper.asked_to_stop = stop_after(0)
         try:
             trainer.fit(loaders, say=lambda _: None)
             break
@@ -99,7 +99,7 @@ def test_last_is_saved_within_an_epoch_when_it_is_time(root, tmp_path):
 
 def test_another_number_of_batches_is_refused(root, tmp_path):
     trainer, loaders = make_trainer(root, tmp_path / "run")
-    trainer.asked_to_stop = stop_after(1)
+    trainer.keeper.asked_to_stop = stop_after(1)
     with pytest.raises(StoppedBySignal):
         trainer.fit(loaders)
     again, _ = make_trainer(root, tmp_path / "run")
