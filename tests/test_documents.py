@@ -31,7 +31,8 @@ TOO_LONG = {
     r"python train_papsmear\.py (?!--resume|.*--dry_run)": "trains at full size",
     r"(python|bash) benchmarks/|python -m benchmarks\.": "measures for minutes",
     r"torchrun|OMP_NUM_THREADS=8 torchrun": "starts several processes; tests/test_processes.py does",
-    r"python -m pytest|python test_|python -m tests|bash tests/|make test|\.venv/bin/": "runs tests and checks",
+    r"python -m pytest|python tests/|python test_|python -m tests|bash tests/|make test|\.venv/bin/":
+        "runs tests and checks",
     r"make train|pip ": "installs packages",
     r"python (prepare_data\.py |-m preparation\.)sample": "draws hundreds of fields",
     r"python example_usage\.py": "trains; test_implementation.py runs it",

@@ -37,7 +37,8 @@ from conftest import (
 )
 from images.recipe import DataRecipe
 from system.errors import NonFiniteLossError, UserError
-from system.signals import StoppedBySignal
+from system.signals import StoppedBySignal, noted_signals
+from tests import kill
 from tests.kill import differences, killed_run
 from training.run_folder import RunFolder
 
@@ -53,8 +54,8 @@ def root(tmp_path_factory):
     return write_data_set(tmp_path_factory.mktemp("survival") / "data", (7, 3, 3))
 
 
-@pytest.mark.parametrize("options", [{}, {"average": 0.9, "accumulate": 2}], ids=["plain", "averaged, accumulated"])
-@pytest.mark.parametrize("plain", [False, True], ids=["our loader", "plain loader"])
+@pytest.mark.parametrize(("options", "plain"), [({"average": 0.9, "accumulate": 2}, False), ({}, True)],
+                         ids=["our loader, averaged, accumulated", "plain loader"])
 def test_a_run_that_is_stopped_at_every_step_ends_as_one_that_is_not(options, plain, root, tmp_path):
     """Weights, averages and every column but those of time are equal to the last bit."""
     def trainer_of(name):
@@ -109,7 +110,21 @@ def test_another_number_of_batches_is_refused(root, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_training_saved_and_says_how_to_go_on(number, root, tmp_path):
+def test_the_first_signal_is_noted_and_the_second_stops_at_once(number):
+    before = signal.getsignal(number)
+    with noted_signals() as came:
+        assert came() == 0
+        os.kill(os.getpid(), number)
+        assert came() == number
+        with pytest.raises(StoppedBySignal) as caught:
+            signal.raise_signal(number)
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_ends_a_training_saved_and_says_how_to_go_on(root, tmp_path):
+    """With a process that decodes, which gets the signals of a terminal as well."""
+    number = signal.SIGTERM
     process = subprocess.Popen(
         [sys.executable, "train_papsmear.py", "--data_root", root, "--output_dir", tmp_path, "--experiment_name", "run",
          *TINY[:2], "--epochs_per_stage", "1,1,1,2000", "--batch_sizes", "32:2,64:2,128:2,256:2", "--cache_images",
@@ -126,8 +141,10 @@ def test_a_signal_ends_a_training_saved_and_says_how_to_go_on(number, root, tmp_
     assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 4
 
 
-def test_a_training_that_is_killed(root, tmp_path):
+def test_a_training_that_is_killed(root, tmp_path, monkeypatch):
     """The short form of `python tests/kill.py`."""
+    monkeypatch.setattr(kill, "RECIPE", [*TINY[:2], "--epochs_per_stage", "1,0,0,1", "--batch_sizes", "32:2,256:2",
+                                         "--average", "0.9", "--save_minutes", "0.002"])
     begin = time.monotonic()
     killed_run(root, tmp_path / "whole", 0, 0, 0)
     assert killed_run(root, tmp_path / "cut", 1, 0.9 * (time.monotonic() - begin), seed=1) == 1
@@ -266,7 +283,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_two_processes_in_one_run_folder(root, trained_run, tmp_path):
+def test_two_processes_in_one_run_folder(root, trained_run, tmp_path, capsys):
     folder = shutil.copytree(trained_run[0], tmp_path / "run")
     holder = subprocess.Popen([sys.executable, "-c", "import sys; from training.run_folder import RunFolder; "
                                "RunFolder(sys.argv[1]).lock(); print('locked', flush=True); sys.stdin.read()", folder],
@@ -274,10 +291,8 @@ def test_two_processes_in_one_run_folder(root, trained_run, tmp_path):
     assert holder.stdout.readline() == "locked\n"
     for arguments in (["--resume", folder], ["--data_root", root, "--output_dir", tmp_path, "--experiment_name", "run",
                                              "--overwrite", *TINY]):
-        done = subprocess.run([sys.executable, "train_papsmear.py", *map(str, arguments)], cwd=PROJECT,
-                              capture_output=True, text=True)
-        assert done.returncode == 2
-        assert "another process is writing into this run folder" in done.stderr
+        assert train_papsmear.main(list(map(str, arguments))) == 2
+        assert "another process is writing into this run folder" in capsys.readouterr().err
     assert metric_rows(folder) == metric_rows(trained_run[0])
     holder.kill()
     holder.wait()
