@@ -228,18 +228,11 @@ class ProgressiveLoader:
 
     @staticmethod
     def _answers(workers: DataLoader) -> Iterator[dict]:
-        """Yield what workers send; an error of theirs becomes one of this process, in a sentence."""
-        try:
-            for answer in workers:
-                if "error" in answer:
-                    raise ImageFileError(answer["error"])
-                yield answer
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            raise UserError(f"a process that decodes images has died ({str(error).splitlines()[0]}). Was it killed, or "
-                            f"is the memory full? Resume with a smaller --num_workers, or with --num_workers "
-                            f"0") from None
+        """Yield what workers send; what they refuse becomes an error of this process."""
+        for answer in workers:
+            if "error" in answer:
+                raise ImageFileError(answer["error"])
+            yield answer
 
 
 def create_progressive_dataloaders(data_root="data", batch_sizes: dict[int, int] | None = None, in_channels: int = 1,

@@ -78,6 +78,11 @@ def fit(trainer, loaders: dict, folder: Path) -> None:
             print("\ninterrupted; " + (f"continue with --resume {folder}" if begun else
                                        "nothing was saved yet, start again with --overwrite"), file=sys.stderr)
         raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # which torch raises wherever the training is at that moment
+            raise
+        raise UserError(f"a process that decodes images has died ({str(error).splitlines()[0]}). Was it killed, or is "
+                        f"the memory full? Continue with --resume {folder} --num_workers 0") from None
     except OSError as error:
         if not is_for_user(error):
             raise

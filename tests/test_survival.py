@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -35,7 +36,10 @@ from conftest import (
     write_checkpoint,
     write_data_set,
 )
+from images.files import ImageFileError
 from images.recipe import DataRecipe
+from pap_smear_dataset import create_progressive_dataloaders
+from progressive_trainer import ProgressiveTrainer
 from system.errors import NonFiniteLossError, UserError
 from system.signals import StoppedBySignal, noted_signals
 from tests import kill
@@ -384,3 +388,32 @@ def test_settings_of_the_run_are_kept_in_json(root, tmp_path):
     trainer, loaders = make_trainer(root, tmp_path / "run", config={"a": 1})
     trainer.train_epoch(loaders[32][0], 0)
     assert json.loads((tmp_path / "run/config.json").read_text())["a"] == 1
+
+
+def test_a_damaged_image_in_a_worker_is_one_sentence(root, tmp_path):
+    place = shutil.copytree(root, tmp_path / "data")
+    loader = create_progressive_dataloaders(place, {32: 1}, cache_images=False, num_workers=1)[32][0]
+    (place / "train/images/train_3.png").write_bytes(b"damaged")
+    with pytest.raises(ImageFileError, match="train_3.png") as caught:
+        list(loader)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_worker_that_is_killed_ends_the_training_in_one_sentence(root, tmp_path, monkeypatch, capsys):
+    train = ProgressiveTrainer.train_epoch
+
+    def killing(trainer, loader, epoch):
+        if trainer.model.stage == 2:
+            next(iter(loader))
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(1)
+        return train(trainer, loader, epoch)
+
+    monkeypatch.setattr(ProgressiveTrainer, "train_epoch", killing)
+    assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "run",
+                                "--cache_images", "false", "--num_workers", "1", *TINY]) == 2
+    said = capsys.readouterr().err
+    assert "a process that decodes images has died (DataLoader worker" in said
+    assert f"Continue with --resume {tmp_path / 'run'} --num_workers 0" in said
+    assert said.count("\n") == 1
