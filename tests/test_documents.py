@@ -39,8 +39,8 @@ TOO_LONG = {
     r"python docs/draw_growth\.py": "would draw the picture of this very folder anew"}
 SHORTER = {"range(50)": "range(1)", "out_channels=1)": "out_channels=1, base_channels=2)",
            "epochs_per_stage=50": "epochs_per_stage=1"}  # so that blocks of Python run in seconds
-# Of torchrun, TensorBoard, argparse and pap_smear_dataset.py.
-OTHERS_OPTIONS = {"--nproc_per_node", "--logdir", "--help", "--write_splits"}
+# Of torchrun, TensorBoard, argparse, tests/kill.py and pap_smear_dataset.py.
+OTHERS_OPTIONS = {"--nproc_per_node", "--kills", "--logdir", "--help", "--write_splits"}
 
 
 def blocks(text: str, language: str) -> list[str]:
