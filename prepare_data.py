@@ -20,6 +20,7 @@ from pathlib import Path
 
 from images.recipe import SIZINGS
 from images.resolutions import FINEST
+from images.splits import SHARES
 from preparation.choices import DRAWN_FORMATS, HERLEV_TARGETS, SAMPLE_COUNTS
 from system.errors import UserError
 from system.options import Parser, command, name_ending, number, regex, whole
@@ -51,7 +52,7 @@ SHARED_OPTIONS = {
                       "help": "finds the patient, slide or field of view in an image's name, e.g. '^[^_]+' for all "
                               "before the first underscore; images of one group belong into one split"},
     "--in_channels": {"type": int, "choices": (1, 3), "default": 1, "help": "1 luminance, 3 RGB (1)"},
-    "--shares": {"type": split_shares, "default": (0.70, 0.15, 0.15), "metavar": "70,15,15",
+    "--shares": {"type": split_shares, "default": SHARES, "metavar": "70,15,15",
                  "help": "per cent of the images for train, valid and test (70,15,15)"},
     "--max_value": {"type": whole(0), "default": 0,
                     "help": "white in images of more than 8 bit, e.g. 4095 for 12 bit (0: that of their type)"},

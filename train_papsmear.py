@@ -34,7 +34,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
 
     with process_group():
         if args.resume:
-            folder, args = resumed_settings(args)
+            folder, last, args = resumed_settings(args)
         else:
             folder = Path(args.output_dir) / args.experiment_name
             if is_main_process():  # others may come when it has begun to write
@@ -47,7 +47,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
             print("dry run: nothing was trained and nothing written")
             return
         if args.resume:
-            trainer.resume(resumable_file(folder))
+            trainer.resume(last)
             print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}"
                   + trainer.position_in_words)
             if trainer.course.ended(model.stage) and (folder / "test_scores.json").exists():
@@ -92,22 +92,20 @@ def fit(trainer, loaders: dict, folder: Path) -> None:
                         f"{saved}") from None
 
 
-def resumed_settings(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
-    """Return the run folder and the settings of the run to continue, with what may be changed and was."""
-    from checkpoints import load_checkpoint
-
+def resumed_settings(args: argparse.Namespace) -> tuple[Path, Path, argparse.Namespace]:
+    """Return the run folder, the file to go on from, and the settings of the run, with what may be changed and was."""
     folder = Path(args.resume)
     folder = folder.parent if folder.name == "last.pth" else folder
-    config = load_checkpoint(resumable_file(folder))["config"]
+    last, config = resumable_file(folder)
     if "resolved" not in config:
         raise UserError(f"{folder}: this run was started from Python, so its settings are there. Build the trainer as "
                         f"it was and call trainer.resume('{folder / 'last.pth'}')")
     config["precision"] = config["resolved"]["precision"]  # unless given: 'auto' could mean another one on this machine
-    return folder, run_settings(config, args)
+    return folder, last, run_settings(config, args)
 
 
-def resumable_file(folder: Path) -> Path:
-    """Return last.pth of a run folder or, where it is damaged or missing, the one before, and say so.
+def resumable_file(folder: Path) -> tuple[Path, dict]:
+    """Return last.pth of a run folder with its config or, where it is damaged or missing, the one before, and say so.
 
     Raises UserError where neither can be read.
     """
@@ -118,14 +116,13 @@ def resumable_file(folder: Path) -> Path:
         raise UserError(f"{folder}: no last.pth in it, so nothing of that run was saved. Start it again with "
                         f"--overwrite")
     try:
-        load_checkpoint(last)
-        return last
+        return last, load_checkpoint(last)["config"]
     except UserError as error:
         if not previous.exists():
             raise
-        load_checkpoint(previous)
+        config = load_checkpoint(previous)["config"]
         print(f"warning: {error}\nwarning: going on from {previous}, which was saved before it")
-        return previous
+        return previous, config
 
 
 def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):

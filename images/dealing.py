@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from images.pairs import Pair, originals
-from images.splits import SPLITS, SPLITS_FILE, DatasetError, groups_of, read_folders
+from images.splits import SHARES, SPLITS, SPLITS_FILE, DatasetError, groups_of, read_folders
 from system.errors import UserError
 
-SHARES = (0.70, 0.15, 0.15)
 FEW_GROUPS = 5  # of valid or test, below which their scores depend on chance
 
 

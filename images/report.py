@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from images.dealing import SHARES, write_splits
+from images.dealing import write_splits
 from images.duplicates import shared
 from images.files import load_image
 from images.listing import name_of
 from images.pyramid import ImagePyramid, open_pyramids
 from images.resolutions import FINEST, RESOLUTIONS
-from images.splits import SPLITS, DatasetError, by_source, find_data_root, groups_of, leaked, passed_over
+from images.splits import SHARES, SPLITS, DatasetError, by_source, find_data_root, groups_of, leaked, passed_over
 from images.targets import instance_file
 
 HOW = {"source images": " as originals or copies", "pictures": ", by their pixels, turned or flipped ones too"}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from images.bands import BAND_PIXELS, even_spans
 from images.files import MAX_PIXELS, ImageFileError, to_image
@@ -75,8 +76,6 @@ class SlideRows:
             raise ImageFileError(f"{self.path}: rows {top} to {top + rows} of level {self.level} cannot be read "
                                  f"({str(error) or type(error).__name__}). Is the file cut off?") from None
         if region.mode == "RGBA":
-            from PIL import Image
-
             white = Image.new("RGBA", region.size, "white")
             region = Image.alpha_composite(white, region)
         return np.asarray(region.convert("RGB"))

@@ -21,6 +21,7 @@ from images.recipe import SIZINGS
 from system.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+SHARES = (0.70, 0.15, 0.15)  # of the images, for each of them
 SPLITS_FILE = "splits.csv"
 MANIFEST = "manifest.csv"  # of a prepared data set: from which image and patient every file comes
 BUNDLED_SAMPLE = Path(__file__).resolve().parents[1] / "data"

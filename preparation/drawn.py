@@ -15,12 +15,12 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from images.dealing import SHARES, deal_groups, few_groups
+from images.dealing import deal_groups, few_groups
 from images.files import ImageFileError, image_size, load_image
 from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of, place
 from images.masks import is_lossy, load_instances, load_mask
 from images.pairs import originals_among, source_name
-from images.splits import SPLITS, DatasetError, group_names
+from images.splits import SHARES, SPLITS, DatasetError, group_names
 from preparation.annotation_files import read_coco, read_geojson
 from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder

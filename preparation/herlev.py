@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from images.dealing import SHARES, deal_groups
+from images.dealing import deal_groups
 from images.files import ImageFileError, image_size, load_image
 from images.listing import has_suffix
-from images.splits import SPLITS, DatasetError
+from images.splits import SHARES, SPLITS, DatasetError
 from preparation.choices import HERLEV_TARGETS
 from preparation.data_sets import PreparedData, Source, format_table, new_folder
 from system.errors import UserError

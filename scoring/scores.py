@@ -157,7 +157,7 @@ def group_numbers(rows: list[dict]) -> np.ndarray:
     return np.array([numbers.setdefault(row["group"], len(numbers)) for row in rows])
 
 
-def bootstrap_mean(values: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float, np.ndarray]:
+def bootstrap_mean(values: np.ndarray, seed: int, groups: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Return the bounds of the percentile bootstrap interval of the mean (scipy), and the resampled means.
 
     Args:
@@ -166,7 +166,6 @@ def bootstrap_mean(values: np.ndarray, seed: int, groups: np.ndarray | None = No
     Returns:
         low, high, means (RESAMPLES,).
     """
-    groups = np.arange(len(values)) if groups is None else groups
     counts, sums = np.bincount(groups), np.bincount(groups, values)
     if len(sums) == 1:  # scipy refuses it
         return float(values.mean()), float(values.mean()), np.repeat(values.mean(), RESAMPLES)

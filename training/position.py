@@ -7,7 +7,7 @@ import torch
 
 from system.devices import random_states, set_random_states
 from system.errors import UserError
-from system.processes import all_gather, rank
+from system.processes import all_gather, rank, world_size
 from training.batches import Loader
 from training.means import PassMeasures
 from training.steps import OptimizerSteps
@@ -44,7 +44,7 @@ class EpochPosition:
         self._start -= saved["seconds"]
         self._busy -= saved["processor_seconds"]
         parts = saved["sums"]
-        if len(parts) == len(all_gather(None)):
+        if len(parts) == world_size():
             self._measures.load(parts[rank()])
         elif rank() == 0:  # as many processes as before are not there; the sum over all is what counts
             for part in parts:

@@ -24,8 +24,8 @@ class OptimizerSteps:
 
     def begin(self) -> None:
         """Forget gradients of a batch that was refused or a step that was cut off, and what was counted."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._images, self._norms, self._skipped = 0, [], 0
+        self.forget()
+        self._norms, self._skipped = [], 0
 
     def forget(self) -> None:
         """Forget the gradients of a step that is not taken."""
