@@ -7,10 +7,11 @@
     torchrun --nproc_per_node=2 evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data
 
 Writes scores.csv (one row an image), summary.json and cases.png (the worst and the best images) into --out, by default
-a folder beside the checkpoint.
+a folder beside the checkpoint. After a kill the same command with --continue goes on with the images that are left.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ from system.options import Parser, checkpoint_list, command, flag, name_ending, 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
 SHOWN_CASES = 3  # worst ones and best ones each
-RESULT_FILES = ("scores.csv", "scores_compared.csv", "summary.json", "cases.png")
+SCORES, COMPARED = "scores.csv", "scores_compared.csv"
+RESULT_FILES = (SCORES, COMPARED, "summary.json", "cases.png")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=results_folder,
                         help="folder for the results (CHECKPOINT_SPLIT beside the checkpoint; with --compare "
                              "CHECKPOINT_SPLIT_against_OTHER)")
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--continue", action="store_true", dest="go_on",
+                          help="go on with an interrupted evaluation: leave out the images that are scored")
+    existing.add_argument("--overwrite", action="store_true",
+                          help="replace results that are there, when the new ones are whole")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     return parser
@@ -59,28 +65,51 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, print and save; the processes that torchrun started share the images, and the first prints and saves."""
-    from images.splits import SPLITS_FILE, description_of, find_data_root
-    from images.targets import instance_file
-    from scoring.scores import compare, score_pairs, scored_pairs, summarise
-    from system.processes import is_main_process
-    from training.run_folder import RunFolder
+    from images.splits import description_of
+    from scoring.scores import scored_pairs
+    from scoring.unfinished import UnfinishedScores
+    from system.locks import held_lock
+    from system.processes import all_gather, is_main_process
 
     folder = Path(args.out) if args.out else default_folder(args)
-    existing = [folder / name for name in RESULT_FILES if (folder / name).exists()]
-    if existing and not args.overwrite:
-        raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
-                        f"pass --overwrite")
     predictor = open_predictor(args, args.checkpoint)
     other = open_predictor(args, args.compare) if args.compare else None
     if other and other.classes != predictor.classes:
         raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
+    kept = [UnfinishedScores(folder / name, settings_of(args)) for name in (SCORES, COMPARED)]
+    refuse_existing(args, folder, any(scores.exist() for scores in kept))
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented, args.mask_suffix)
     sizing, _ = description_of(args.data_root)
     if sizing != predictor.recipe.sizing:
         print(f"warning: the network was trained with sizing '{predictor.recipe.sizing}', but {args.data_root} is a "
               f"data set of '{sizing}': it sees nuclei at another size than it knows, so this score says little")
-    folder.mkdir(parents=True, exist_ok=True)  # before an hour of scoring that could not be written
+    lock = held_lock(folder / ".lock", "this folder", "choose another --out") if is_main_process() \
+        else contextlib.nullcontext()
+    with lock:  # makes the folder, before an hour of scoring that could not be written
+        if args.go_on:
+            print(f"{sum(scores.read() for scores in kept)} images are scored already")
+        else:
+            for scores in kept:
+                scores.remove()
+        all_gather(None)  # before a process keeps what another one would read, or remove
+        score(args, folder, predictor, other, pairs, kept)
+        for scores in kept:
+            scores.remove()
+
+
+def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list, kept: list) -> None:
+    """Score the pairs, print the measures, and write the results into the folder.
+
+    Args:
+        other: the Predictor to compare with, or None.
+        kept: the `UnfinishedScores` of both.
+    """
+    from images.splits import SPLITS_FILE, find_data_root
+    from images.targets import instance_file
+    from scoring.scores import compare, score_pairs, summarise
+    from system.processes import is_main_process
+
     table = find_data_root(args.data_root) / SPLITS_FILE
     print(f"{len(pairs)} images of the split {args.split} at original size, e.g. {pairs[0].image}"
           + (f" ({table} says which)" if table.is_file() else ""))
@@ -88,32 +117,60 @@ def evaluate(args: argparse.Namespace) -> None:
         without = sum(instance_file(pair) is None for pair in pairs)
         print(f"drawn nuclei of {len(pairs) - without} images from their instance maps, of {without} as the connected "
               f"parts of the mask")
-
-    rows = score_pairs(predictor, pairs, args.instances, args.group_regex)
+    rows = score_pairs(predictor, pairs, args.instances, args.group_regex, kept[0])
     groups = len({row["group"] for row in rows})
     if groups < len(rows):
         print(f"{groups} groups of images, e.g. {rows[0]['group']}: intervals and tests resample groups")
     summary = {"checkpoint": joined(args.checkpoint), "split": args.split, "images": str(pairs[0].image.parent),
                "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
-    others = score_pairs(other, pairs, args.instances, args.group_regex) if other else None
+    others = score_pairs(other, pairs, args.instances, args.group_regex, kept[1]) if other else []
     if others:
         summary |= {"compared_with": joined(args.compare), "other_scores": summarise(others, args.seed),
                     "comparison": compare(rows, others, args.seed)}
         print_comparison(args, summary)
     if args.all_scales:
         summary["scales"] = score_scales(predictor, pairs)
-    if not is_main_process():
-        return
-    for stale in existing:
-        stale.unlink()
+    if is_main_process():
+        write_results(folder, predictor, pairs, {SCORES: rows, COMPARED: others}, summary)
+
+
+def write_results(folder: Path, predictor, pairs: list, tables: dict[str, list[dict]], summary: dict) -> None:
+    """Write the tables, the summary and the picture, each in the place of an earlier one when it is whole."""
+    from training.run_folder import RunFolder
+
     results = RunFolder(folder)
-    results.write_csv("scores.csv", rows, tuple(rows[0]))
-    if others:
-        results.write_csv("scores_compared.csv", others, tuple(others[0]))
+    for name, rows in tables.items():
+        if rows:
+            results.write_csv(name, rows, tuple(rows[0]))
+        else:
+            (folder / name).unlink(missing_ok=True)
     results.write_json("summary.json", summary)
-    draw_cases(predictor, pairs, rows, results.file("cases.png"))
+    draw_cases(predictor, pairs, tables[SCORES], results.file("cases.png"))
     print(f"look at {folder}/: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return what the scores of an image depend on, for --continue."""
+    from system.archives import digest_of
+
+    return {"sha256": [digest_of(Path(path)) for path in (*args.checkpoint, *(args.compare or ()))]} | {
+        name: getattr(args, name) for name in ("data_root", "split", "use_augmented", "mask_suffix", "max_value",
+                                               "instances", "augment", "tile")}
+
+
+def refuse_existing(args: argparse.Namespace, folder: Path, interrupted: bool) -> None:
+    """Raise UserError if results are there unasked, or if there is nothing to go on with."""
+    existing = [folder / name for name in RESULT_FILES if (folder / name).exists()]
+    if args.go_on and not interrupted:
+        raise UserError(f"--continue: no evaluation was interrupted in {folder}"
+                        + (", it is finished. Look at its summary.json" if existing else ". Leave --continue out"))
+    if interrupted and not args.go_on and not args.overwrite:
+        raise UserError(f"{folder}: an evaluation was interrupted here. Go on with --continue, or start anew with "
+                        f"--overwrite")
+    if existing and not args.go_on and not args.overwrite:
+        raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
+                        f"pass --overwrite")
 
 
 def default_folder(args: argparse.Namespace) -> Path:
@@ -212,7 +269,7 @@ def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
                 predictor.threshold)
 
 
-@command(interrupted="nothing was written")
+@command(interrupted="the same command with --continue goes on with the images that are left")
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from system.processes import process_group

@@ -5,23 +5,23 @@
     python predict_papsmear.py fold_1.pth,fold_2.pth slides/ --out predicted --augment --shard 1/4
 
 For NAME.png the folder gets NAME_mask.png (0/255; with several classes NAME_mask_1.png, ...), NAME_instances.png (16
-bit, 0 for background), NAME_overlay.png (outlines of the nuclei) and rows in nuclei.csv; all nuclei are those of the
-first class. A file that cannot be predicted is listed at the end, and the exit code is then 1.
+bit, 0 for background), NAME_overlay.png (outlines of the nuclei), rows in nuclei.csv and, when it is finished, one in
+images.csv; all nuclei are those of the first class. A file that cannot be predicted is listed at the end, and the exit
+code is then 1. After a kill or a full disk the same command with --continue goes on with the images that are left.
 
 With a checkpoint of native scale (sizing 'tile'), images of more than --stream_above pixels never lie in memory whole:
 the results are tiled TIFF files, NAME_mask.tif and NAME_instances.tif (32 bit), and NAME_overlay.png is reduced.
 """
 
 import argparse
-import csv
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from system.errors import UserError
+from system.errors import FULL, DiskError, UserError
 from system.options import Parser, checkpoint_list, command, number, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
@@ -43,7 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
                         help="a checkpoint, or several joined by commas, which are averaged")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=results_folder, help="folder for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace results of these images that are there")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--continue", action="store_true", dest="go_on",
+                          help="go on with an interrupted prediction: leave out the images that are finished")
+    existing.add_argument("--overwrite", action="store_true",
+                          help="replace results of these images that are there, each when its new ones are whole")
     parser.add_argument("--probability", action="store_true", help="NAME_probability.png too (16 bit, 65535 is 1)")
     parser.add_argument("--threshold", type=number(0, 1, above=True, below=True), help="that of the checkpoint")
     parser.add_argument("--min_area", type=whole(0), default=30, help="pixels of the smallest nucleus (30)")
@@ -66,8 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
 def predict(args: argparse.Namespace) -> int:
     """Predict all images of this process; return the exit code."""
     from images.listing import place
+    from images.slides import is_slide
     from inference import Predictor
+    from nuclei.results import ResultsFolder
     from system.devices import set_up_process
+    from system.signals import noted_signals
 
     index, count, device = shard_and_device(args)
     all_paths = list_images(args.images)
@@ -81,24 +88,22 @@ def predict(args: argparse.Namespace) -> int:
     if any(place(path).parent == folder.resolve() for path in all_paths):
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                         f"the next time. Choose another --out")
-    table = folder / ("nuclei.csv" if count == 1 else f"nuclei_{index}_of_{count}.csv")
-    existing = [p for path in paths for p in output_files(folder, path, predictor.classes) if p.exists()]
-    if not args.overwrite and (existing or table.exists()):
-        raise UserError(f"{existing[0] if existing else table}: exists already, and nothing is overwritten unasked. "
-                        f"Choose another --out, or pass --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{','.join(args.checkpoint)}: {predictor}")
-    part = f", part {index} of {count}" if count > 1 else ""
-    print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}")
-    if words := scale_warning(predictor, args.pixel_size):
-        print(f"warning: {words}")
-
-    failed, black = predict_all(predictor, paths, table, args)
+    results = ResultsFolder(folder, (index, count), predictor.classes, settings_of(args, predictor),
+                            bool(args.pixel_size or any(map(is_slide, all_paths))))
+    with noted_signals() as asked, results:
+        left = results.begin(paths, args.overwrite, args.go_on)
+        print(f"{','.join(args.checkpoint)}: {predictor}")
+        part = f", part {index} of {count}" if count > 1 else ""
+        print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}"
+              + (f"; {len(paths) - len(left)} are finished, {len(left)} are left" if args.go_on else ""))
+        if words := scale_warning(predictor, args.pixel_size):
+            print(f"warning: {words}")
+        failed, black = predict_all(predictor, left, results, args, asked)
     if black:
-        print(f"warning: {len(black)} of {len(paths)} images came out all black; the highest probability in them is "
+        print(f"warning: {len(black)} of {len(left)} images came out all black; the highest probability in them is "
               f"{max(black):.3f}. Lower --threshold, or train on images like these")
     if len(failed) < len(paths):
-        print(f"look at {folder}/: NAME_overlay.png, {table.name}")
+        print(f"look at {folder}/: NAME_overlay.png, {results.images.name}, {results.nuclei.name}")
     for problem in failed:
         print(f"error: {problem}", file=sys.stderr)
     if failed:
@@ -106,82 +111,88 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def predict_all(predictor, paths: list[Path], table: Path, args: argparse.Namespace) -> tuple[list[str], list[float]]:
-    """Predict images one after the other; rows of earlier results stay in the table, unless an image has new ones.
+def settings_of(args: argparse.Namespace, predictor) -> dict:
+    """Return what the results depend on, for settings.json and --continue."""
+    from system.archives import digest_of
 
+    return {"checkpoint": args.checkpoint, "sha256": [digest_of(Path(path)) for path in args.checkpoint],
+            "threshold": predictor.threshold, "max_value": predictor.max_value, "device": str(predictor.device),
+            "precision": predictor.precision} \
+        | {name: getattr(args, name) for name in ("min_area", "pixel_size", "probability", "augment", "scale", "tile",
+                                                  "stream_above")}
+
+
+def predict_all(predictor, paths: list[Path], results, args: argparse.Namespace,
+                asked: Callable[[], int]) -> tuple[list[str], list[float]]:
+    """Predict images one after the other into a `ResultsFolder`.
+
+    Args:
+        asked: whether to stop (see `system.signals.noted_signals`), which is done before the next image, and before
+            the next band of one that is predicted from file to file.
     Returns:
         What went wrong, a line for each image that failed, and the highest probability of each that came out black.
     """
-    from images.listing import shown
-    from images.slides import is_slide
-    from nuclei.measurement import COLUMNS, MICROMETRE_COLUMNS
+    from system.signals import stop_if_asked
 
     failed, black = [], []
-    scaled = args.pixel_size or any(map(is_slide, paths))
-    earlier = rows_by_image(table)
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS + (MICROMETRE_COLUMNS if scaled else ()), extrasaction="ignore")
-        writer.writeheader()
-        names = {shown(path.name) for path in paths}
-        writer.writerows(row for name, rows in earlier.items() if name not in names for row in rows)
-        for path in paths:
-            times = {p: p.stat().st_mtime_ns for p in output_files(table.parent, path, predictor.classes) if p.exists()}
-            try:
-                rows, highest = predict_one(predictor, path, table.parent, args)
-            except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
-                first_line = (str(error).splitlines() or ["out of memory"])[0]
-                failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
-                print(f"{path.name}: failed")
-                writer.writerows(earlier.get(shown(path.name), []))
-                continue
-            writer.writerows(rows)
-            for stale in (p for p, time_then in times.items() if p.stat().st_mtime_ns == time_then):
-                stale.unlink()  # a file of another kind, or a probability that was not asked for now
-            if highest < predictor.threshold:
-                black.append(highest)
-    if len(failed) == len(paths) > 0 and not earlier:
-        table.unlink()  # it has no row
+    for path in paths:
+        try:
+            with results.image(path) as result:
+                highest = predict_one(predictor, path, result, args, lambda: stop_if_asked(asked))
+        except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
+            refuse_lost_folder(error, results.path)
+            first_line = (str(error).splitlines() or ["out of memory"])[0]
+            failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
+            print(f"{path.name}: failed")
+            continue
+        if highest < predictor.threshold:
+            black.append(highest)
+        stop_if_asked(asked)
     return failed, black
 
 
-def rows_by_image(table: Path) -> dict[str, list[dict]]:
-    """Return the rows of an earlier nuclei.csv by image, in their order; nothing where there is none."""
-    rows: dict[str, list[dict]] = {}
-    if table.exists():
-        with open(table, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                rows.setdefault(row.get("image", ""), []).append(row)
-    return rows
+def refuse_lost_folder(error: BaseException, folder: Path) -> None:
+    """Raise DiskError if an error is one of the folder of the results, into which no other image could be written."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        reason = error.strerror
+    else:
+        reason = "it was removed" if not folder.is_dir() else "" if os.access(folder, os.W_OK) else "it is read-only"
+    if reason:
+        raise DiskError(f"{folder}: {reason}. Finished images are written. Make room or mend the disk, then go on with "
+                        f"the same command and --continue") from None
 
 
-def predict_one(predictor, path: Path, folder: Path, args: argparse.Namespace) -> tuple[Iterator[dict], float]:
-    """Predict one image, write its files, print its line; return its rows of nuclei.csv and its highest probability."""
+def predict_one(predictor, path: Path, result, args: argparse.Namespace, between_bands: Callable[[], None]) -> float:
+    """Predict one image, write its `ImageResults`, print its line; return its highest probability."""
     from images.bands import ImageRows
     from images.files import image_size
-    from images.listing import shown
     from images.slides import is_slide
     from nuclei.measurement import nucleus_rows
+    from nuclei.results import image_row
 
     start, pixel_size = time.perf_counter(), args.pixel_size
     if is_slide(path):
         rows = slide_rows(predictor, path, args)
         height, width, pixel_size = rows.height, rows.width, rows.microns_per_pixel
-        prediction = predict_streamed(predictor, rows, folder, args)
+        prediction = predict_streamed(predictor, rows, result, args, between_bands)
     else:
         height, width = image_size(path, args.max_pixels)
         if predictor.recipe.sizing == "tile" and height * width > args.stream_above:
             rows = ImageRows(path, 3, args.max_pixels, predictor.max_value)
             if not rows.in_parts:
                 print(f"{path.name}: not a TIFF that can be read in parts; all its pixels are held in memory")
-            prediction = predict_streamed(predictor, rows, folder, args)
+            prediction = predict_streamed(predictor, rows, result, args, between_bands)
         else:
-            prediction = predict_in_memory(predictor, path, folder, args)
-    black = prediction.highest < predictor.threshold
+            prediction = predict_in_memory(predictor, path, result, args)
+    black, seconds = prediction.highest < predictor.threshold, time.perf_counter() - start
+    measures = prediction.sums.measures()
+    result.nuclei = nucleus_rows(result.name, measures, pixel_size)
+    result.row = image_row(prediction, (height, width), measures["area"], pixel_size) | {"seconds": round(seconds, 2)}
     print(f"{path.name}: {height}x{width}, {prediction.nuclei} nuclei, {prediction.foreground:.1%} foreground, "
-          f"{time.perf_counter() - start:.1f} s"
+          f"{seconds:.1f} s"
           + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
           + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)
-    return nucleus_rows(shown(path.name), prediction.sums.measures(), pixel_size), prediction.highest
+    return prediction.highest
 
 
 def slide_rows(predictor, path: Path, args: argparse.Namespace):
@@ -209,13 +220,14 @@ def scale_warning(predictor, pixel_size: float | None) -> str:
             f"{in_words(pixel_size / wanted)} as the network knows them. Bring them to {wanted:g} first")
 
 
-def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namespace):
+def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     """Predict one image as a whole and write its files; return a `nuclei.streaming.Prediction`."""
     import numpy as np
 
-    from images.files import load_image, save_instances, save_png, to_image
+    from images.files import instances_suffix, load_image, save_instances, save_png, to_image
     from nuclei.measurement import NucleusSums
     from nuclei.outlines import overlay
+    from nuclei.results import class_endings
     from nuclei.streaming import Prediction
 
     image = load_image(path, 3, int(args.max_pixels), predictor.max_value)
@@ -224,41 +236,32 @@ def predict_in_memory(predictor, path: Path, folder: Path, args: argparse.Namesp
     nuclei = predictor.nuclei(probability, args.min_area)
     mask = probability[..., :predictor.classes] >= predictor.threshold
     for k, ending in enumerate(class_endings(predictor.classes)):
-        save_png(folder / f"{path.stem}_mask{ending}.png", mask[..., k])
+        save_png(result.file(f"mask{ending}"), mask[..., k])
         if args.probability:
-            save_png(folder / f"{path.stem}_probability{ending}.png",
-                     np.round(probability[..., k] * 65535).astype(np.uint16))
-    save_instances(folder / f"{path.stem}_instances.png", nuclei)
-    save_png(folder / f"{path.stem}_overlay.png", overlay(image, nuclei))
+            save_png(result.file(f"probability{ending}"), np.round(probability[..., k] * 65535).astype(np.uint16))
+    save_instances(result.file("instances", instances_suffix(nuclei)), nuclei)
+    save_png(result.file("overlay"), overlay(image, nuclei))
     sums = NucleusSums()
     sums.add(nuclei, probability[..., 0])
     return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
                       predictor.unlike_training(pixels, probability), sums)
 
 
-def predict_streamed(predictor, rows, folder: Path, args: argparse.Namespace):
+def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_bands: Callable[[], None]):
     """Predict one image, an `ImageRows` or `SlideRows`, from file to files; return a `nuclei.streaming.Prediction`."""
     from images.files import save_png
     from nuclei.outlines import overlay
+    from nuclei.results import class_endings
     from nuclei.streaming import stream_prediction
-    from system.atomic import finished_files
 
-    path = rows.path
-    with finished_files() as unfinished:
-        def place(kind: str) -> list[Path]:
-            return [unfinished(folder / f"{path.stem}_{kind}{ending}.tif")
-                    for ending in class_endings(predictor.classes)]
+    def places(kind: str) -> list[Path]:
+        return [result.file(f"{kind}{ending}", ".tif") for ending in class_endings(predictor.classes)]
 
-        prediction, overview, labels = stream_prediction(
-            predictor, rows, args.min_area, unfinished(folder / f"{path.stem}_instances.tif"), place("mask"),
-            place("probability") if args.probability else [])
-        save_png(unfinished(folder / f"{path.stem}_overlay.png"), overlay(overview, labels))
+    prediction, overview, labels = stream_prediction(
+        predictor, rows, args.min_area, result.file("instances", ".tif"), places("mask"),
+        places("probability") if args.probability else [], between_bands)
+    save_png(result.file("overlay"), overlay(overview, labels))
     return prediction
-
-
-def class_endings(classes: int) -> list[str]:
-    """Return what file names say of the class: nothing for a single one."""
-    return [""] if classes == 1 else [f"_{k + 1}" for k in range(classes)]
 
 
 def list_images(given: list[str]) -> list[Path]:
@@ -291,13 +294,6 @@ def list_images(given: list[str]) -> list[Path]:
     return paths
 
 
-def output_files(folder: Path, path: Path, classes: int) -> list[Path]:
-    """Return the files that a prediction of an image may make."""
-    kinds = [f"{kind}{ending}" for kind in ("mask", "probability") for ending in class_endings(classes)]
-    return [folder / f"{path.stem}_{kind}{suffix}" for kind in (*kinds, "instances") for suffix in (".png", ".tif")] \
-        + [folder / f"{path.stem}_overlay.png"]
-
-
 def shard_and_device(args: argparse.Namespace) -> tuple[int, int, str]:
     """Return i, n and the device: as given, else from the variables of torchrun, else everything in one process."""
     (index, count), device = args.shard or (1, 1), args.device
@@ -311,7 +307,7 @@ def shard_and_device(args: argparse.Namespace) -> tuple[int, int, str]:
     return index, count, device
 
 
-@command(interrupted="finished images are written")
+@command(interrupted="finished images are written; the same command with --continue goes on")
 def main(argv: list[str] | None = None) -> int:
     return predict(build_parser().parse_args(argv))
 

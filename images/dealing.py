@@ -9,6 +9,7 @@ import numpy as np
 from images.pairs import Pair, originals
 from images.splits import SHARES, SPLITS, SPLITS_FILE, DatasetError, groups_of, read_folders
 from system.errors import UserError
+from system.text import guarded
 
 FEW_GROUPS = 5  # of valid or test, below which their scores depend on chance
 
@@ -102,7 +103,7 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0,
     if path.exists():
         raise UserError(f"{path}: exists already. Move or delete it first; it is never overwritten")
     dealt, odd = split_by_group(data_root, group_regex, seed, shares, mask_suffix)
-    rows = [(pair.image.relative_to(data_root).as_posix(), split) for split in SPLITS for pair in dealt[split]]
+    rows = [(guarded(pair.image.relative_to(data_root).as_posix()), split) for split in SPLITS for pair in dealt[split]]
     try:
         with open(path, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([("path", "split"), *sorted(rows)])

@@ -93,10 +93,19 @@ def save_png(path: Path, array: np.ndarray, smallest: bool = True) -> None:
         Image.fromarray(array).save(file, format="PNG", optimize=smallest, compress_level=4)
 
 
+def instances_suffix(nuclei: np.ndarray) -> str:
+    """Return .png for a label map, or .tif with labels above 65535, which 16 bit do not hold."""
+    return ".tif" if nuclei.max(initial=0) > 65535 else ".png"
+
+
 def save_instances(path: Path, nuclei: np.ndarray) -> Path:
-    """Write a label map (H, W) as 16 bit PNG, or, with labels above 65535, as 32 bit TIFF; return the path written."""
-    if nuclei.size and nuclei.max() > 65535:
-        path = Path(path).with_suffix(".tif")
+    """Write a label map (H, W) as 16 bit PNG, or as 32 bit TIFF (see `instances_suffix`); return the path written.
+
+    Args:
+        path: the suffix .png becomes .tif where it must.
+    """
+    if instances_suffix(nuclei) == ".tif":
+        path = Path(path).with_suffix(".tif") if Path(path).suffix == ".png" else Path(path)
         with atomic_write(path, sync=False) as file:
             Image.fromarray(nuclei.astype(np.int32)).save(file, format="TIFF")
     else:

@@ -36,11 +36,6 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def shown(name: str) -> str:
-    """Return a file name as text that every table can hold: bytes that are no UTF-8 become escapes such as \\udce4."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def has_suffix(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
     """Tell whether a name ends so, in small letters or large; hidden files, such as macOS leaves, count as no file."""
     return path.suffix.lower() in suffixes and not path.name.startswith(".")

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from images.listing import composed, left_out, list_folder, name_of, shown
+from images.listing import composed, left_out, list_folder, name_of
 from images.pairs import KINDS, TREE, Pair, originals, pair_folder, what_is_there
 from images.recipe import SIZINGS
 from system.errors import UserError
+from system.text import shown, unguarded
 
 SPLITS = ("train", "valid", "test")
 SHARES = (0.70, 0.15, 0.15)  # of the images, for each of them
@@ -212,9 +213,9 @@ def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
     """Return name -> origin and group of every image that a manifest lists; a table of another kind tells nothing."""
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            return {composed(row["tile"]): {"origin": row["source"], "group": row["group"]}
-                    for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError):
+            rows = [{key: unguarded(row[key]) for key in ("tile", "source", "group")} for row in csv.DictReader(file)]
+        return {composed(row["tile"]): {"origin": row["source"], "group": row["group"]} for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -251,7 +252,8 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
         return splits
     seen = set()
     for number, row in enumerate(rows, start=2):
-        path, split, line = composed((row["path"] or "").replace("\\", "/")), row["split"], f"{table}, line {number}"
+        path = composed(unguarded(row["path"] or "").replace("\\", "/"))
+        split, line = row["split"], f"{table}, line {number}"
         if split not in SPLITS:
             problems.append(f"{line}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
         elif path not in by_path:

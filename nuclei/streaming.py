@@ -4,6 +4,7 @@ The image is read in bands, predicted a row of tiles at a time and separated a r
 and probabilities wait compressed in files without a name, until the numbers of the nuclei are known.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class Prediction:
 
 
 def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path, masks: list[Path],
-                      probabilities: list[Path]) -> tuple[Prediction, np.ndarray, np.ndarray]:
+                      probabilities: list[Path], between_bands: Callable[[], None] = lambda: None,
+                      ) -> tuple[Prediction, np.ndarray, np.ndarray]:
     """Predict an image with sizing 'tile' and write TIFF files: 32 bit labels, 0/255 masks, 16 bit probabilities.
 
     Args:
@@ -50,6 +52,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         rows: the image in RGB.
         instances, masks, probabilities: where to write; a mask for each class, probabilities likewise or none. The
             intermediate files are made in the folder of `instances`.
+        between_bands: called before each band, and may raise to stop.
     Returns:
         the prediction; the image reduced by a whole number so that no side exceeds OVERVIEW_SIDE, (h, w, 3) uint8; and
         the labels at the top left corner of each of these pixels, (h, w) uint32.
@@ -70,6 +73,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         def predicted():
             for band in predictor.predict_bands(view.pixels(), rows.height, rows.width):
                 done = len(band)
+                between_bands()
                 yield band
                 del band
                 bar.update(done)

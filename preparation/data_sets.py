@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from images.files import load_image, save_instances, save_png
-from images.listing import IMAGE_SUFFIXES, list_folder, shown
+from images.listing import IMAGE_SUFFIXES, list_folder
 from images.masks import load_instances
 from images.resolutions import FINEST
 from images.splits import MANIFEST, SPLITS, grouped
 from system.errors import UserError
+from system.text import guarded, shown
 
 FORMAT = 1
 COLUMNS = ("tile", "split", "source", "group", "row", "column", "height", "width", "nuclei")
@@ -151,7 +152,8 @@ class PreparedData:
         with open(self.root / MANIFEST, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(sorted(self.rows, key=lambda row: (row["split"], row["tile"])))
+            for row in sorted(self.rows, key=lambda row: (row["split"], row["tile"])):
+                writer.writerow(row | {key: guarded(row[key]) for key in ("tile", "source", "group")})
         self.draw_contact_sheet()
         notes = "".join(f"\n- {note}" for note in grouped(self.notes))
         report = self.table() + (f"\n{extra}\n" if extra else "") + (f"\nTo know:\n{notes}\n" if notes else "")

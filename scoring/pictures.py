@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from images.listing import shown
+from system.text import shown
 
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
 

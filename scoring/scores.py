@@ -19,7 +19,9 @@ from images.pairs import Pair
 from images.splits import MANIFEST, SPLITS_FILE, find_data_root, groups_of, list_splits, with_origins
 from images.targets import drawn_nuclei
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
+from scoring.unfinished import UnfinishedScores
 from system.processes import progress, shard, unshard
+from system.text import cell
 
 MEASURES = (*PIXEL_METRICS, "boundary_f1", *INSTANCE_METRICS)
 RESAMPLES = 10_000
@@ -40,7 +42,8 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True, mask_s
     return list_splits(data_root, use_augmented, (split,), mask_suffix)[split]
 
 
-def score_pairs(predictor, pairs: list[Pair], instances: bool = False, group_regex: str | None = None) -> list[dict]:
+def score_pairs(predictor, pairs: list[Pair], instances: bool = False, group_regex: str | None = None,
+                kept: UnfinishedScores | None = None) -> list[dict]:
     """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too.
 
     Several processes share the images, and each returns all rows.
@@ -48,15 +51,23 @@ def score_pairs(predictor, pairs: list[Pair], instances: bool = False, group_reg
     Args:
         group_regex: finds the group in a name (see `images.splits.groups_of`); without it the group is the one that a
             manifest tells, else the image that this one is a copy of.
+        kept: has the rows of images that need no scoring, and takes those of the others.
     """
-    rows = unshard([score_pair(predictor, pair, instances)[0] for pair in progress(shard(pairs), "scoring")])
-    return with_groups(rows, pairs, group_regex)
+    rows = []
+    for pair in progress(shard(pairs), "scoring"):
+        row = kept.row(pair.name) if kept else None
+        if row is None:
+            row = score_pair(predictor, pair, instances)[0]
+            if kept:
+                kept.keep(pair.name, row)
+        rows.append(row)
+    return with_groups(unshard(rows), pairs, group_regex)
 
 
 def with_groups(rows: list[dict], pairs: list[Pair], group_regex: str | None = None) -> list[dict]:
     """Return the rows of these pairs with the group of each."""
     group_of = {pair: group for group, found in groups_of(pairs, group_regex).items() for pair in found}
-    return [{"image": row["image"], "group": group_of[pair]} | row for row, pair in zip(rows, pairs, strict=True)]
+    return [{"image": row["image"], "group": cell(group_of[pair])} | row for row, pair in zip(rows, pairs, strict=True)]
 
 
 def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -95,7 +106,7 @@ def _row(pair: Pair, prediction: np.ndarray, mask: np.ndarray) -> dict:
     found, drawn = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (prediction, mask))
     scores = pixel_metrics(found, drawn)
     classes = range(mask.shape[2])
-    row = {"image": pair.name, "height": mask.shape[0], "width": mask.shape[1]}
+    row = {"image": cell(pair.name), "height": mask.shape[0], "width": mask.shape[1]}
     row |= {name: float(value.mean()) for name, value in scores.items()}
     row["boundary_f1"] = float(np.mean([boundary_f1(prediction[..., k], mask[..., k]) for k in classes]))
     if len(classes) > 1:

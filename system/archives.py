@@ -1,5 +1,6 @@
 """Check an archive before it is read: every byte by its checksums, and that it does not unpack to more than it is."""
 
+import hashlib
 import struct
 import zipfile
 from pathlib import Path
@@ -9,6 +10,12 @@ from system.errors import UserError
 # What was seen to be raised for archives that are cut off, or of which a bit is another one.
 UNREADABLE = (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError, LookupError, struct.error,
               OverflowError)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_archive(path: Path) -> None:

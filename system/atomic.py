@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,21 +30,3 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def finished_files() -> Iterator[Callable[[Path], Path]]:
-    """Give a function from a path to the one to write to; all are renamed at the end, and removed after an error."""
-    unfinished: dict[Path, Path] = {}
-
-    def partial(path: Path) -> Path:
-        unfinished[path] = path.with_name(f"{path.name}.unfinished")
-        return unfinished[path]
-
-    try:
-        yield partial
-        for path, written in unfinished.items():
-            os.replace(written, path)
-    finally:
-        for written in unfinished.values():
-            written.unlink(missing_ok=True)

@@ -19,10 +19,12 @@ class NonFiniteLossError(FloatingPointError):
     """The loss became infinite or not a number; the message says where. A command line ends with code 1."""
 
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a disk that takes nothing more
+
 # What the operating system refuses and a user can mend: rights, space, quotas, damaged disks, paths that are no folder.
 DISK_ERRORS = frozenset({
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR,
-    errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EPIPE})
+    errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE, errno.EPIPE}) | FULL
 
 
 def is_for_user(error: BaseException) -> bool:

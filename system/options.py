@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from system.errors import DiskError, NonFiniteLossError, UserError, is_for_user
+from system.signals import terminated_as_interrupted
+from system.text import plain_output
 
 # Seconds that other processes leave to the first one for saying the same error. As soon as it has ended, torchrun ends
 # the others, so only what went wrong in them alone is said late.
@@ -30,10 +32,10 @@ def is_first_of_launch() -> bool:
 def command(interrupted: str = "") -> Callable:
     """Return a decorator for `main(argv=None)` that turns what goes wrong into a line on stderr and an exit code.
 
-    The code is what `main` returns, 0 for None; 2 for what a user can mend (see `system.errors.is_for_user`); 1 for
-    a training whose numbers overflow; 3 where the disk ended one; 130 for Ctrl-C, 143 and 129 for the signals TERM and
-    HUP. All else is a fault of ours and keeps its traceback. What goes
-    wrong in all processes of torchrun is said by the first.
+    The code is what `main` returns, 0 for None; 2 for what a user can mend (see `system.errors.is_for_user`); 1 for a
+    training whose numbers overflow; 3 where the disk ended it; 130 for Ctrl-C, 143 and 129 for the signals TERM and
+    HUP. All else is a fault of ours and keeps its traceback. What goes wrong in all processes of torchrun is said by
+    the first. What is printed meanwhile cannot steer the terminal.
 
     Args:
         interrupted: what to say at Ctrl-C, if anything: what became of the results.
@@ -44,22 +46,27 @@ def command(interrupted: str = "") -> Callable:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show ends no run
                     stream.reconfigure(errors="backslashreplace")
-            try:
-                return main(argv) or 0
-            except (UserError, OSError, NonFiniteLossError) as error:
-                overflow = isinstance(error, NonFiniteLossError)
-                if not overflow and not is_for_user(error):
-                    raise
-                if not is_first_of_launch():
-                    time.sleep(PATIENCE)
-                print(f"error: {error}", file=sys.stderr)
-                return 1 if overflow else 3 if isinstance(error, DiskError) else 2
-            except KeyboardInterrupt as error:
-                if interrupted and is_first_of_launch():
-                    print(f"\ninterrupted; {interrupted}", file=sys.stderr)
-                return getattr(error, "code", 130)
+            with plain_output(), terminated_as_interrupted():
+                return _exit_code(main, argv, interrupted)
         return run
     return decorate
+
+
+def _exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] | None, interrupted: str) -> int:
+    try:
+        return main(argv) or 0
+    except (UserError, OSError, NonFiniteLossError) as error:
+        overflow = isinstance(error, NonFiniteLossError)
+        if not overflow and not is_for_user(error):
+            raise
+        if not is_first_of_launch():
+            time.sleep(PATIENCE)
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if overflow else 3 if isinstance(error, DiskError) else 2
+    except KeyboardInterrupt as error:
+        if interrupted and is_first_of_launch():
+            print(f"\ninterrupted; {interrupted}", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 def flag(text: str) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
@@ -26,9 +26,6 @@ def noted_signals() -> Iterator[Callable[[], int]]:
 
     In a thread other than the main one signals are as they are otherwise.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
     came = [0]
 
     def note(number: int, _frame) -> None:
@@ -36,15 +33,39 @@ def noted_signals() -> Iterator[Callable[[], int]]:
             raise StoppedBySignal(number)
         came[0] = number
 
-    before = {}
-    for name in NAMES:
-        if number := getattr(signal, name, None):
-            before[number] = signal.signal(number, note)
-    try:
+    with _handled(note, NAMES):
         yield lambda: came[0]
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise StoppedBySignal, as Ctrl-C raises KeyboardInterrupt, so that all is tidied up."""
+    def stop(number: int, _frame) -> None:
+        raise StoppedBySignal(number)
+
+    with _handled(stop, NAMES[1:]):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable, names: Sequence[str]) -> Iterator[None]:
+    """Handle these signals so for a while; in a thread other than the main one they stay as they are."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in names:
+            if number := getattr(signal, name, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def stop_if_asked(asked: Callable[[], int]) -> None:
+    """Raise StoppedBySignal if a signal has come (see `noted_signals`)."""
+    if number := asked():
+        raise StoppedBySignal(number)
 
 
 def leave_signals_to_the_parent(_worker: int = 0) -> None:

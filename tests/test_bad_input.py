@@ -416,7 +416,8 @@ def test_a_bad_image_among_good_ones_fails_alone(checkpoint, root, capsys):
     assert [line.split(": ")[1] for line in lines[:-1]] == [f"DATA/train/images/{path.name}" for path in bad]
     assert lines[-1] == f"{len(bad)} of {len(bad) + 1} files failed"
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        "nuclei.csv", "train_1_instances.png", "train_1_mask.png", "train_1_overlay.png"]
+        "images.csv", "nuclei.csv", "settings.json", "train_1_instances.png", "train_1_mask.png",
+        "train_1_overlay.png"]
     assert not any("error" in line for line in said.out.splitlines())
 
 

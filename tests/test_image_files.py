@@ -4,7 +4,6 @@
 """
 
 import doctest
-import errno
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from images import bands as image_bands
 from images.bands import BandStore, ImageRows, TiffLayout, even_spans, small_tiff, windows, write_tiff
 from images.files import ImageFileError, image_size, load_image, save_png, to_image
 from images.masks import load_instances
-from system.atomic import finished_files
 
 # ---- images in memory and whole files
 
@@ -208,22 +206,6 @@ def test_bands_are_stored_and_written(dtype, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.tif"], "the store leaves nothing"
     assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), array)
     assert Image.open(tmp_path / "a.tif").size == (1100, 700)
-
-
-def test_unfinished_files_vanish(tmp_path):
-    def write():
-        with finished_files() as unfinished:
-            unfinished(tmp_path / "a.tif").write_text("new")
-            assert not (tmp_path / "a.tif").exists()
-            unfinished(tmp_path / "b.tif").write_text("half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write()
-    assert not list(tmp_path.iterdir())
-    with finished_files() as unfinished:
-        unfinished(tmp_path / "a.tif").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
 
 
 def test_docstring_examples_hold():

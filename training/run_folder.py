@@ -4,7 +4,6 @@ It is created by the first write, so a run that is refused leaves nothing behind
 """
 
 import contextlib
-import csv
 import errno
 import json
 import os
@@ -13,12 +12,10 @@ import re
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
-from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch.nn import functional as F
 
 from checkpoints import save_checkpoint
@@ -27,6 +24,8 @@ from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions, training_curves
 from system.atomic import atomic_write
 from system.errors import UserError
+from system.locks import take_lock
+from system.tables import append_rows, read_table, write_table
 from training.means import PassMeasures
 
 # Losses and soft Dice are at the resolution of the stage, the other measures at 256 pixels.
@@ -41,7 +40,6 @@ NAMES = (rf"config\.json|metrics\.csv|best_stage_[1-4]\.pth|final_model\.pth|las
 UNFINISHED = re.compile(rf"\.({NAMES})\.\w{{8}}\.tmp")  # of system.atomic, where a process was killed
 RUN_FILES = re.compile(rf"{NAMES}|{UNFINISHED.pattern}")
 LOCK = ".lock"
-_LOCKS: dict[Path, FileLock] = {}  # of this process, which may open a folder of its own twice
 SHOWN_IMAGES = 6
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
@@ -88,16 +86,7 @@ class RunFolder:
 
         Raises UserError if another one does so already.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = _LOCKS.setdefault(self.path.resolve(), FileLock(self.path / LOCK))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.path}: another process is writing into this run folder. Wait until it has ended, "
-                            f"or choose another --experiment_name") from None
-        except OSError as error:  # some network drives have no locks
-            print(f"warning: {self.path}: cannot be locked ({error}), so nothing keeps a second process from writing "
-                  f"into it")
+        take_lock(self.path / LOCK, "this run folder", "choose another --experiment_name")
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, which is made if it is missing, but not a second time."""
@@ -144,14 +133,8 @@ class RunFolder:
         Args:
             row: a number for each of COLUMNS.
         """
-        path = self.file("metrics.csv")
-        new = not path.exists()
         self.history.append({name: repr(row[name]) for name in COLUMNS})
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(self.history[-1])
+        append_rows(self.file("metrics.csv"), COLUMNS, self.history[-1:])
         with said_and_passed_over("the logs for TensorBoard"):
             for name in COLUMNS[4:]:
                 plain = name.removeprefix("train_")
@@ -183,12 +166,7 @@ class RunFolder:
 
     def write_csv(self, name: str, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
         """Save rows as a CSV of these columns."""
-        with atomic_write(self.file(name)) as file:
-            text = TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
-            writer = csv.DictWriter(text, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            text.detach()
+        write_table(self.file(name), columns, rows)
 
     def draw_curves(self) -> None:
         """Draw training_curves.png from metrics.csv."""
@@ -254,12 +232,8 @@ class RunFolder:
 
 def read_metrics(path: Path) -> list[dict]:
     """Return the whole rows of a metrics.csv as text, [] where there is none; a torn end is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    rows = csv.DictReader(text.splitlines())
-    return [row for row in rows if None not in row and None not in row.values()
-            and all(re.fullmatch(r"\d+", row.get(name, "")) for name in ("stage", "epoch"))]
+    return [row for row in read_table(path)
+            if all(re.fullmatch(r"\d+", row.get(name, "")) for name in ("stage", "epoch"))]
 
 
 @contextlib.contextmanager

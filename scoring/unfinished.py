@@ -1,0 +1,64 @@
+"""Scores of an evaluation that is under way, kept image by image so that a killed one can go on."""
+
+import json
+from pathlib import Path
+
+from system.errors import DiskError, UserError
+from system.processes import is_main_process, rank
+
+
+class UnfinishedScores:
+    """Rows of scores by image (see scoring/scores.py), in a file for each process, beside the table they will become.
+
+    Args:
+        table: the CSV that the rows will become, e.g. scores.csv.
+        settings: plain data that the scores depend on.
+    """
+
+    def __init__(self, table: Path, settings: dict):
+        self._folder, self._files, self.settings = table.parent, f"{table.stem}_unfinished_*.jsonl", settings
+        self._rows: dict[str, dict] = {}
+
+    def exist(self) -> bool:
+        """Tell whether an evaluation was interrupted here."""
+        return any(self._folder.glob(self._files))
+
+    def read(self) -> int:
+        """Read what an interrupted evaluation scored; return how many images that are.
+
+        Raises UserError if it had other settings.
+        """
+        for path in sorted(self._folder.glob(self._files)):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    settings, name, row = entry["settings"], entry["image"], dict(entry["row"])
+                except (ValueError, KeyError, TypeError, RecursionError):  # cut off by the kill
+                    continue
+                for key in {**settings, **self.settings}:
+                    if settings.get(key) != self.settings.get(key):
+                        raise UserError(f"--continue: {key} was {settings.get(key)!r} in {path}, and is now "
+                                        f"{self.settings.get(key)!r}. Go on with the options of then, or start anew "
+                                        f"with --overwrite")
+                self._rows[name] = row
+        return len(self._rows)
+
+    def row(self, image: str) -> dict | None:
+        """Return the scores of an image, if they have been read."""
+        return self._rows.get(image)
+
+    def keep(self, image: str, row: dict) -> None:
+        """Keep the scores of an image. Raises DiskError where that cannot be written."""
+        path = self._folder / self._files.replace("*", str(rank()))
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"image": image, "row": row, "settings": self.settings}) + "\n")
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror}. Make room or mend the disk, then go on with the same command "
+                            f"and --continue") from None
+
+    def remove(self) -> None:
+        """Remove what all processes kept; the first one does it."""
+        if is_main_process():
+            for path in self._folder.glob(self._files):
+                path.unlink()

@@ -1,0 +1,70 @@
+"""Tables in CSV that grow row by row and that a killed process leaves readable."""
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from io import TextIOWrapper
+from pathlib import Path
+
+from system.atomic import atomic_write
+
+
+def read_table(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the whole rows of a table as text, in their order; none where there is no table.
+
+    A last row that was cut off by a kill, and rows of another length than the header, are left out.
+    """
+    if not path.exists():
+        return
+    with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
+        for row in csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line):
+            if None not in row and None not in row.values():
+                yield row
+
+
+def columns_of(path: Path) -> list[str]:
+    """Return the names of a table's columns; none where there is no table, or no header."""
+    return next(csv.reader([_first_line(path)]), []) if path.exists() else []
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Append rows and hand them to the operating system; a new table gets its header, a torn last row is cut off."""
+    if path.exists():
+        _cut_torn_end(path)
+    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict], sync: bool = True) -> None:
+    """Write a table anew; it is whole or as it was before.
+
+    Args:
+        sync: wait until the disk has it (see `system.atomic.atomic_write`).
+    """
+    with atomic_write(path, sync) as file:
+        text = TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()
+
+
+def _first_line(path: Path) -> str:
+    with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
+        return file.readline()
+
+
+def _cut_torn_end(path: Path) -> None:
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - 4096)
+            file.seek(begin)
+            if line_end := file.read(end - begin).rfind(b"\n") + 1:
+                end = begin + line_end
+                break
+            end = begin
+        file.truncate(end)
