@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from system.errors import FULL, DiskError, UserError
+from system.errors import FULL, DiskError, UserError, lacks_memory
 from system.options import Parser, checkpoint_list, command, number, results_folder, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
@@ -141,7 +141,8 @@ def predict_all(predictor, paths: list[Path], results, args: argparse.Namespace,
                 highest = predict_one(predictor, path, result, args, lambda: stop_if_asked(asked))
         except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch runs out of memory with the last
             refuse_lost_folder(error, results.path)
-            first_line = (str(error).splitlines() or ["out of memory"])[0]
+            first_line = f"out of memory; take a smaller --tile than {args.tile}, or cut the image into parts" \
+                if lacks_memory(error) else str(error).splitlines()[0]
             failed.append(first_line if str(path) in first_line else f"{path}: {first_line}")
             print(f"{path.name}: failed")
             continue

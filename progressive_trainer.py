@@ -17,26 +17,25 @@ from torch import nn
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
 from system.devices import autocast, choose_device, choose_precision
-from system.errors import NonFiniteLossError, UserError
+from system.errors import UserError
 from system.processes import is_main_process, progress, world_size
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
 from training.console import epoch_lines
 from training.course import Course
+from training.epoch import TrainingEpoch
 from training.keeping import Keeper
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
+from training.memory import memory_explained
 from training.optimization import (
-    BatchNormStatistics,
-    age_batchnorms,
     parameter_groups,
-    young_batchnorms,
 )
 from training.parallel import ParallelSteps, synchronised
-from training.position import EpochPosition
 from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, snapshot
+from training.space import refuse_lack_of_space
 from training.steps import OptimizerSteps
 from training.time_limit import TimeLimit, deal_time, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
@@ -99,13 +98,13 @@ class ProgressiveTrainer:
         self.precision = choose_precision(precision, self.device)
         torch.manual_seed(seed)
         self.model = synchronised(model.to(self.device).to(memory_format=torch.channels_last), self.device)
-        self._parallel = ParallelSteps(self.model, compile)
+        self.parallel = ParallelSteps(self.model, compile)
         self.accumulate = accumulate
         self.threshold, self.config = threshold, config or {}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr,
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
-        self._steps = OptimizerSteps(self.model, self.optimizer, self.scaler, clip_norm)
+        self.steps = OptimizerSteps(self.model, self.optimizer, self.scaler, clip_norm)
         self.averaged = AveragedNetwork(self.model, average) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
@@ -162,58 +161,11 @@ class ProgressiveTrainer:
             NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight and no statistic.
         """
         recipe = self._begin_epoch(loader, epoch)
-        measures = PassMeasures(self.threshold, recipe.classes)
         saved, self._position = self._position if epoch == self.finished_epochs else None, None
-        position = EpochPosition(loader, measures, self._steps, self.device, saved)
-        first, batches = position.done, len(loader)
-        young, statistics = young_batchnorms(self.model), BatchNormStatistics(self.model)
-        steps = math.ceil(batches / self.accumulate)
-        with progress(position, f"stage {self.model.stage} epoch {epoch + 1}") as bar:
-            for i, batch in enumerate(bar, start=first):
-                if i == first:
-                    self._begin_steps(batch, recipe)
-                if i % self.accumulate == 0:
-                    self._prepare_step(epoch, i // self.accumulate, steps)
-                    statistics.keep()
-                last = (i + 1) % self.accumulate == 0 or i + 1 == batches
-                with statistics.restored_after(NonFiniteLossError):
-                    logits, mask, loss = self._train_batch(batch, epoch, i, last, age_batchnorms(young))
-                measures.add(logits.detach(), mask, loss.detach())
-                position.done = i + 1
-                if last and position.done < batches:
-                    self.keeper.between_steps(self, position)
-                if not bar.disable:
-                    so_far = measures.so_far()
-                    bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
-        metrics, seconds = measures.result(), position.seconds
+        metrics = TrainingEpoch(self, loader, epoch, recipe.classes, saved).run(
+            lambda batch: self._begin_steps(batch, recipe))
         self.course.finished_epochs = epoch + 1
-        return metrics | self._steps.summary() | {
-            "lr": max(group["lr"] for group in self.optimizer.param_groups), "seconds": seconds,
-            "processor_seconds": position.processor_seconds, "images_per_second": measures.images / seconds}
-
-    def _train_batch(self, batch: dict, epoch: int, i: int, last: bool, steady: bool):
-        """Add the gradients of batch `i` and, if it is the last one of a step, take the step.
-
-        Returns:
-            The finest logits, the mask on the device, and the loss.
-        """
-        try:
-            self._refuse_non_finite(batch["image"].sum(), "sum of the images", epoch, i, batch)
-            with self._parallel.batch(last, steady) as network:
-                logits, mask, loss = self._forward(batch, network)
-                self._refuse_non_finite(loss, "loss", epoch, i, batch)
-                self._steps.add(loss, len(mask))
-            if last:
-                norm = self._steps.prepare()
-                if not self.scaler.is_enabled():  # float16 skips a step that overflows
-                    self._refuse_non_finite(norm, "norm of the gradients", epoch, i, batch)
-                self._take_step(norm)
-        except NonFiniteLossError:
-            self._steps.forget()
-            if self.folder:
-                self.folder.save_refused(batch)
-            raise
-        return logits, mask, loss
+        return metrics
 
     @torch.inference_mode()
     def validate_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
@@ -229,8 +181,10 @@ class ProgressiveTrainer:
         for i, batch in enumerate(progress(loader, "validate")):
             if i == 0:
                 check_batch(batch, self.model)
-            logits, mask, loss = self._forward(batch, network)
-            self._refuse_non_finite(loss, "validation loss", epoch, i, batch)
+            with memory_explained(self.model.stage, len(batch["image"])):
+                logits, mask, loss = self.forward(batch, network)
+            refuse_non_finite(loss, f"validation loss at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
+                              batch.get("name"))
             measures.add_validation(logits, mask, loss, finest_masks(loader, batch, mask))
         return measures.result() | {"empty_masks": measures.empty_masks()}
 
@@ -242,7 +196,7 @@ class ProgressiveTrainer:
             if set_epoch := getattr(target, "set_epoch", None):
                 set_epoch(epoch)
         self.model.train()
-        self._steps.begin()
+        self.steps.begin()
         return recipe
 
     def _begin_steps(self, batch: dict, recipe: DataRecipe) -> None:
@@ -272,7 +226,10 @@ class ProgressiveTrainer:
 
         Args:
             dataloaders: resolution -> (train, valid, ...), as `create_progressive_dataloaders` makes them.
+        Raises:
+            UserError: where the disk has no room for the run, before anything is written.
         """
+        refuse_lack_of_space(self)
         self._claim_folder()
         if self.time_limit and not self.course.ended(self.model.stage):
             rehearse(self, dataloaders, say)
@@ -303,7 +260,7 @@ class ProgressiveTrainer:
 
     def leave_group(self) -> None:
         """Let go what belongs to a group of processes; to be called before the group ends. Training may go on after."""
-        self._parallel.release()
+        self.parallel.release()
 
     @property
     def resolved(self) -> dict:
@@ -333,19 +290,14 @@ class ProgressiveTrainer:
             stage = self.model.stage
             self.folder.go_on(saved["history"], stage, self.finished_epochs, self.course.run_epoch(stage))
 
-    def _prepare_step(self, epoch: int, step: int, steps: int) -> None:
-        """Set the rate of every part for one optimizer step."""
-        stage = self.model.stage
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(stage, epoch, step, steps, group["born"])
-
-    def _take_step(self, norm: torch.Tensor) -> None:
-        self._steps.take(norm)
+    def take_step(self, norm: torch.Tensor) -> None:
+        """Take the step that `steps.prepare` made ready, and let course and averages follow."""
+        self.steps.take(norm)
         self.course.step()
         if self.averaged:
             self.averaged.update()
 
-    def _forward(self, batch: dict, network: nn.Module):
+    def forward(self, batch: dict, network: nn.Module):
         """Return the finest logits, the mask on the device, and the loss over all scales, which is 0 without images."""
         image = batch["image"].to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         mask = batch["mask"].to(self.device, non_blocking=True)
@@ -354,10 +306,6 @@ class ProgressiveTrainer:
         # The backward pass is common to all processes, also to one that has no image in a batch.
         loss = multi_scale_loss(scales, mask) if len(mask) else sum(logits.sum() for logits in scales)
         return scales[-1], mask, loss
-
-    def _refuse_non_finite(self, value: torch.Tensor, what: str, epoch: int, i: int, batch: dict) -> None:
-        refuse_non_finite(value, f"{what} at stage {self.model.stage}, epoch {epoch + 1}, batch {i + 1}",
-                          batch.get("name"))
 
     def record(self, train: dict[str, float], valid: dict[str, float]) -> None:
         """Keep the best Dice and, with an output folder, write row and checkpoints of the epoch trained last.
@@ -379,7 +327,7 @@ class ProgressiveTrainer:
     def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:
         """Draw predictions_stage_X.png from the first validation images."""
         batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
-        logits, mask, _ = self._forward(batch, self.evaluated_model.eval())
+        logits, mask, _ = self.forward(batch, self.evaluated_model.eval())
         finest = finest_masks(loader, batch, mask)
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
         folder.draw_predictions(self.model.stage, batch, logits, mask if finest is None else finest, measures)

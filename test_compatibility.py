@@ -133,7 +133,7 @@ def test_compiled_steps_on_the_gpu_give_the_losses_of_plain_ones(shared_root):
         torch.manual_seed(0)
         trainer = ProgressiveTrainer(ProgressiveUNet(base_channels=4), "cuda", 6, precision="float32", compile=compiled)
         if compiled:
-            trainer._parallel._compiled.register_forward_pre_hook(lambda *_: compiled_batches.append(1))
+            trainer.parallel._compiled.register_forward_pre_hook(lambda *_: compiled_batches.append(1))
         loader = create_progressive_dataloaders(shared_root, {32: 3}, device="cuda")[32][0]
         losses[compiled] = [trainer.train_epoch(loader, epoch)["loss"] for epoch in range(6)]
     assert len(compiled_batches) == 3

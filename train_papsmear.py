@@ -30,6 +30,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
     """
     from system.processes import is_main_process, process_group
     from training.run_folder import RunFolder
+    from training.space import free_space, run_space
     from training.time_limit import rehearse
 
     with process_group():
@@ -43,6 +44,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
         if args.dry_run:
             if args.max_minutes:
                 rehearse(trainer, loaders)
+            print(f"disk: about {run_space(trainer) / 1e6:.0f} MB in {folder}, {free_space(folder) / 1e6:.0f} MB free")
             print_memory(args, model, trainer)
             print("dry run: nothing was trained and nothing written")
             return
@@ -50,6 +52,8 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
             trainer.resume(last)
             print(f"resumed {folder} after epoch {trainer.finished_epochs} of stage {model.stage}"
                   + trainer.position_in_words)
+            if "epochs_per_stage" in args.by_hand:
+                change_last_stage(trainer, args)
             if trainer.course.ended(model.stage) and (folder / "test_scores.json").exists():
                 print(f"{folder}: this run is finished, and nothing is written. Look at its test_scores.csv, or start "
                       f"another with --init_from {folder}")
@@ -63,6 +67,16 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
         scores = "test_scores.csv, "
     print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
+
+
+def change_last_stage(trainer, args: argparse.Namespace) -> None:
+    """Let the last stage of a resumed run take another number of epochs."""
+    if args.max_minutes:
+        raise UserError("--epochs_per_stage cannot change at --resume of a run that --max_minutes deals out")
+    epochs = args.epochs_per_stage
+    trainer.course.change_last_stage(epochs if len(epochs) > 1 else epochs[0], trainer.model.stage)
+    print(f"epochs of stages {', '.join(map(str, trainer.plan.epochs))} from here on: "
+          f"{', '.join(map(str, trainer.plan.epochs.values()))}; the learning rate follows the new plan")
 
 
 def fit(trainer, loaders: dict, folder: Path) -> None:

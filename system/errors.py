@@ -27,6 +27,12 @@ DISK_ERRORS = frozenset({
     errno.ESTALE, errno.EPIPE}) | FULL
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether an error is a lack of memory: Python's, NumPy's, or one of torch, on the CPU or a GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
+        or isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def is_for_user(error: BaseException) -> bool:
     """Tell whether an error is one for the user: a UserError, or a refusal of the operating system (DISK_ERRORS)."""
     return isinstance(error, UserError) or isinstance(error, OSError) and error.errno in DISK_ERRORS

@@ -37,8 +37,8 @@ class Recorder(ProgressiveTrainer):
         super().__init__(*args, **kwargs)
         self.losses = []
 
-    def _forward(self, batch, network):
-        logits, mask, loss = super()._forward(batch, network)
+    def forward(self, batch, network):
+        logits, mask, loss = super().forward(batch, network)
         sums, images = all_reduce_sum(loss.item() * len(mask), len(mask))
         self.losses.append(sums / images)
         return logits, mask, loss
@@ -310,7 +310,7 @@ def test_a_single_process_keeps_its_network_as_it_is():
     trainer = ProgressiveTrainer(model, device="cpu")
     assert trainer.model is model
     assert not any(isinstance(m, GlobalBatchNorm2d | torch.nn.SyncBatchNorm) for m in model.modules())
-    with trainer._parallel.batch(last=True) as network:
+    with trainer.parallel.batch(last=True) as network:
         assert network is model
 
 

@@ -131,11 +131,11 @@ def test_images_of_a_short_last_group_weigh_as_the_others(shared_root):
         whole = loaders[32][0].first(6)
         for start, size in zip((0, sizes[0]), sizes, strict=False):
             part = {key: value[start:start + size] for key, value in whole.items()}
-            trainer._steps.add(trainer._forward(part, trainer.model)[2], size)
+            trainer.steps.add(trainer.forward(part, trainer.model)[2], size)
         found = []
         trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: found.extend(
             p.grad.clone() for p in trainer.model.parameters() if p.grad is not None))
-        trainer._steps.take(trainer._steps.prepare())
+        trainer.steps.take(trainer.steps.prepare())
         return found
 
     whole, parts = gradients([6]), gradients([4, 2])

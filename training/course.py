@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from system.errors import UserError
-from training.schedule import TrainingPlan
+from training.schedule import TrainingPlan, epochs_by_stage
 
 
 class Course:
@@ -58,6 +59,25 @@ class Course:
         changed = {s: n for s, n in sorted((self._whole.epochs | epochs).items()) if n}
         self._whole = dataclasses.replace(self._whole, epochs=changed)
         self.plan = self._whole.starting_at(min(self.plan.epochs)) if self.begun else self._whole
+
+    def change_last_stage(self, epochs_per_stage: int | Sequence[int], stage: int) -> None:
+        """Let the last stage of a run take more epochs, or fewer; the schedule is drawn anew over the whole plan.
+
+        Args:
+            epochs_per_stage: of the whole plan (see `training.schedule.epochs_by_stage`).
+            stage: where the run stands.
+        Raises:
+            UserError: if another stage would change, or the last one has trained for longer already.
+        """
+        now, epochs = self.plan.epochs, epochs_by_stage(epochs_per_stage, list(self.plan.epochs))
+        last = max(now)
+        if epochs | {last: 0} != now | {last: 0}:
+            raise UserError(f"epochs_per_stage is {epochs_per_stage!r}; of a run that goes on the last stage alone may "
+                            f"change, and this one has {', '.join(f'{n} at stage {s}' for s, n in now.items())}")
+        if stage == last and epochs[last] < self.finished_epochs:
+            raise UserError(f"epochs_per_stage is {epochs_per_stage!r}, but stage {last} has trained for "
+                            f"{self.finished_epochs} epochs already. Give at least as many")
+        self.replan(epochs)
 
     def record(self, stage: int, valid: dict[str, float]) -> bool:
         """Count the epoch that was trained last as recorded; return whether its Dice is the best of the stage.

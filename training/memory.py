@@ -1,8 +1,12 @@
 """Say how much memory a stage will need in training."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from system.devices import autocast
+from system.errors import UserError, lacks_memory
 from training.loss import multi_scale_loss
 from unet import STAGE_RESOLUTIONS
 
@@ -17,6 +21,23 @@ def training_memory(model, batch_size: int, precision: str) -> int:
     one, two = (_kept_for_backward(model, n, precision) for n in (1, 2))
     live = sum(tensor.nbytes for tensor in model.live_state().values())
     return one + (batch_size - 1) * (two - one) + 4 * live
+
+
+@contextlib.contextmanager
+def memory_explained(stage: int, images: int) -> Iterator[None]:
+    """Turn the lack of memory in a block into a UserError that names stage, batch and the options that take less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        side, less = STAGE_RESOLUTIONS[stage], max(1, images // 2)
+        kept = f". What the stages before have learnt is kept by --init_from RUN_FOLDER/best_stage_{stage - 1}.pth " \
+               f"--start_stage {stage}" if stage > 1 else ""
+        raise UserError(
+            f"out of memory at stage {stage} ({side}x{side}) with a batch of {images} images. Take smaller batches "
+            f"with --batch_sizes {side}:{less} and add up as many as before with --accumulate {-(-images // less)}, or "
+            f"take fewer --base_channels; --dry_run says what each stage needs{kept}") from None
 
 
 def _kept_for_backward(model, batch_size: int, precision: str) -> int:

@@ -60,11 +60,11 @@ class BatchNormStatistics:
                 torch._foreach_copy_(kept, live)
 
     @contextlib.contextmanager
-    def restored_after(self, error: type[BaseException]) -> Iterator[None]:
-        """Put back what was kept if a block ends with this error."""
+    def restored_after_errors(self) -> Iterator[None]:
+        """Put back what was kept if a block ends with an error."""
         try:
             yield
-        except error:
+        except BaseException:
             with torch.no_grad():
                 for kept, live in self._pairs:
                     torch._foreach_copy_(live, kept)

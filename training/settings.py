@@ -30,7 +30,7 @@ PRESETS = {
 }
 BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
 CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cache_images", "compile", "save_every",
-                        "keep", "save_minutes")
+                        "keep", "save_minutes", "epochs_per_stage")
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
@@ -154,9 +154,11 @@ def _add_output_options(add: Callable) -> None:
     add("--save_minutes", type=number(0), default=10.0,
         help="between two last.pth within an epoch; 0 saves at the end of epochs alone (10)")
     add("--keep", type=whole(0), default=3, help="how many of them stay (3)")
-    add("--resume", metavar="RUN_FOLDER", help="continue a run with its own settings")
+    add("--resume", metavar="RUN_FOLDER",
+        help="continue a run with its own settings; --epochs_per_stage may make the last stage longer")
     add("--overwrite", default=False, action="store_true", help="replace what an earlier run of that name wrote")
-    add("--dry_run", default=False, action="store_true", help="print settings, data report and memory, and stop")
+    add("--dry_run", default=False, action="store_true",
+        help="print settings, data report, disk space and memory, and stop")
 
 
 def parse(argv: list[str] | None, description: str = "") -> argparse.Namespace:
@@ -170,8 +172,8 @@ def parse(argv: list[str] | None, description: str = "") -> argparse.Namespace:
         refused = sorted(set(by_hand) - {"resume", "dry_run", *CHANGEABLE_AT_RESUME})
         if refused:
             raise UserError(f"--{refused[0]} cannot change at --resume; a run continues with its own settings, of "
-                            f"which {', '.join(CHANGEABLE_AT_RESUME)} alone may differ. Leave it out, or start "
-                            f"another run with --init_from")
+                            f"which {', '.join(CHANGEABLE_AT_RESUME)} (of the last stage) alone may differ. Leave it "
+                            f"out, or start another run with --init_from")
         changed = {key: by_hand[key] for key in CHANGEABLE_AT_RESUME if key in by_hand}
         return argparse.Namespace(**(defaults | by_hand), by_hand=changed)
     args = argparse.Namespace(**(defaults | PRESETS.get(by_hand.get("preset"), {}) | by_hand))
@@ -223,5 +225,5 @@ def run_settings(config: dict, args: argparse.Namespace) -> argparse.Namespace:
         args: what `parse` returned for --resume.
     """
     defaults = vars(build_parser().parse_args([]))
-    fixed = {"resume": args.resume, "dry_run": args.dry_run, "overwrite": False}
+    fixed = {"resume": args.resume, "dry_run": args.dry_run, "overwrite": False, "by_hand": args.by_hand}
     return argparse.Namespace(**(defaults | config | args.by_hand | fixed))
