@@ -121,8 +121,8 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
     groups = len({row["group"] for row in rows})
     if groups < len(rows):
         print(f"{groups} groups of images, e.g. {rows[0]['group']}: intervals and tests resample groups")
-    summary = {"checkpoint": joined(args.checkpoint), "split": args.split, "images": str(pairs[0].image.parent),
-               "seed": args.seed, "scores": summarise(rows, args.seed)}
+    summary = {"checkpoint": joined(args.checkpoint), "sha256": digests(args.checkpoint), "split": args.split,
+               "images": str(pairs[0].image.parent), "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
     others = score_pairs(other, pairs, args.instances, args.group_regex, kept[1]) if other else []
     if others:
@@ -152,11 +152,16 @@ def write_results(folder: Path, predictor, pairs: list, tables: dict[str, list[d
 
 def settings_of(args: argparse.Namespace) -> dict:
     """Return what the scores of an image depend on, for --continue."""
-    from system.archives import digest_of
-
-    return {"sha256": [digest_of(Path(path)) for path in (*args.checkpoint, *(args.compare or ()))]} | {
+    return {"sha256": digests([*args.checkpoint, *(args.compare or ())])} | {
         name: getattr(args, name) for name in ("data_root", "split", "use_augmented", "mask_suffix", "max_value",
                                                "instances", "augment", "tile")}
+
+
+def digests(paths: list[str]) -> list[str]:
+    """Return what identifies each of these files, by its content."""
+    from system.archives import digest_of
+
+    return [digest_of(Path(path)) for path in paths]
 
 
 def refuse_existing(args: argparse.Namespace, folder: Path, interrupted: bool) -> None:
