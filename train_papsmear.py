@@ -10,6 +10,7 @@
 import argparse
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -158,12 +159,13 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     precision = choose_precision(args.precision, device)
     set_up_process(device, precision)
     model = new_model(args)
-    pyramids, fingerprint = open_data(args)
+    pyramids, fingerprint, report = open_data(args)
     kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
     batch_sizes = DEFAULT_BATCH_SIZES | args.batch_sizes
     no_settings = ("resume", "dry_run", "overwrite", "by_hand")
+    began = getattr(args, "command", None) or shlex.join(sys.argv)  # a resumed run has that of its beginning
     config = {key: value for key, value in vars(args).items() if key not in no_settings} | {
-        "data_fingerprint": fingerprint, "resolved": {
+        "data_fingerprint": fingerprint, "data_report": report, "command": began, "resolved": {
             "device": str(device), "precision": precision, "num_workers": workers, "images_kept": kept,
             "batch_sizes": batch_sizes}}
     together = f" in each of {world_size()} processes" if world_size() > 1 else ""
@@ -208,8 +210,9 @@ def new_model(args: argparse.Namespace):
     return model
 
 
-def open_data(args: argparse.Namespace) -> tuple[dict, str]:
-    """Read the data set and print the report on it; return the pyramid of every split and the fingerprint of all."""
+def open_data(args: argparse.Namespace) -> tuple[dict, str, list[str]]:
+    """Read the data set and print the report on it; return the pyramid of every split, the fingerprint of all, and the
+    lines of the report."""
     from images.pyramid import open_pyramids
     from images.report import check_dataset
 
@@ -219,10 +222,11 @@ def open_data(args: argparse.Namespace) -> tuple[dict, str]:
         few = pyramids["train"].subset(range(len(pyramids["train"]))[:args.overfit])
         pyramids = dict.fromkeys(pyramids, few)
         print(f"smoke run on the first {len(few)} training images, for training and validation alike")
-    fingerprint = data_fingerprint(args, pyramids)
+    fingerprint, report = data_fingerprint(args, pyramids), ""
     if not args.overfit:
-        print(check_dataset(args.data_root, args.group_regex, pyramids=pyramids))
-    return pyramids, fingerprint
+        report = str(check_dataset(args.data_root, args.group_regex, pyramids=pyramids))
+        print(report)
+    return pyramids, fingerprint, report.splitlines()
 
 
 def decoding_workers(args: argparse.Namespace, pyramid) -> int:
