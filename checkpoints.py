@@ -23,6 +23,7 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
                     stage -> updates of the parts born there; else None
     random_states   'cpu' and, where present, 'cuda'
     config          settings of the run that made it
+    card            of an archive (see exporting/archive.py), the model card in Markdown; else empty
 """
 
 import dataclasses
@@ -46,8 +47,8 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueErro
               AttributeError, struct.error)
 FIELDS = ("format", "model_args", "stage", "model", "unborn", "data", "threshold", "epoch", "score",
           "best_scores", "plan", "position", "history", "time_limit", "optimizer", "scaler", "averaged",
-          "random_states", "config")
-YOUNG: dict = {"time_limit": None, "position": None, "history": []}  # fields that older files of the format lack
+          "random_states", "config", "card")
+YOUNG: dict = {"time_limit": None, "position": None, "history": [], "card": ""}  # fields that older files lack
 WIDEST = 4096  # channels at 256 pixels of a network that a file may ask for
 
 
@@ -97,6 +98,7 @@ RULES = {
     "averaged": (lambda v: isinstance(v, dict) and _tensors(v.get("model")), "a dictionary with 'model'"),
     "random_states": (_tensors, "tensors by name"),
     "config": (lambda v: isinstance(v, dict), "a dictionary"),
+    "card": (lambda v: isinstance(v, str), "text"),
 }
 NEEDED = ("model_args", "stage", "model", "threshold")
 
@@ -109,7 +111,7 @@ def untrained_checkpoint(model, **fields) -> dict:
     """
     recipe = DataRecipe(in_channels=model.in_channels, classes=model.out_channels)
     return dict.fromkeys(FIELDS) | {
-        "format": FORMAT, "model_args": model.model_args, "stage": model.stage,
+        "format": FORMAT, "model_args": model.model_args, "stage": model.stage, "card": "",
         "model": model.live_state(), "data": recipe, "threshold": 0.5} | fields
 
 
@@ -201,6 +203,9 @@ def shortened(value) -> str:
 def load_resumable(path: Path, model_args: dict) -> dict:
     """Read a last.pth of a network that `model_args` describes; raises UserError for any other file."""
     saved = load_checkpoint(path)
+    if not saved["optimizer"]:
+        raise UserError(f"{path}: it holds no optimizer, as files that are made to hand on do, so no run goes on from "
+                        f"it. Start another with --init_from {path}")
     if saved["stage"] < LAST_STAGE and not saved["unborn"]:
         raise UserError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
                          f"it as it was. Resume from last.pth, or start another run with --init_from")

@@ -89,7 +89,8 @@ class Network(nn.Module):
         self.image_mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
         self.image_std.copy_(torch.as_tensor(std, dtype=torch.float32).clamp_min(1e-3))
 
-    def _checked_and_normalised(self, x: torch.Tensor) -> torch.Tensor:
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raise UserError unless `x` is (N, in_channels, H, W) with sides that are multiples of 2**stage."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise UserError(f"the input has shape {tuple(x.shape)}; this network takes (N, {self.in_channels}, H, W)")
         multiple = 2 ** self.stage
@@ -100,7 +101,14 @@ class Network(nn.Module):
                 f"the input is {height}x{width} pixels; at stage {self.stage} both sides must be multiples of "
                 f"{multiple}. Pad it, e.g. torch.nn.functional.pad(x, (0, {pad_w}, 0, {pad_h}), mode='replicate'), "
                 f"and crop the logits back to [..., :{height}, :{width}]")
+
+    def normalised(self, x: torch.Tensor) -> torch.Tensor:
+        """Return images with the mean and standard deviation of the training images taken out."""
         return (x - self.image_mean.view(1, -1, 1, 1)) / self.image_std.view(1, -1, 1, 1)
+
+    def logits(self, x: torch.Tensor, scale: int | None = None) -> list[torch.Tensor]:
+        """Do what `forward` does with `return_all_scales`, without looking at the input's shape first."""
+        raise NotImplementedError
 
     def live_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict of the parts that live at the current stage, image statistics included."""
@@ -197,8 +205,13 @@ class ProgressiveUNet(Network):
             (N, out_channels, H, W) float32 logits, of half the sides for each level left out; with
             `return_all_scales` the list from coarse to fine, at stage 4 of sides H/8, H/4, H/2, H.
         """
-        image = self._checked_and_normalised(x)
-        last = self.checked_scale(scale)
+        self.check_input(x)
+        scales = self.logits(x, scale)
+        return scales if return_all_scales else scales[-1]
+
+    def logits(self, x: torch.Tensor, scale: int | None = None) -> list[torch.Tensor]:
+        """Return the logits of all scales, from coarse to fine, without looking at the input's shape first."""
+        image, last = self.normalised(x), self.checked_scale(scale)
         features, skips = None, {}
         for r in reversed(self.scales):
             features = skips[r] = self.encoder[str(r)](image, features)
@@ -209,7 +222,7 @@ class ProgressiveUNet(Network):
             features = self.decoder[str(r)](features, skips[r])
             residual = self.heads[str(r)](features)
             scales.append(residual if not scales else upsample2x(scales[-1]) + residual)
-        return scales if return_all_scales else scales[-1]
+        return scales
 
 
 class UNet(Network):
@@ -251,16 +264,20 @@ class UNet(Network):
     def forward(self, x: torch.Tensor, return_all_scales: bool = False,
                 scale: int | None = None) -> torch.Tensor | list[torch.Tensor]:
         """Segment (N, in_channels, H, W) images in [0, 1]; see `ProgressiveUNet.forward`. It has one scale only."""
+        self.check_input(x)
+        logits = self.logits(x, scale)
+        return logits if return_all_scales else logits[-1]
+
+    def logits(self, x: torch.Tensor, scale: int | None = None) -> list[torch.Tensor]:
+        """Return the logits of the one scale there is, without looking at the input's shape first."""
         self.checked_scale(scale)
-        features = self._checked_and_normalised(x)
-        skips = []
+        features, skips = self.normalised(x), []
         for i, block in enumerate(self.down):
             features = block(features if i == 0 else F.max_pool2d(features, 2))
             skips.append(features)
         for up, block, skip in zip(self.up, self.join, reversed(skips[:-1]), strict=True):
             features = block(join(skip, up(features)))
-        logits = self.head(features)
-        return [logits] if return_all_scales else logits
+        return [self.head(features)]
 
 
 MODELS: dict[str, type[Network]] = {model.name: model for model in (ProgressiveUNet, UNet)}

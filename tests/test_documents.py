@@ -36,6 +36,7 @@ TOO_LONG = {
     r"make train|pip ": "installs packages",
     r"python (prepare_data\.py |-m preparation\.)sample": "draws hundreds of fields",
     r"python example_usage\.py": "trains; test_implementation.py runs it",
+    r"python export_model\.py .*--format onnx": "takes 10 s; tests/test_export.py does",
     r"python docs/draw_growth\.py": "would draw the picture of this very folder anew"}
 SHORTER = {"range(50)": "range(1)", "out_channels=1)": "out_channels=1, base_channels=2)",
            "epochs_per_stage=50": "epochs_per_stage=1"}  # so that blocks of Python run in seconds
@@ -115,7 +116,7 @@ def configuration_page() -> str:
     """Return docs/configuration.md."""
     presets = [f"- `{name}`: " + ", ".join(f"`--{key} {as_typed(value)}`" for key, value in preset.items())
                for name, preset in settings.PRESETS.items()]
-    rest = [script_tables(name) for name in ("predict_papsmear", "evaluate_papsmear", "prepare_data",
+    rest = [script_tables(name) for name in ("predict_papsmear", "evaluate_papsmear", "export_model", "prepare_data",
                                              "benchmarks/experiments", "benchmarks/speed")]
     return "\n".join([
         "# Every option\n\nThis page lists every option of every command, as `python -m tests.test_documents` reads "
@@ -195,7 +196,7 @@ def workplace(trained_run, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("documents")
     for name in ("my_run", "other", "NAME", "A", "B", "monuseg", "herlev"):
         shutil.copytree(trained_run[0], place / "outputs" / name)
-    for name in ("fold_1.pth", "fold_2.pth"):
+    for name in ("fold_1.pth", "fold_2.pth", "model.pth", "outputs/model.pth"):
         shutil.copy(trained_run[0] / "best_stage_4.pth", place / name)
     for name in ("data", "my_data", "data_monuseg", "data_herlev", "data_mine"):
         write_data_set(place / name)
@@ -231,7 +232,8 @@ def here(workplace, tmp_path, monkeypatch) -> Path:
 def test_commands_run(command, here):
     """Word for word, where the results that earlier commands of the page left are not there yet."""
     for folder, result in re.findall(r"--(out|experiment_name) (\S+)", command):
-        shutil.rmtree(here / ("outputs" if folder == "experiment_name" else "") / result, ignore_errors=True)
+        path = here / ("outputs" if folder == "experiment_name" else "") / result
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     call = python_call(command)
     if call:
         assert importlib.import_module(call[0]).main(call[1]) == 0

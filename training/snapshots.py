@@ -18,7 +18,7 @@ def snapshot(trainer, score: float | None) -> dict:
             "threshold": trainer.threshold, "score": score, **trainer.course.state(), "position": None, "history": [],
             "time_limit": trainer.time_limit.state() if trainer.time_limit else None,
             "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "averaged": None,
-            "random_states": random_states(trainer.device), "config": trainer.config}
+            "random_states": random_states(trainer.device), "config": trainer.config, "card": ""}
 
 
 def resumable(trainer, score: float | None, position: dict | None = None) -> dict:

@@ -1,0 +1,100 @@
+"""Write a checkpoint for other programs, or as one file to hand on, from the shell.
+
+    python export_model.py outputs/NAME/best_stage_4.pth --format onnx --out model.onnx
+    python export_model.py outputs/NAME/best_stage_4.pth --format archive --out model.pth --licence "CC BY 4.0"
+    python export_model.py model.pth --format card --out card.md
+
+onnx, torchscript, torch: one graph from images of any size in [0, 1] to probabilities, normalisation included; what it
+expects is in its metadata. It is run and compared with the network before it counts as written. archive: weights,
+recipe, data report, scores and model card in one file, a third of the checkpoint, which every command takes as it
+takes a checkpoint. card: the model card in Markdown.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from system.errors import UserError
+from system.options import Parser, checkpoint_path, command
+
+# Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
+
+ENDINGS = {"onnx": ".onnx", "torchscript": ".pt", "torch": ".pt2", "archive": ".pth", "card": ".md"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = Parser(prog="export_model.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=checkpoint_path, help="a checkpoint, an archive, or a run folder")
+    parser.add_argument("--format", required=True, choices=ENDINGS, help="what to write")
+    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument("--licence", default="", help="of the weights, for the model card")
+    parser.add_argument("--title", default="", help="of the model card (the name of the checkpoint)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    return parser
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the file that was asked for, and say what it is."""
+    from checkpoints import load_checkpoint, save_checkpoint
+    from exporting.archive import archived, model_card
+    from system.atomic import atomic_write
+
+    path, out = Path(args.checkpoint), args.out
+    if out.is_dir() or out.suffix != ENDINGS[args.format]:
+        raise UserError(f"--out {out}: {'a folder' if out.is_dir() else f'its ending is {out.suffix!r}'}; "
+                        f"--format {args.format} is written to a file that ends in {ENDINGS[args.format]}")
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out}: exists already, and nothing is overwritten unasked. Choose another --out, or pass "
+                        f"--overwrite")
+    checkpoint = load_checkpoint(path)
+    if out.exists() and out.samefile(path):
+        raise UserError(f"{out}: the checkpoint itself. Choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.format == "archive":
+        save_checkpoint(out, archived(checkpoint, path, args.licence, args.title))
+        print(f"{out}: {size(out)}, {size(path)} before; every command takes it as a checkpoint. Its card: python "
+              f"export_model.py {out} --format card --out card.md")
+    elif args.format == "card":
+        with atomic_write(out) as file:
+            file.write(model_card(checkpoint, path, args.licence, args.title).encode())
+        print(f"{out}: the model card")
+    else:
+        export_graph(checkpoint, path, args)
+
+
+def export_graph(checkpoint: dict, path: Path, args: argparse.Namespace) -> None:
+    """Write a graph, run it and compare it with the network; a file that differs does not stay."""
+    from exporting.graphs import TOLERANCE, graph_of, largest_difference, metadata_of, write_graph
+
+    graph, metadata, out = graph_of(checkpoint, path), metadata_of(checkpoint, path), args.out
+    written = out.with_name(f".{out.stem}.unfinished{out.suffix}")
+    try:
+        write_graph(graph, metadata, args.format, written)
+        difference = largest_difference(graph, args.format, written)
+        if difference is not None and not difference <= TOLERANCE:
+            raise RuntimeError(f"{out}: the written graph is {difference:.2g} from the network, which is more than "
+                               f"{TOLERANCE:g}; nothing was kept")
+        written.replace(out)
+    finally:
+        written.unlink(missing_ok=True)
+    checked = "not run, as onnxruntime is not installed (pip install -r requirements-export.txt)" \
+        if difference is None else f"run on images of odd sizes: at most {difference:.1e} from the network"
+    print(f"{out}: {size(out)}, {checked}")
+    for key in ("input", "output", "channels", "threshold"):
+        print(f"  {key}: {metadata[key]}")
+
+
+def size(path: Path) -> str:
+    """Return the size of a file in words."""
+    return f"{path.stat().st_size / 1e6:.1f} MB"
+
+
+@command(interrupted="nothing was written")
+def main(argv: list[str] | None = None) -> None:
+    export(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

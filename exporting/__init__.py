@@ -1,0 +1,1 @@
+"""Networks for other programs, and one file to hand to a colleague."""
