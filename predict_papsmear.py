@@ -26,6 +26,9 @@ from system.options import Parser, checkpoint_list, command, number, results_fol
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
+FORMATS = {"png": "overlay.png", "geojson": "nuclei.geojson", "label-tiff": "labels.tif", "ome-tiff": "labels.ome.tif",
+           "imagej-rois": "rois.zip"}  # with the ending of a file of each
+
 
 def shard(text: str) -> tuple[int, int]:
     """Read 'i/n' with i from 1 to n."""
@@ -33,6 +36,14 @@ def shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 1 to n, e.g. 1/4")
     return int(index), int(count)
+
+
+def format_list(text: str) -> tuple[str, ...]:
+    """Read names of formats joined by commas."""
+    wrong = [name for name in text.split(",") if name not in FORMATS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(FORMATS)}, joined by commas")
+    return tuple(dict.fromkeys(text.split(",")))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
                           help="go on with an interrupted prediction: leave out the images that are finished")
     existing.add_argument("--overwrite", action="store_true",
                           help="replace results of these images that are there, each when its new ones are whole")
+    parser.add_argument("--format", type=format_list, default=("png",), metavar="png,...", dest="formats",
+                        help="png (mask, instances and overlay), geojson (QuPath), label-tiff and ome-tiff (Fiji, "
+                             "napari, with the pixel size), imagej-rois (Fiji), joined by commas (png)")
     parser.add_argument("--probability", action="store_true", help="NAME_probability.png too (16 bit, 65535 is 1)")
     parser.add_argument("--threshold", type=number(0, 1, above=True, below=True), help="that of the checkpoint")
     parser.add_argument("--min_area", type=whole(0), default=30, help="pixels of the smallest nucleus (30)")
@@ -72,10 +86,12 @@ def predict(args: argparse.Namespace) -> int:
     from images.listing import place
     from images.slides import is_slide
     from inference import Predictor
+    from nuclei.formats import check_packages
     from nuclei.results import ResultsFolder
     from system.devices import set_up_process
     from system.signals import noted_signals
 
+    check_packages(args.formats)
     index, count, device = shard_and_device(args)
     all_paths = list_images(args.images)
     paths = all_paths[index - 1::count]
@@ -91,7 +107,7 @@ def predict(args: argparse.Namespace) -> int:
     results = ResultsFolder(folder, (index, count), predictor.classes, settings_of(args, predictor),
                             bool(args.pixel_size or any(map(is_slide, all_paths))))
     with noted_signals() as asked, results:
-        left = results.begin(paths, args.overwrite, args.go_on)
+        left = results.begin(paths, args.overwrite, args.go_on, [FORMATS[name] for name in args.formats])
         print(f"{','.join(args.checkpoint)}: {predictor}")
         part = f", part {index} of {count}" if count > 1 else ""
         print(f"{len(paths)} images{part}; foreground from probability {predictor.threshold:g}"
@@ -103,7 +119,8 @@ def predict(args: argparse.Namespace) -> int:
         print(f"warning: {len(black)} of {len(left)} images came out all black; the highest probability in them is "
               f"{max(black):.3f}. Lower --threshold, or train on images like these")
     if len(failed) < len(paths):
-        print(f"look at {folder}/: NAME_overlay.png, {results.images.name}, {results.nuclei.name}")
+        print(f"look at {folder}/: {', '.join(f'NAME_{FORMATS[name]}' for name in args.formats)}, "
+              f"{results.images.name}, {results.nuclei.name}")
     for problem in failed:
         print(f"error: {problem}", file=sys.stderr)
     if failed:
@@ -115,11 +132,11 @@ def settings_of(args: argparse.Namespace, predictor) -> dict:
     """Return what the results depend on, for settings.json and --continue."""
     from system.archives import digest_of
 
+    names = "min_area", "pixel_size", "probability", "augment", "scale", "tile", "stream_above"
     return {"checkpoint": args.checkpoint, "sha256": [digest_of(Path(path)) for path in args.checkpoint],
             "threshold": predictor.threshold, "max_value": predictor.max_value, "device": str(predictor.device),
-            "precision": predictor.precision} \
-        | {name: getattr(args, name) for name in ("min_area", "pixel_size", "probability", "augment", "scale", "tile",
-                                                  "stream_above")}
+            "precision": predictor.precision, "formats": list(args.formats)} | {
+        name: getattr(args, name) for name in names}
 
 
 def predict_all(predictor, paths: list[Path], results, args: argparse.Namespace,
@@ -168,6 +185,7 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
     from images.bands import ImageRows
     from images.files import image_size
     from images.slides import is_slide
+    from nuclei.formats import write_formats
     from nuclei.measurement import nucleus_rows
     from nuclei.results import image_row
 
@@ -187,6 +205,7 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
             prediction = predict_in_memory(predictor, path, result, args)
     black, seconds = prediction.highest < predictor.threshold, time.perf_counter() - start
     measures = prediction.sums.measures()
+    write_formats(result, args.formats, (height, width), measures, pixel_size)
     result.nuclei = nucleus_rows(result.name, measures, pixel_size)
     result.row = image_row(prediction, (height, width), measures["area"], pixel_size) | {"seconds": round(seconds, 2)}
     print(f"{path.name}: {height}x{width}, {prediction.nuclei} nuclei, {prediction.foreground:.1%} foreground, "
@@ -242,6 +261,7 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
             save_png(result.file(f"probability{ending}"), np.round(probability[..., k] * 65535).astype(np.uint16))
     save_instances(result.file("instances", instances_suffix(nuclei)), nuclei)
     save_png(result.file("overlay"), overlay(image, nuclei))
+    result.labels = lambda: [nuclei]
     sums = NucleusSums()
     sums.add(nuclei, probability[..., 0])
     return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
@@ -250,6 +270,7 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
 
 def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_bands: Callable[[], None]):
     """Predict one image, an `ImageRows` or `SlideRows`, from file to files; return a `nuclei.streaming.Prediction`."""
+    from images.bands import tiff_bands
     from images.files import save_png
     from nuclei.outlines import overlay
     from nuclei.results import class_endings
@@ -258,8 +279,10 @@ def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_
     def places(kind: str) -> list[Path]:
         return [result.file(f"{kind}{ending}", ".tif") for ending in class_endings(predictor.classes)]
 
+    instances = result.file("instances", ".tif")
+    result.labels = lambda: tiff_bands(instances)
     prediction, overview, labels = stream_prediction(
-        predictor, rows, args.min_area, result.file("instances", ".tif"), places("mask"),
+        predictor, rows, args.min_area, instances, places("mask"),
         places("probability") if args.probability else [], between_bands)
     save_png(result.file("overlay"), overlay(overview, labels))
     return prediction

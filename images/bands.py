@@ -225,8 +225,31 @@ class BandStore:
         self._file.close()
 
 
-def write_tiff(path: Path, bands: Iterable[np.ndarray], height: int, width: int, dtype) -> None:
-    """Write consecutive bands (rows, width) as TIFF: one channel, tiles of 512x512, deflate; BigTIFF beyond 4 GB."""
+def tiff_bands(path: Path) -> Iterator[np.ndarray]:
+    """Yield the rows of tiles of a file that `write_tiff` wrote, from top to bottom."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        height, width = page.shape
+        rows, top = np.empty((min(TILE, height), width), page.dtype), 0
+        for tile, (*_, y, x, _), shape in page.segments():
+            if y != top:
+                yield rows
+                rows, top = np.empty((min(TILE, height - y), width), page.dtype), y
+            rows[:, x:x + TILE] = tile.reshape(shape[1:3])[:len(rows), :width - x]
+        yield rows
+
+
+def write_tiff(path: Path, bands: Iterable[np.ndarray], height: int, width: int, dtype, pixel_size: float = 0.0,
+               ome: bool = False) -> None:
+    """Write consecutive bands (rows, width) as TIFF: one channel, tiles of 512x512, deflate; BigTIFF beyond 4 GB.
+
+    Args:
+        pixel_size: micrometres, as the resolution of the file; 0 where it is not known.
+        ome: describe it by OME-XML.
+    """
+    size = {"PhysicalSizeX": pixel_size, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": pixel_size,
+            "PhysicalSizeYUnit": "µm"} if pixel_size else {}
+    resolution = {"resolution": (1e4 / pixel_size,) * 2, "resolutionunit": "CENTIMETER"} if pixel_size else {}
     large = height * width * np.dtype(dtype).itemsize > 4_000_000_000
 
     def tiles():
@@ -234,6 +257,6 @@ def write_tiff(path: Path, bands: Iterable[np.ndarray], height: int, width: int,
             for left in range(0, width, TILE):
                 yield rows[:, left:left + TILE]
 
-    with tifffile.TiffWriter(path, bigtiff=large) as file:
+    with tifffile.TiffWriter(path, bigtiff=large, ome=ome) as file:
         file.write(tiles(), shape=(height, width), dtype=dtype, tile=(TILE, TILE), photometric="minisblack",
-                   compression="adobe_deflate", metadata=None)
+                   compression="adobe_deflate", metadata={"axes": "YX"} | size if ome else None, **resolution)

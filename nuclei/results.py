@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +30,7 @@ MAY_DIFFER = ("checkpoint", "device", "precision")  # between a prediction and t
 # A table into which rows are put in the place of others is written anew. Where that took longer than SHORT seconds, it
 # waits, and what is finished with it, for PATIENCE times as long.
 SHORT, PATIENCE = 0.02, 20
+OTHER_FILES = ("overlay.png", "nuclei.geojson", "labels.tif", "labels.ome.tif", "rois.zip")
 UNFINISHED = ".unfinished"
 LEFT = re.compile(rf"(?P<picture>.+){UNFINISHED}|\.(?P<file>.+?)({UNFINISHED})?\.\w{{8}}\.tmp")  # by a killed process
 
@@ -41,12 +42,14 @@ class ImageResults:
         name: of the image, as the tables have it.
         nuclei: rows with `nuclei.measurement.COLUMNS`.
         row: with IMAGE_COLUMNS and LAST_COLUMNS.
+        labels: gives the label map in consecutive rows (rows, W), each time it is called.
     """
 
     def __init__(self, folder: Path, path: Path, classes: int):
         self.folder, self.stem, self.classes, self.name = folder, path.stem, classes, cell(path.name)
         self.nuclei: Iterable[dict] = ()
         self.row: dict = {}
+        self.labels: Callable[[], Iterable[np.ndarray]] = tuple
         self._files: dict[Path, Path] = {}
 
     def file(self, kind: str, suffix: str = ".png") -> Path:
@@ -54,6 +57,13 @@ class ImageResults:
         path = self.folder / f"{self.stem}_{kind}{suffix}"
         self._files[path] = unfinished(path)
         return self._files[path]
+
+    def drop(self, *kinds: str) -> None:
+        """Remove pictures of these kinds that were written and not asked for."""
+        for path, written in [*self._files.items()]:
+            if path.stem.removeprefix(f"{self.stem}_").rstrip("_0123456789") in kinds:
+                written.unlink()
+                del self._files[path]
 
     def rename(self) -> None:
         """Give the pictures their names, and remove those of other kinds that an earlier prediction left."""
@@ -94,13 +104,15 @@ class ResultsFolder:
         self._waiting: list[ImageResults] = []
         self._committed = self._took = 0.0
 
-    def begin(self, paths: list[Path], overwrite: bool = False, go_on: bool = False) -> list[Path]:
+    def begin(self, paths: list[Path], overwrite: bool = False, go_on: bool = False,
+              endings: Iterable[str] = ()) -> list[Path]:
         """Check and lock the folder, tidy up after a killed process, and return the images that are to be predicted.
 
         Args:
             paths: the images of this process.
             overwrite: replace their results.
             go_on: leave out those that the last prediction into this folder has finished.
+            endings: of files that a finished image must have, e.g. 'overlay.png'.
         Raises:
             UserError: for results that are there unasked, or made with other settings than those to go on with.
         """
@@ -117,7 +129,7 @@ class ResultsFolder:
                 file.write(json.dumps({"runs": runs | {self._run: self.settings}}, indent=2).encode() + b"\n")
         self._tidy(paths)
         return [path for path in paths if cell(path.name) not in finished
-                or not (self.path / f"{path.stem}_overlay.png").exists()]
+                or not all((self.path / f"{path.stem}_{ending}").exists() for ending in endings)]
 
     @contextlib.contextmanager
     def image(self, path: Path) -> Iterator[ImageResults]:
@@ -249,4 +261,4 @@ def picture_files(folder: Path, stem: str, classes: int) -> list[Path]:
     """Return the pictures that a prediction of an image may make."""
     kinds = [f"{kind}{ending}" for kind in ("mask", "probability") for ending in class_endings(classes)]
     return [folder / f"{stem}_{kind}{suffix}" for kind in (*kinds, "instances") for suffix in (".png", ".tif")] \
-        + [folder / f"{stem}_overlay.png"]
+        + [folder / f"{stem}_{name}" for name in OTHER_FILES]
