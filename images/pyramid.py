@@ -28,6 +28,7 @@ from images.resolutions import FINEST, RESOLUTIONS
 from images.splits import DatasetError, description_of, find_data_root, find_splits
 from images.targets import load_target
 from system.machine import cpu_count
+from system.processes import progress
 
 DARK_16_BIT = 6554  # a tenth of the range
 AHEAD = 4 * cpu_count()  # pairs that are decoded before they are counted
@@ -95,7 +96,8 @@ class ImagePyramid:
         sums = np.zeros((2, channels))
         problems = []
         with ThreadPoolExecutor(max_workers=cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-            for i, found in enumerate(_in_order(pool, self._describe_pair, self.pairs)):
+            described = _in_order(pool, self._describe_pair, self.pairs)
+            for i, found in enumerate(progress(described, "reading images", len(self.pairs))):
                 if isinstance(found, list):
                     problems += found
                     continue

@@ -98,6 +98,10 @@ def exchange_device() -> torch.device:
     return torch.device("cpu" if "cpu:" in str(dist.get_backend_config()) else "cuda")
 
 
-def progress(items: Iterable, title: str) -> tqdm:
-    """Return a bar over the items, which the first process alone shows, and none if the output is no terminal."""
-    return tqdm(items, title, leave=False, disable=None if is_main_process() else True)
+def progress(items: Iterable, title: str, total: int | None = None) -> tqdm:
+    """Return a bar over the items, which the first process alone shows, and none if the output is no terminal.
+
+    Args:
+        total: how many there are, where they do not tell.
+    """
+    return tqdm(items, title, total, leave=False, disable=None if is_main_process() else True)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import predict_papsmear
 from conftest import TINY, copy_pair, lively_model, move_pair, noisy_image, run_script, write_checkpoint, write_data_set
+from images import duplicates
 from images.dealing import write_splits
 from images.duplicates import appearance, shared
 from images.files import save_instances, save_png
@@ -85,6 +86,21 @@ def test_pictures_are_known_by_their_pixels():
     plain = appearance(np.full((3, 256, 256), 7, np.uint8))
     assert shared([plain], [plain]) == ({}, {}), "empty tiles are no copies of each other"
     assert shared([], others) == ({}, {})
+
+
+def test_blocks_of_pictures_find_what_every_pair_does(monkeypatch):
+    rng = np.random.default_rng(0)
+    pictures = [appearance(rng.integers(0, 256, (1, 16, 16), np.uint8)) for _ in range(40)]
+    train = [*pictures[:30], pictures[3], appearance(np.full((1, 16, 16), 9, np.uint8))]
+    others = [*pictures[30:], appearance(np.zeros((1, 16, 16), np.uint8)), pictures[3], pictures[29]]
+    monkeypatch.setattr(duplicates, "BLOCK", 5)
+    monkeypatch.setattr(duplicates, "ROWS", 7)
+    likeness, nearest = duplicates.most_alike(train, others)
+    for j, other in enumerate(others):
+        pairs = [float((one.thumbnail[0] @ other.thumbnail.T).max()) for one in train]
+        assert likeness[j] == pytest.approx(max(pairs), abs=1e-6)
+        assert nearest[j] == int(np.argmax(pairs))
+    assert nearest[-2:].tolist() == [3, 29], "of two that are equal the first"
 
 
 def test_the_report_names_pictures_under_another_name(data_root):
