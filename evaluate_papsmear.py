@@ -68,7 +68,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from images.splits import description_of
     from scoring.scores import scored_pairs
     from scoring.unfinished import UnfinishedScores
-    from system.locks import held_lock
+    from system.locks import LOCK, held_lock
     from system.processes import all_gather, is_main_process
 
     folder = Path(args.out) if args.out else default_folder(args)
@@ -77,14 +77,15 @@ def evaluate(args: argparse.Namespace) -> None:
     if other and other.classes != predictor.classes:
         raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
-    kept = [UnfinishedScores(folder / name, settings_of(args)) for name in (SCORES, COMPARED)]
+    settings = settings_of(args)
+    kept = [UnfinishedScores(folder / name, settings) for name in (SCORES, COMPARED)]
     refuse_existing(args, folder, any(scores.exist() for scores in kept))
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented, args.mask_suffix)
     sizing, _ = description_of(args.data_root)
     if sizing != predictor.recipe.sizing:
         print(f"warning: the network was trained with sizing '{predictor.recipe.sizing}', but {args.data_root} is a "
               f"data set of '{sizing}': it sees nuclei at another size than it knows, so this score says little")
-    lock = held_lock(folder / ".lock", "this folder", "choose another --out") if is_main_process() \
+    lock = held_lock(folder / LOCK, "this folder", "choose another --out") if is_main_process() \
         else contextlib.nullcontext()
     with lock:  # makes the folder, before an hour of scoring that could not be written
         if args.go_on:
@@ -121,7 +122,8 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
     groups = len({row["group"] for row in rows})
     if groups < len(rows):
         print(f"{groups} groups of images, e.g. {rows[0]['group']}: intervals and tests resample groups")
-    summary = {"checkpoint": joined(args.checkpoint), "sha256": digests(args.checkpoint), "split": args.split,
+    summary = {"checkpoint": joined(args.checkpoint), "sha256": kept[0].settings["sha256"][:len(args.checkpoint)],
+               "split": args.split,
                "images": str(pairs[0].image.parent), "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
     others = score_pairs(other, pairs, args.instances, args.group_regex, kept[1]) if other else []
@@ -152,16 +154,11 @@ def write_results(folder: Path, predictor, pairs: list, tables: dict[str, list[d
 
 def settings_of(args: argparse.Namespace) -> dict:
     """Return what the scores of an image depend on, for --continue."""
-    return {"sha256": digests([*args.checkpoint, *(args.compare or ())])} | {
-        name: getattr(args, name) for name in ("data_root", "split", "use_augmented", "mask_suffix", "max_value",
-                                               "instances", "augment", "tile")}
-
-
-def digests(paths: list[str]) -> list[str]:
-    """Return what identifies each of these files, by its content."""
     from system.archives import digest_of
 
-    return [digest_of(Path(path)) for path in paths]
+    return {"sha256": [digest_of(Path(path)) for path in (*args.checkpoint, *(args.compare or ()))]} | {
+        name: getattr(args, name) for name in ("data_root", "split", "use_augmented", "mask_suffix", "max_value",
+                                               "instances", "augment", "tile")}
 
 
 def refuse_existing(args: argparse.Namespace, folder: Path, interrupted: bool) -> None:

@@ -26,7 +26,7 @@ from nuclei.separation import separate_nuclei
 from system.devices import autocast, choose_device, choose_precision
 from system.errors import UserError
 from unet import LAST_STAGE
-from unet_parts import ConvBNReLU, EncoderLevel, upsample2x
+from unet_parts import upsample2x
 
 # Pixels of the network's input, along an axis, over which a pixel acts on the logits: network -> stage -> pixels.
 # Measured by switching on one pixel at every position relative to the poolings; a test measures them again.
@@ -70,9 +70,8 @@ class Predictor:
         self.max_value = self.recipe.max_value
         self.models = [model_of(checkpoint, path).to(self.device, memory_format=torch.channels_last)
                        for checkpoint, path in zip(found, paths, strict=True)]
-        for block in (module for model in self.models for module in model.modules()):
-            if isinstance(block, ConvBNReLU | EncoderLevel):
-                block.fold()
+        for model in self.models:
+            model.fold()
         if scale is not None:
             self.models[0].checked_scale(scale)
         self.scale, self.augment = scale, augment

@@ -255,12 +255,13 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     probability = predictor.predict(pixels)
     nuclei = predictor.nuclei(probability, args.min_area)
     mask = probability[..., :predictor.classes] >= predictor.threshold
-    for k, ending in enumerate(class_endings(predictor.classes)):
-        save_png(result.file(f"mask{ending}"), mask[..., k])
-        if args.probability:
-            save_png(result.file(f"probability{ending}"), np.round(probability[..., k] * 65535).astype(np.uint16))
-    save_instances(result.file("instances", instances_suffix(nuclei)), nuclei)
-    save_png(result.file("overlay"), overlay(image, nuclei))
+    if "png" in args.formats:
+        for k, ending in enumerate(class_endings(predictor.classes)):
+            save_png(result.file(f"mask{ending}"), mask[..., k])
+            if args.probability:
+                save_png(result.file(f"probability{ending}"), np.round(probability[..., k] * 65535).astype(np.uint16))
+        save_instances(result.file("instances", instances_suffix(nuclei)), nuclei)
+        save_png(result.file("overlay"), overlay(image, nuclei))
     result.labels = lambda: [nuclei]
     sums = NucleusSums()
     sums.add(nuclei, probability[..., 0])
@@ -276,15 +277,18 @@ def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_
     from nuclei.results import class_endings
     from nuclei.streaming import stream_prediction
 
-    def places(kind: str) -> list[Path]:
-        return [result.file(f"{kind}{ending}", ".tif") for ending in class_endings(predictor.classes)]
+    pictures = "png" in args.formats
+
+    def places(kind: str, wanted: bool) -> list[Path]:
+        return [result.file(f"{kind}{ending}", ".tif") for ending in class_endings(predictor.classes) * wanted]
 
     instances = result.file("instances", ".tif")
     result.labels = lambda: tiff_bands(instances)
     prediction, overview, labels = stream_prediction(
-        predictor, rows, args.min_area, instances, places("mask"),
-        places("probability") if args.probability else [], between_bands)
-    save_png(result.file("overlay"), overlay(overview, labels))
+        predictor, rows, args.min_area, instances, places("mask", pictures),
+        places("probability", pictures and args.probability), between_bands)
+    if pictures:
+        save_png(result.file("overlay"), overlay(overview, labels))
     return prediction
 
 

@@ -15,7 +15,17 @@ from torch.nn import functional as F
 
 from images.resolutions import RESOLUTIONS
 from system.errors import UserError
-from unet_parts import BottomLevel, DecoderLevel, DoubleConv, EncoderLevel, ToLogits, join, mean2x2, upsample2x
+from unet_parts import (
+    BottomLevel,
+    ConvBNReLU,
+    DecoderLevel,
+    DoubleConv,
+    EncoderLevel,
+    ToLogits,
+    join,
+    mean2x2,
+    upsample2x,
+)
 
 STAGE_RESOLUTIONS = dict(enumerate(RESOLUTIONS, start=1))  # 1: 32, 2: 64, 3: 128, 4: 256
 LAST_STAGE = len(RESOLUTIONS)
@@ -109,6 +119,12 @@ class Network(nn.Module):
     def logits(self, x: torch.Tensor, scale: int | None = None) -> list[torch.Tensor]:
         """Do what `forward` does with `return_all_scales`, without looking at the input's shape first."""
         raise NotImplementedError
+
+    def fold(self) -> None:
+        """Fold the batch normalisation into the convolutions: fewer operations, for prediction alone, in eval mode."""
+        for block in self.modules():
+            if isinstance(block, ConvBNReLU | EncoderLevel):
+                block.fold()
 
     def live_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict of the parts that live at the current stage, image statistics included."""

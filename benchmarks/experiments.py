@@ -39,7 +39,7 @@ from benchmarks import growth
 from benchmarks.growth_arms import ARMS
 from benchmarks.growth_tables import MINUTES, TABLES
 from system.errors import UserError
-from system.locks import held_lock
+from system.locks import LOCK, held_lock
 from system.options import Parser, command, folder_name, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
@@ -148,7 +148,7 @@ def study_growing(args: argparse.Namespace, options: list[str]) -> None:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         budget = f"{args.minutes:g}{MINUTES}" if args.minutes else f"{args.budget:g}"
         trainings = growth.planned(out, arms, budget, seeds, options)
-        with held_lock(out / ".lock", "this study", "choose another --out"):
+        with held_lock(out / LOCK, "this study", "choose another --out"):
             growth.run_study(out, trainings, growth.check_settings(out, trainings, options), args.jobs)
     elif options:
         raise UserError(f"--report reads the tables in --out alone and takes no {options[0]}. Leave it out")

@@ -19,7 +19,6 @@ from images.resolutions import RESOLUTIONS
 from system.archives import digest_of
 from system.atomic import atomic_write
 from system.errors import UserError
-from unet_parts import ConvBNReLU, EncoderLevel
 
 INPUT, OUTPUT = "image", "probability"
 SMALLEST = 17       # pixels of a side; padded to 32, the least from which the shapes of the graph are general
@@ -55,9 +54,7 @@ class WholeGraph(nn.Module):
 def graph_of(checkpoint: dict, path: Path) -> WholeGraph:
     """Return the graph of a loaded checkpoint, on the CPU, with batch normalisation folded into the convolutions."""
     model = model_of(checkpoint, path)
-    for block in model.modules():
-        if isinstance(block, ConvBNReLU | EncoderLevel):
-            block.fold()
+    model.fold()
     return WholeGraph(model).eval()
 
 

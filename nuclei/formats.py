@@ -16,7 +16,6 @@ from nuclei.tracing import Polygon, traced
 from system.errors import UserError
 
 CLASS_NAME = "Nucleus"
-PICTURES = ("mask", "instances", "overlay", "probability")
 MEASUREMENTS = {"area": "Area px^2", "eccentricity": "Eccentricity", "mean_probability": "Mean probability"}
 
 
@@ -32,7 +31,7 @@ def check_packages(formats: Iterable[str]) -> None:
 
 def write_formats(result, formats: tuple[str, ...], size: tuple[int, int], measures: dict[str, np.ndarray],
                   pixel_size: float | None) -> None:
-    """Write the nuclei of an image in all formats but png, and drop the pictures where png is not one of them.
+    """Write the nuclei of an image in all formats but png, and drop the label image where png is not one of them.
 
     Args:
         result: a `nuclei.results.ImageResults` that has its labels.
@@ -52,7 +51,7 @@ def write_formats(result, formats: tuple[str, ...], size: tuple[int, int], measu
     if "imagej-rois" in formats:
         write_rois(result.file("rois", ".zip"), traced(result.labels()))
     if "png" not in formats:
-        result.drop(*PICTURES)
+        result.drop("instances", ".tif")  # of a streamed image; of others there is none
 
 
 def geojson(nuclei: Iterable[tuple[int, list[Polygon]]], measures: dict[str, np.ndarray],
@@ -65,11 +64,11 @@ def geojson(nuclei: Iterable[tuple[int, list[Polygon]]], measures: dict[str, np.
         numbers = {title: float(measures[name][row]) for name, title in MEASUREMENTS.items()}
         if pixel_size:
             numbers["Area um^2"] = numbers[MEASUREMENTS["area"]] * pixel_size ** 2
-        rings = [[[*map(_closed, polygon)] for polygon in polygons]]
+        parts = [[*map(_closed, polygon)] for polygon in polygons]
         feature = {
             "type": "Feature",
-            "geometry": {"type": "MultiPolygon", "coordinates": rings[0]} if len(polygons) > 1 else
-            {"type": "Polygon", "coordinates": rings[0][0]},
+            "geometry": {"type": "MultiPolygon", "coordinates": parts} if len(parts) > 1 else
+            {"type": "Polygon", "coordinates": parts[0]},
             "properties": {"objectType": "detection", "name": str(label),
                            "classification": {"name": CLASS_NAME, "color": list(OUTLINE)}, "measurements": numbers}}
         yield ("," if i else "") + "\n" + json.dumps(feature)

@@ -18,8 +18,8 @@ import numpy as np
 
 from nuclei.measurement import COLUMNS, MICROMETRE_COLUMNS
 from system.atomic import atomic_write
-from system.errors import UserError
-from system.locks import held_lock
+from system.errors import UserError, check_continued
+from system.locks import LOCK, held_lock
 from system.tables import append_rows, columns_of, read_table, write_table
 from system.text import cell
 
@@ -58,12 +58,10 @@ class ImageResults:
         self._files[path] = unfinished(path)
         return self._files[path]
 
-    def drop(self, *kinds: str) -> None:
-        """Remove pictures of these kinds that were written and not asked for."""
-        for path, written in [*self._files.items()]:
-            if path.stem.removeprefix(f"{self.stem}_").rstrip("_0123456789") in kinds:
-                written.unlink()
-                del self._files[path]
+    def drop(self, kind: str, suffix: str) -> None:
+        """Remove a picture that others were made from and that was not asked for, if it was written."""
+        if written := self._files.pop(self.folder / f"{self.stem}_{kind}{suffix}", None):
+            written.unlink()
 
     def rename(self) -> None:
         """Give the pictures their names, and remove those of other kinds that an earlier prediction left."""
@@ -94,7 +92,7 @@ class ResultsFolder:
         end = "" if part[1] == 1 else f"_{part[0]}_of_{part[1]}"
         self.path, self.classes, self.settings = Path(path), classes, settings
         self.nuclei, self.images = (self.path / f"{name}{end}.csv" for name in ("nuclei", "images"))
-        self._settings_file, self._lock_file = self.path / f"settings{end}.json", self.path / f".lock{end}"
+        self._settings_file, self._lock_file = self.path / f"settings{end}.json", self.path / f"{LOCK}{end}"
         micrometres = MICROMETRE_COLUMNS if scaled else (), IMAGE_MICROMETRE_COLUMNS if scaled else ()
         self._columns = {self.nuclei: COLUMNS + micrometres[0],
                          self.images: IMAGE_COLUMNS + micrometres[1] + LAST_COLUMNS}
@@ -123,12 +121,12 @@ class ResultsFolder:
             self._refuse_existing(paths)
         self._lock.enter_context(held_lock(self._lock_file, "this folder", "choose another --out"))
         self._run = list(runs)[-1] if go_on else datetime.now(UTC).isoformat(timespec="microseconds")
-        finished = {row["image"] for row in read_table(self.images) if row.get("run") == self._run}
+        recorded = {row.get("image", ""): row.get("run") for row in read_table(self.images)}
         if not go_on:
             with atomic_write(self._settings_file) as file:
                 file.write(json.dumps({"runs": runs | {self._run: self.settings}}, indent=2).encode() + b"\n")
-        self._tidy(paths)
-        return [path for path in paths if cell(path.name) not in finished
+        self._tidy(paths, set(recorded))
+        return [path for path in paths if recorded.get(cell(path.name)) != self._run
                 or not all((self.path / f"{path.stem}_{ending}").exists() for ending in endings)]
 
     @contextlib.contextmanager
@@ -199,11 +197,8 @@ class ResultsFolder:
             raise UserError(f"--continue: {self.path} holds no {self._settings_file.name}, so no prediction was begun "
                             f"there. Leave --continue out, or correct --out")
         last = list(runs.values())[-1]
-        for name in (name for name in {**last, **self.settings} if name not in MAY_DIFFER):
-            if last.get(name) != self.settings.get(name):
-                raise UserError(f"--continue: {name} was {last.get(name)!r} in {self.path}, and is now "
-                                f"{self.settings.get(name)!r}. Go on with the options of then, replace everything with "
-                                f"--overwrite, or choose another --out")
+        check_continued(last, self.settings, self.path, "replace everything with --overwrite, or choose another --out",
+                        MAY_DIFFER)
 
     def _refuse_existing(self, paths: list[Path]) -> None:
         there = [file for path in paths for file in picture_files(self.path, path.stem, self.classes) if file.exists()]
@@ -212,20 +207,24 @@ class ResultsFolder:
                             f"on with an interrupted prediction by --continue, or replace the results of these images "
                             f"by --overwrite")
 
-    def _tidy(self, paths: list[Path]) -> None:
-        """Take away what a killed process left: unfinished pictures, and rows of images that it did not finish."""
+    def _tidy(self, paths: list[Path], recorded: set[str]) -> None:
+        """Take away what a killed process left: unfinished pictures, and rows of images that it did not finish.
+
+        Args:
+            recorded: the images in images.csv.
+        """
         ours = {file.name for path in paths for file in picture_files(self.path, path.stem, self.classes)}
         ours |= {file.name for file in (*self._columns, self._settings_file)}
         for file in self.path.iterdir():
             if (match := LEFT.fullmatch(file.name)) and (match["picture"] or match["file"]) in ours:
                 file.unlink()
-        recorded = {row.get("image", "") for row in read_table(self.images)}
         for table, columns in self._columns.items():
-            names = {row.get("image", "") for row in read_table(table)}
+            names = recorded if table == self.images else {row.get("image", "") for row in read_table(table)}
             # A table from before images.csv was written has rows of finished images alone.
             kept = names & recorded if self.images.exists() else names
             if table.exists() and (names != kept or columns_of(table) != list(columns)):
-                write_table(table, columns, (row for row in read_table(table) if row["image"] in kept), sync=False)
+                rows = (row for row in read_table(table) if row["image"] in kept)
+                write_table(table, columns, ({name: row.get(name, "") for name in columns} for row in rows), sync=False)
             self._names[table] = kept
 
 

@@ -50,7 +50,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
     Args:
         predictor: an `inference.Predictor`.
         rows: the image in RGB.
-        instances, masks, probabilities: where to write; a mask for each class, probabilities likewise or none. The
+        instances, masks, probabilities: where to write; masks for each class or none, probabilities likewise. The
             intermediate files are made in the folder of `instances`.
         between_bands: called before each band, and may raise to stop.
     Returns:
@@ -94,10 +94,9 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         final = blocks.final_labels()
         size = rows.height, rows.width
         write_tiff(instances, (final[band] for band in label_bands), *size, np.uint32)
-        for path, store in zip(masks, mask_bands, strict=True):
-            write_tiff(path, store, *size, np.uint8)
-        for path, store in zip(probabilities, deep_bands, strict=True):
-            write_tiff(path, store, *size, np.uint16)
+        for paths, stores, dtype in ((masks, mask_bands, np.uint8), (probabilities, deep_bands, np.uint16)):
+            for path, store in zip(paths, stores, strict=True):
+                write_tiff(path, store, *size, dtype)
         overview_labels = np.concatenate([final[part] for part in view.overview_labels(label_bands)])
     strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.recipe.training_ranges)
     prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,

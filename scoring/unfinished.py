@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from system.errors import DiskError, UserError
+from system.errors import DiskError, check_continued
 from system.processes import is_main_process, rank
 
 
@@ -35,11 +35,7 @@ class UnfinishedScores:
                     settings, name, row = entry["settings"], entry["image"], dict(entry["row"])
                 except (ValueError, KeyError, TypeError, RecursionError):  # cut off by the kill
                     continue
-                for key in {**settings, **self.settings}:
-                    if settings.get(key) != self.settings.get(key):
-                        raise UserError(f"--continue: {key} was {settings.get(key)!r} in {path}, and is now "
-                                        f"{self.settings.get(key)!r}. Go on with the options of then, or start anew "
-                                        f"with --overwrite")
+                check_continued(settings, self.settings, path, "or start anew with --overwrite")
                 self._rows[name] = row
         return len(self._rows)
 

@@ -1,6 +1,8 @@
 """Errors that a user can mend, and the codes with which command lines end."""
 
 import errno
+from collections.abc import Collection
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -25,6 +27,20 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a di
 DISK_ERRORS = frozenset({
     errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
     errno.ESTALE, errno.EPIPE}) | FULL
+
+
+def check_continued(then: dict, now: dict, place: Path, remedy: str, may_differ: Collection[str] = ()) -> None:
+    """Raise UserError with the first setting that differs from those of the work that --continue goes on with.
+
+    Args:
+        place: where `then` was found.
+        remedy: what to do but going on with the options of then.
+        may_differ: names of settings that are not compared.
+    """
+    for name in {**then, **now}:
+        if name not in may_differ and then.get(name) != now.get(name):
+            raise UserError(f"--continue: {name} was {then.get(name)!r} in {place}, and is now {now.get(name)!r}. Go "
+                            f"on with the options of then, {remedy}")
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from filelock import FileLock, Timeout
 
 from system.errors import UserError
 
+LOCK = ".lock"  # in the folder that is locked
 _LOCKS: dict[Path, FileLock] = {}  # of this process, which may take one of its own twice
 
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import sys
+from pathlib import Path
 
 CGROUP = "/sys/fs/cgroup"  # of version 2, which a container sees as its own
 
@@ -21,6 +22,11 @@ def fields(path: str) -> dict[str, str]:
             return dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
     except OSError:
         return {}
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest one above it that is there: where it would be made."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def processor() -> str:

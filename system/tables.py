@@ -28,7 +28,10 @@ def columns_of(path: Path) -> list[str]:
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Append rows and hand them to the operating system; a new table gets its header, a torn last row is cut off."""
+    """Append rows and hand them to the operating system; a new table gets its header, a torn last row is cut off.
+
+    What of a row is in none of the columns is left out.
+    """
     if path.exists():
         _cut_torn_end(path)
     with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -43,10 +46,12 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict], sync: 
 
     Args:
         sync: wait until the disk has it (see `system.atomic.atomic_write`).
+    Raises:
+        ValueError: for a row with something that is in none of the columns.
     """
     with atomic_write(path, sync) as file:
         text = TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
-        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
         text.detach()

@@ -158,6 +158,19 @@ def test_only_what_was_asked_for_stays(predicted, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"a_labels.tif", "nuclei.csv", "images.csv", "settings.json"}
 
 
+def test_of_a_streamed_image_too(predicted, tmp_path):
+    command, place = predicted
+    out = tmp_path / "out"
+    streamed = [*command[:-1], "geojson", "--out", str(out), "--stream_above", "0", "--probability"]
+    assert predict_papsmear.main(streamed) == 0
+    assert {p.name for p in out.iterdir()} == {"a_nuclei.geojson", "nuclei.csv", "images.csv", "settings.json"}
+    features, others = (json.loads((folder / "a_nuclei.geojson").read_text())["features"]
+                        for folder in (out, place / "whole"))
+    by_name = {feature["properties"]["name"]: feature for feature in others}
+    assert features == [by_name[feature["properties"]["name"]] for feature in features]
+    assert len(features) == len(others)
+
+
 def test_an_image_without_nuclei(predicted, tmp_path):
     command, _ = predicted
     out = tmp_path / "out"

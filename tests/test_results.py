@@ -390,6 +390,8 @@ def test_what_a_kill_leaves_of_a_table_is_cut_off(tmp_path):
     path = tmp_path / "t.csv"
     assert (list(read_table(path)), columns_of(path)) == ([], [])
     append_rows(path, ("a", "b"), [{"a": 1, "b": 2, "c": 3}, {"a": 3, "b": 4}])
+    with pytest.raises(ValueError, match="'c'"):
+        tables.write_table(path, ("a", "b"), [{"a": 1, "b": 2, "c": 3}])
     whole = path.read_bytes()
     assert whole == b"a,b\r\n1,2\r\n3,4\r\n"
     for end in range(len(whole)):

@@ -24,7 +24,8 @@ from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions, training_curves
 from system.atomic import atomic_write
 from system.errors import UserError
-from system.locks import take_lock
+from system.locks import LOCK, take_lock
+from system.machine import nearest_existing
 from system.tables import append_rows, read_table, write_table
 from training.means import PassMeasures
 
@@ -39,7 +40,6 @@ NAMES = (rf"config\.json|metrics\.csv|best_stage_[1-4]\.pth|final_model\.pth|las
          r"training_curves\.png|predictions_stage_[1-4]\.png|test_scores\.(csv|json)|refused_batch\.npz")
 UNFINISHED = re.compile(rf"\.({NAMES})\.\w{{8}}\.tmp")  # of system.atomic, where a process was killed
 RUN_FILES = re.compile(rf"{NAMES}|{UNFINISHED.pattern}")
-LOCK = ".lock"
 SHOWN_IMAGES = 6
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
@@ -62,7 +62,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError if the folder cannot be used, or holds a run that was not asked to be replaced."""
-        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        above = nearest_existing(self.path)
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
                              f"Choose another --output_dir or --experiment_name")

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from system.errors import UserError
+from system.machine import nearest_existing
 
 OTHERS = 10_000_000  # bytes of tables, logs and pictures; 3 to 6 million were seen
 
@@ -25,7 +26,7 @@ def run_space(trainer) -> int:
 
 def free_space(folder: Path) -> int:
     """Return the bytes that are free on the disk that a folder, which may be absent, is or would be on."""
-    return shutil.disk_usage(next(f for f in (folder, *folder.absolute().parents) if f.exists())).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def refuse_lack_of_space(trainer) -> None:
