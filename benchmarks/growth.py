@@ -35,7 +35,8 @@ DECIDED = ("budget", "max_minutes", "seed", "output_dir", "experiment_name", "re
 OF_ARMS = ("progressive", "model", "shares", "start_stage")
 OF_DATA = ("data_root", "in_channels", "out_channels", "targets", "use_augmented")
 # Settings in which trainings may differ and yet be compared.
-FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset", "by_hand"}
+FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset", "by_hand", "command", "data_report",
+        "resolved"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,13 @@ def comparable(settings: argparse.Namespace) -> dict:
     return json.loads(json.dumps({key: value for key, value in vars(settings).items() if key not in FREE}))
 
 
+def first_difference(was: dict, now: dict) -> str | None:
+    """Say in which setting two trainings differ, None if in none; options that are younger had their defaults."""
+    was = comparable(parse([])) | was
+    return next((f"was begun with {key} {was.get(key)}, asked for is {now[key]}" for key in now
+                 if was.get(key) != now[key]), None)
+
+
 def check_settings(out: Path, trainings: list[Training], options: list[str]) -> list[str]:
     """Write the settings of a study, or compare them with those of its finished trainings; other arms may join.
 
@@ -140,11 +148,9 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
     pairs = [("this study", kept.get("common", common), common)]
     pairs += [(f"arm {arm}", kept.get("arms", {}).get(arm, arms[arm]), arms[arm]) for arm in arms]
     for name, was, now in pairs:
-        differing = [key for key in now if was.get(key) != now[key]]
-        if differing:
-            key = differing[0]
-            raise UserError(f"{path}: {name} was begun with {key} {was.get(key)}, asked for is {now[key]}. Its "
-                            f"trainings would not compare. Choose another --out, or another name for the arm")
+        if differing := first_difference(was, now):
+            raise UserError(f"{path}: {name} {differing}. Its trainings would not compare. Choose another --out, or "
+                            f"another name for the arm")
     arms = kept.get("arms", {}) | arms
     RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {
         "options": options, "common": common, "arms": arms})
@@ -284,11 +290,8 @@ def check_begun(training: Training, config: dict) -> None:
 
     saved = load_checkpoint(training.folder / "last.pth")["config"]
     was, now = (comparable(argparse.Namespace(**settings)) for settings in (saved, config))
-    differing = [key for key in now if key != "resolved" and was.get(key) != now[key]]
-    if differing:
-        key = differing[0]
-        raise UserError(f"{training.folder}: this training was begun with {key} {was.get(key)}, asked for is "
-                        f"{now[key]}. Remove the folder, or choose another --out")
+    if differing := first_difference(was, now):
+        raise UserError(f"{training.folder}: this training {differing}. Remove the folder, or choose another --out")
 
 
 def score_images(predictor, settings: argparse.Namespace, dataset, split: str) -> list[dict]:

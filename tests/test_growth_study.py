@@ -99,6 +99,7 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
     assert "KeyboardInterrupt" in (out / "runs/grown_2.5_7.log").read_text()
     assert rows_of(out / "runs/grown_2.5_7/metrics.csv")[-1]["epoch"] == "2"
     assert not (out / "trainings.csv").exists()
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "asked for more seeds"])
     assert experiments.main(command) == 0
     assert len(done) == 5, "three epochs were left"
 
@@ -112,6 +113,11 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
     assert experiments.main([*command, "--lr", "0.5"]) == 2
     assert "this study was begun with lr 0.001, asked for is 0.5" in capsys.readouterr().err
     assert experiments.main([*command, "--num_workers", "0"]) == 0, "what changes no number may differ"
+    settings = json.loads((out / "settings.json").read_text())
+    for kept in (settings["common"], *settings["arms"].values()):
+        del kept["max_value"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert experiments.main(command) == 0, "an option that is younger than the study had its default"
 
 
 def test_what_was_begun_otherwise_is_not_continued(study, shared_root, data_root, tmp_path, in_this_process, capsys):
