@@ -37,6 +37,7 @@ TOO_LONG = {
     r"python (prepare_data\.py |-m preparation\.)sample": "draws hundreds of fields",
     r"python example_usage\.py": "trains; test_implementation.py runs it",
     r"python export_model\.py .*--format onnx": "takes 10 s; tests/test_export.py does",
+    r"python export_model\.py (.*--push_to_hub|hf://)|hf auth": "needs the Hub; tests/test_hub.py has its own",
     r"python docs/draw_growth\.py": "would draw the picture of this very folder anew"}
 SHORTER = {"range(50)": "range(1)", "out_channels=1)": "out_channels=1, base_channels=2)",
            "epochs_per_stage=50": "epochs_per_stage=1"}  # so that blocks of Python run in seconds
