@@ -188,7 +188,7 @@ LAYERS = (
     ("system",), ("images",), ("preparation",), ("unet_parts",), ("unet",), ("checkpoints",), ("nuclei",),
     ("inference",), ("scoring",), ("exporting",), ("training",), ("pap_smear_dataset",), ("progressive_trainer",),
     ("train_papsmear", "evaluate_papsmear", "predict_papsmear", "prepare_data", "export_model", "example_usage"),
-    ("benchmarks",))
+    ("benchmarks", "demo"))
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -37,6 +37,7 @@ TOO_LONG = {
     r"python (prepare_data\.py |-m preparation\.)sample": "draws hundreds of fields",
     r"python example_usage\.py": "trains; test_implementation.py runs it",
     r"python export_model\.py .*--format onnx": "takes 10 s; tests/test_export.py does",
+    r"python -m demo": "serves a page until Ctrl-C; tests/test_demo.py opens it",
     r"python export_model\.py (.*--push_to_hub|hf://)|hf auth": "needs the Hub; tests/test_hub.py has its own",
     r"python docs/draw_growth\.py": "would draw the picture of this very folder anew"}
 SHORTER = {"range(50)": "range(1)", "out_channels=1)": "out_channels=1, base_channels=2)",
@@ -110,15 +111,17 @@ def script_tables(name: str) -> str:
     commands = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     tables = [f"### {key}\n\n{options_table(own)}" for key, own in commands[0].items()] if commands else \
         [options_table(parser)]
-    return "\n".join([f"## {name}.py\n", *tables])
+    title = f"python -m {name.removesuffix('/__main__')}" if name.endswith("__main__") else f"{name}.py"
+    return "\n".join([f"## {title}\n", *tables])
 
 
 def configuration_page() -> str:
     """Return docs/configuration.md."""
     presets = [f"- `{name}`: " + ", ".join(f"`--{key} {as_typed(value)}`" for key, value in preset.items())
                for name, preset in settings.PRESETS.items()]
-    rest = [script_tables(name) for name in ("predict_papsmear", "evaluate_papsmear", "export_model", "prepare_data",
-                                             "benchmarks/experiments", "benchmarks/speed")]
+    rest = [script_tables(name) for name in (
+        "predict_papsmear", "evaluate_papsmear", "export_model", "demo/__main__", "prepare_data",
+        "benchmarks/experiments", "benchmarks/speed")]
     return "\n".join([
         "# Every option\n\nThis page lists every option of every command, as `python -m tests.test_documents` reads "
         "them from the parsers.\n\nWrong values are refused before anything is read or written, with exit code 2.\n",
