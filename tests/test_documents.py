@@ -118,6 +118,7 @@ def script_tables(name: str) -> str:
 def configuration_page() -> str:
     """Return docs/configuration.md."""
     presets = [f"- `{name}`: " + ", ".join(f"`--{key} {as_typed(value)}`" for key, value in preset.items())
+               + f". On `{settings.PRESET_RESULTS[name][0]}`: {'; '.join(settings.PRESET_RESULTS[name][1:])}"
                for name, preset in settings.PRESETS.items()]
     rest = [script_tables(name) for name in (
         "predict_papsmear", "evaluate_papsmear", "export_model", "demo/__main__", "prepare_data",
@@ -126,7 +127,8 @@ def configuration_page() -> str:
         "# Every option\n\nThis page lists every option of every command, as `python -m tests.test_documents` reads "
         "them from the parsers.\n\nWrong values are refused before anything is read or written, with exit code 2.\n",
         "## train_papsmear.py\n", options_table(settings.build_parser()),
-        "### Presets\n\nAn option given by hand beats a preset; a preset beats a default.\n", *presets, "", *rest])
+        "### Presets\n\nAn option given by hand beats a preset; a preset beats a default. Times are of two cores of a "
+        "server CPU with bfloat16, scores of one run ([Results](results.md)).\n", *presets, "", *rest])
 
 
 def as_typed(value) -> str:
