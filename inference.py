@@ -25,6 +25,7 @@ from images.resolutions import FINEST
 from nuclei.separation import separate_nuclei
 from system.devices import autocast, choose_device, choose_precision
 from system.errors import UserError
+from system.notebooks import Described
 from unet import LAST_STAGE
 from unet_parts import upsample2x
 
@@ -36,7 +37,7 @@ STEP = 2 ** LAST_STAGE  # tiles begin at multiples of it, where the poolings of 
 BLEND = 2 * STEP        # pixels over which one tile gives way to the next
 
 
-class Predictor:
+class Predictor(Described):
     """Turn images into probabilities.
 
     Args:
@@ -61,7 +62,7 @@ class Predictor:
         paths = [Path(path) for path in ([checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints)]
         if not paths:
             raise UserError("checkpoints is empty; give one path or a list of at least one")
-        self.device = choose_device(str(device))
+        self.paths, self.device = paths, choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
         found = [load_checkpoint(path) for path in paths]
         for path, checkpoint in zip(paths, found, strict=True):
@@ -101,6 +102,27 @@ class Predictor:
                 + (", flips and turns averaged" if self.augment else "")
                 + (f", logits of scale {self.scale}" if self.scale else ""))
 
+    def described(self) -> dict[str, str]:
+        """Return checkpoints, network, channels, sizing, threshold and device."""
+        return {"checkpoints": ", ".join(map(str, self.paths)), "network": type(self.models[0]).__name__,
+                "stage": str(self.stage), **self.recipe.described(), "threshold": f"{self.threshold:g}",
+                "device": f"{self.device}, {self.precision}"}
+
+    def show(self, image, min_area: int = 30):
+        """Return a matplotlib figure of an image, the outlines of the nuclei found in it, and the probabilities.
+
+        Args:
+            image: as for `predict`.
+            min_area: in pixels, of the smallest nucleus.
+        """
+        from scoring.figures import prediction_figure
+
+        pixels = self._pixels(image)
+        probability = self.predict(pixels)
+        name = Path(image).name if isinstance(image, (str, Path)) else "image"
+        return prediction_figure(pixels, probability, self.nuclei(probability, min_area), name,
+                                 self.recipe.channel_names)
+
     def predict(self, image) -> np.ndarray:
         """Segment one image of any size.
 
@@ -113,9 +135,7 @@ class Predictor:
         Raises:
             ImageFileError: a UserError that says what is wrong with the image.
         """
-        from_file = isinstance(image, (str, Path))
-        pixels = load_image(Path(image), self.in_channels, max_value=self.max_value) if from_file else \
-            to_image(image, self.in_channels, max_value=self.max_value)
+        pixels = self._pixels(image)
         if self.recipe.sizing == "tile":
             return np.concatenate(list(self.predict_bands([pixels], *pixels.shape[:2])))
         return self._predict_resized(pixels)
@@ -164,6 +184,12 @@ class Predictor:
             pixels = resize(pixels, FINEST)
             mask = resize(mask[..., None].astype(np.uint8) * 255, FINEST)[..., 0] >= 128
         return strangest(describe(pixels, mask, size), self.recipe.training_ranges)
+
+    def _pixels(self, image) -> np.ndarray:
+        """Return what `predict` is given as (H, W, in_channels) uint8."""
+        if isinstance(image, (str, Path)):
+            return load_image(Path(image), self.in_channels, max_value=self.max_value)
+        return to_image(image, self.in_channels, max_value=self.max_value)
 
     def _predict_resized(self, pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]

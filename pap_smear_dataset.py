@@ -21,12 +21,13 @@ from images.report import check_dataset, split_dataset
 from images.resolutions import DEFAULT_BATCH_SIZES, FINEST, RESOLUTIONS
 from images.splits import SPLITS
 from system.errors import UserError
+from system.notebooks import Described
 from system.options import Parser, command, regex, whole
 from system.processes import shard
 from system.signals import leave_signals_to_the_parent
 
 
-class PapSmearDataset(Dataset):
+class PapSmearDataset(Described, Dataset):
     """Images and masks of one split, resized to the current target size.
 
     Args:
@@ -128,6 +129,21 @@ class PapSmearDataset(Dataset):
         return self.pyramid.batch(FINEST, indices)[1].float().div_(255)
 
 
+    def show(self, index: int):
+        """Return a matplotlib figure of `self[index]`: image, outlines, each channel of the mask."""
+        from scoring.figures import sample_figure
+
+        sample = self[index]
+        return sample_figure(sample["image"].numpy(), sample["mask"].numpy(), sample["name"], self.recipe.channel_names)
+
+    def described(self) -> dict[str, str]:
+        """Return split, images, size, channels and augmentation."""
+        chance = self.augment_probability
+        return {"split": self.split, "images": str(len(self)), "size": f"{self.target_size}x{self.target_size}",
+                **self.recipe.described(), "augmented": f"with probability {chance:g}" if chance else "no",
+                "decoded images": self.pyramid.kept, "folder": str(self.pyramid.pairs[0].image.parent)}
+
+
 def _to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
@@ -159,7 +175,7 @@ def _as_tensors(raw: dict) -> dict:
     return raw | {key: torch.from_numpy(raw[key]) for key in ("image", "mask")}
 
 
-class ProgressiveLoader:
+class ProgressiveLoader(Described):
     """Yield batches `image` (N, C, S, S), `mask` (N, K, S, S) float32 in [0, 1] and `name` (list of N).
 
     A train loader shuffles and augments; the order is a function of (seed, resolution, epoch). Each pass is the next
@@ -207,6 +223,13 @@ class ProgressiveLoader:
                              for i in range(first, len(self))]
         for raw in self._raw_batches():
             yield self.dataset.finished(raw, epoch, self.device)
+
+    def described(self) -> dict[str, str]:
+        """Return split, images, size and batches."""
+        dataset = self.dataset
+        return {"split": dataset.split, "images": str(len(dataset)),
+                "size": f"{dataset.target_size}x{dataset.target_size}",
+                "batches": f"{len(self)} of {self.batch_size}", "on": str(self.device)}
 
     def first(self, count: int) -> dict:
         """Return the first images of the split, not shuffled, as one batch, in whichever process."""

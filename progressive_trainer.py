@@ -18,6 +18,7 @@ from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
 from system.devices import autocast, choose_device, choose_precision
 from system.errors import UserError
+from system.notebooks import Described, LiveFigure
 from system.processes import is_main_process, progress, world_size
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
@@ -28,11 +29,10 @@ from training.keeping import Keeper
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
 from training.memory import memory_explained
-from training.optimization import (
-    parameter_groups,
-)
+from training.optimization import parameter_groups
 from training.parallel import ParallelSteps, synchronised
-from training.run_folder import OF_STEPS, SHOWN_IMAGES, RunFolder
+from training.run_bar import RunBar
+from training.run_folder import COLUMNS, OF_STEPS, SHOWN_IMAGES, RunFolder, numbers
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, snapshot
 from training.space import refuse_lack_of_space
@@ -41,7 +41,7 @@ from training.time_limit import TimeLimit, deal_time, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
 
-class ProgressiveTrainer:
+class ProgressiveTrainer(Described):
     """Train, validate, save and resume.
 
     Args:
@@ -111,6 +111,9 @@ class ProgressiveTrainer:
         self.keeper = Keeper(self.folder, save_every, save_minutes)
         self._position: dict | None = None  # in the epoch in which a resumed run was cut off
         self._config_written = False
+        self.bar: RunBar | None = None  # while `fit` runs
+        self._rows: list[dict[str, float]] = []  # of metrics.csv, where there is no folder that has them
+        self._live = LiveFigure()
 
     @property
     def plan(self) -> TrainingPlan:
@@ -178,7 +181,7 @@ class ProgressiveTrainer:
         check_loader(loader)
         network = self.evaluated_model.eval()
         measures = PassMeasures(self.threshold, self._scored_classes(loader))
-        for i, batch in enumerate(progress(loader, "validate")):
+        for i, batch in enumerate(loader if self.bar else progress(loader, "validate")):
             if i == 0:
                 check_batch(batch, self.model)
             with memory_explained(self.model.stage, len(batch["image"])):
@@ -230,20 +233,40 @@ class ProgressiveTrainer:
             UserError: where the disk has no room for the run, before anything is written.
         """
         refuse_lack_of_space(self)
-        self._claim_folder()
-        if self.time_limit and not self.course.ended(self.model.stage):
-            rehearse(self, dataloaders, say)
+        try:
+            self._claim_folder()
+            if self.time_limit and not self.course.ended(self.model.stage):
+                rehearse(self, dataloaders, say)
+            with RunBar(self, say if is_main_process() else lambda line: None) as self.bar:
+                self._train_stages(dataloaders, self.bar)
+        except (KeyboardInterrupt, UserError):
+            if self.folder and self.folder.withdraw():
+                self._config_written = False
+            raise
+        finally:
+            self.bar = None
+        self.leave_group()
+        if self.folder:
+            save_checkpoint(self.folder.file("final_model.pth"), snapshot(self, None))
+            self.folder.draw_curves()
+            self.folder.close()
+
+    def _train_stages(self, dataloaders: dict[int, tuple], bar: RunBar) -> None:
+        """Train the stages that are not finished."""
         stage = self.course.next_stage(self.model.stage)
+        self.keeper.between_epochs()  # before anything is saved
         while stage is not None:
             self.set_stage(stage)
             train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]
+            bar.enter(self.finished_epochs)
             while self.course.left(stage) > 0:
                 epoch = self.finished_epochs
                 train = self.train_epoch(train_loader, epoch)
                 valid = self.validate_epoch(valid_loader, epoch)
                 self.record(train, valid)
-                for line in epoch_lines(stage, epoch, self.plan.epochs[stage], train, valid) * is_main_process():
-                    say(line)
+                bar.validated(valid["dice"])
+                for line in epoch_lines(stage, epoch, self.plan.epochs[stage], train, valid, bar.left_in_words()):
+                    bar.say(line)
                 if self.time_limit:
                     self.time_limit.end_epoch(stage)
                     deal_time(self)
@@ -252,11 +275,7 @@ class ProgressiveTrainer:
             if self.folder:
                 self._draw_stage(valid_loader, self.folder)
             stage = self.course.next_stage(stage + 1)
-        self.leave_group()
-        if self.folder:
-            save_checkpoint(self.folder.file("final_model.pth"), snapshot(self, None))
-            self.folder.draw_curves()
-            self.folder.close()
+        self._live.draw(self.curves, last=True)
 
     def leave_group(self) -> None:
         """Let go what belongs to a group of processes; to be called before the group ends. Training may go on after."""
@@ -286,6 +305,7 @@ class ProgressiveTrainer:
             self.folder.lock()
         saved = restore(self, path)
         self._position = saved["position"]
+        self._rows = numbers(saved["history"])
         if self.folder:
             stage = self.model.stage
             self.folder.go_on(saved["history"], stage, self.finished_epochs, self.course.run_epoch(stage))
@@ -315,13 +335,33 @@ class ProgressiveTrainer:
         """
         stage, finished = self.model.stage, self.finished_epochs
         best, score = self.course.record(stage, valid), valid["dice"]
-        if not self.folder:
-            return
         values = {f"train_{name}": train[name] for name in ("loss", "soft_dice")} | valid
         values |= {name: train[name] for name in OF_STEPS}
-        self.folder.log_epoch(values | {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
-                                        "run_epoch": self.course.run_epoch(stage)})
-        self.keeper.save_epoch(self, score, best)
+        values |= {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
+                   "run_epoch": self.course.run_epoch(stage)}
+        if self.folder:
+            self.folder.log_epoch(values)
+            self.keeper.save_epoch(self, score, best)
+        else:
+            self._rows.append({name: float(values[name]) for name in COLUMNS})
+        if is_main_process():
+            self._live.draw(self.curves)
+
+    def curves(self):
+        """Return a matplotlib figure of loss, Dice and learning rate of the epochs that were recorded."""
+        from scoring.pictures import curves_figure
+
+        return curves_figure(self.folder.rows() if self.folder else self._rows)
+
+    def described(self) -> dict[str, str]:
+        """Return network, device, plan and how far the run is."""
+        stage, epochs, best = self.model.stage, self.plan.epochs, self.best_scores
+        return {"network": type(self.model).__name__, "device": f"{self.device}, {self.precision}",
+                "stage": f"{stage} ({STAGE_RESOLUTIONS[stage]}x{STAGE_RESOLUTIONS[stage]})",
+                "epochs": f"{self.finished_epochs} of {epochs.get(stage, 0)}, planned "
+                          + ", ".join(f"{n} at stage {s}" for s, n in epochs.items()),
+                "best validation dice": ", ".join(f"{dice:.3f} at stage {s}" for s, dice in best.items()) or "none yet",
+                "writes": str(self.folder.path) if self.folder else "nothing"}
 
     @torch.inference_mode()
     def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import DiskError, UserError, is_for_user
 from system.options import command, is_first_of_launch
-from training.settings import parse, run_settings
+from training.settings import PRESETS, parse, run_settings
+
+LONG = 1800  # seconds of a training from which on the quick preset is named
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -29,7 +31,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
     Args:
         begun: when the command began, by `time.monotonic`, from which --max_minutes count.
     """
-    from system.processes import is_main_process, process_group
+    from system.processes import is_main_process, process_group, world_size
     from training.run_folder import RunFolder
     from training.space import free_space, run_space
     from training.time_limit import rehearse
@@ -42,6 +44,8 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
             if is_main_process():  # others may come when it has begun to write
                 RunFolder(folder, overwrite=args.overwrite).check()
         model, trainer, loaders = prepare(args, folder, begun)
+        if not args.resume and not args.max_minutes and world_size() == 1:
+            say_duration(trainer, loaders, args)
         if args.dry_run:
             if args.max_minutes:
                 rehearse(trainer, loaders)
@@ -80,6 +84,32 @@ def change_last_stage(trainer, args: argparse.Namespace) -> None:
           f"{', '.join(map(str, trainer.plan.epochs.values()))}; the learning rate follows the new plan")
 
 
+def say_duration(trainer, loaders: dict, args: argparse.Namespace) -> None:
+    """Say how long the training will take and, where that is long and no preset was chosen, how long the quick one."""
+    from system.text import duration
+    from training.duration import expected_seconds
+
+    seconds = expected_seconds(trainer, loaders)
+    print(f"time: about {duration(seconds)} on this machine, by one step that was timed and the operations planned")
+    if seconds > LONG and not args.preset:
+        print(f"      --preset quick takes about {duration(expected_seconds(quick_trainer(trainer), loaders))}: "
+              f"{PRESETS['quick']['base_channels']} channels and fewer epochs; --max_minutes 30 ends in time")
+
+
+def quick_trainer(trainer):
+    """Return a trainer, of the same channels in and out, as --preset quick makes it."""
+    from progressive_trainer import ProgressiveTrainer
+    from system.devices import random_states, set_random_states
+    from training.dealing import deal
+    from unet import build_model
+
+    states, quick = random_states(trainer.device), PRESETS["quick"]
+    model = build_model(trainer.model.model_args | {"model": "pgunet", "base_channels": quick["base_channels"]})
+    made = ProgressiveTrainer(model, trainer.device, deal(quick["budget"]), precision=trainer.precision)
+    set_random_states(states, trainer.device)
+    return made
+
+
 def fit(trainer, loaders: dict, folder: Path) -> None:
     """Train; at a signal, or when the disk refuses, say how to go on."""
     from system.signals import noted_signals
@@ -91,7 +121,7 @@ def fit(trainer, loaders: dict, folder: Path) -> None:
         begun = (folder / "last.pth").exists()
         if is_first_of_launch():
             print("\ninterrupted; " + (f"continue with --resume {folder}" if begun else
-                                       "nothing was saved yet, start again with --overwrite"), file=sys.stderr)
+                                       "nothing was saved yet, and nothing is left of it"), file=sys.stderr)
         raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # which torch raises wherever the training is at that moment

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from images.resolutions import RESOLUTIONS
 from system.errors import UserError
+from system.notebooks import Described, html_table
 from unet_parts import (
     BottomLevel,
     ConvBNReLU,
@@ -36,7 +37,7 @@ ENCODER_WIDTH = {16: 8, 32: 8, 64: 4, 128: 2, 256: 1}
 DECODER_WIDTH = {32: 4, 64: 2, 128: 1, 256: 1}
 
 
-class Network(nn.Module):
+class Network(Described, nn.Module):
     """What both networks share: the image statistics, the check of the input, and the naming of their parts."""
 
     name: str
@@ -71,6 +72,33 @@ class Network(nn.Module):
     def live_parts(self) -> list[str]:
         """Return the names of the parts that the forward pass uses now."""
         raise NotImplementedError
+
+    def widths(self, stage: int) -> str:
+        """Return the channels of encoder and decoder at the resolution of a stage, in words."""
+        raise NotImplementedError
+
+    def stage_table(self) -> list[tuple[str, ...]]:
+        """Return for each stage: its number and resolution, channels, parameters that it adds, whether it is in use."""
+        added = dict.fromkeys(sorted(set(self.parts().values())), 0)
+        for part, born in self.parts().items():
+            added[born] += sum(p.numel() for name, p in self.named_parameters() if name.startswith(f"{part}."))
+        return [(str(stage), f"{STAGE_RESOLUTIONS[stage]}x{STAGE_RESOLUTIONS[stage]}", self.widths(stage), f"{n:,}",
+                 "yes" if stage <= self.stage else "not yet") for stage, n in added.items()]
+
+    def described(self) -> dict[str, str]:
+        """Return what the network was built from, its stage and its parameters."""
+        live = sum(int(row[3].replace(",", "")) for row in self.stage_table() if row[4] == "yes")
+        return {"in_channels": str(self.in_channels), "out_channels": str(self.out_channels),
+                "base_channels": str(self.base_channels),
+                "stage": f"{self.stage} ({self.resolution}x{self.resolution})",
+                "parameters in use": f"{live:,} of {count_parameters(self):,}"}
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n  its layers: for name, part in model.named_children(): print(name, part)"
+
+    def _repr_html_(self) -> str:
+        return html_table(super().__repr__(), self.stage_table(), ("stage", "resolution", "channels of encoder and decoder",
+                                                      "parameters added", "in use"))
 
     @property
     def resolution(self) -> int:
@@ -206,6 +234,12 @@ class ProgressiveUNet(Network):
             parts |= dict.fromkeys((f"decoder.{r}", f"heads.{r}"), stage)
         return parts
 
+    def widths(self, stage: int) -> str:
+        """Return the channels of encoder and decoder at the resolution of a stage; the first has the bottom besides."""
+        r = STAGE_RESOLUTIONS[stage]
+        bottom = f"{ENCODER_WIDTH[COARSEST] * self.base_channels} at {COARSEST}x{COARSEST}, " if stage == 1 else ""
+        return f"{bottom}{ENCODER_WIDTH[r] * self.base_channels}, {DECODER_WIDTH[r] * self.base_channels}"
+
     def live_parts(self) -> list[str]:
         """Return the names of the parts that the forward pass uses at the current stage: all that are born."""
         return [part for part, born in self.parts().items() if born <= self.stage]
@@ -272,6 +306,10 @@ class UNet(Network):
     def parts(self) -> dict[str, int]:
         """Return the names of the parts with the stage of their birth, which is 4 for all."""
         return {name: LAST_STAGE for name, _ in self.named_children()}
+
+    def widths(self, stage: int) -> str:
+        """Return the channels at 256 pixels and at the bottom."""
+        return f"{self.base_channels}, {self.base_channels} (bottom: {self.base_channels * 2 ** LAST_STAGE})"
 
     def live_parts(self) -> list[str]:
         """Return the names of all parts."""

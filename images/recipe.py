@@ -70,6 +70,17 @@ class DataRecipe:
         """Return how many channels a mask has: one a class, and one for the boundary if it is a target."""
         return self.classes + ("boundary" in self.targets)
 
+    @property
+    def channel_names(self) -> list[str]:
+        """Return what each channel of a mask is, in a word."""
+        classes = [f"class {k + 1}" for k in range(self.classes)] if self.classes > 1 else ["mask"]
+        return classes + ["boundary"] * ("boundary" in self.targets)
+
+    def described(self) -> dict[str, str]:
+        """Return what the channels and the sizing are, in words."""
+        return {"image": "RGB" if self.in_channels == 3 else "grey", "mask": ", ".join(self.channel_names),
+                "sizing": self.sizing}
+
     def check_agreement(self, other: "DataRecipe", this: str, that: str) -> None:
         """Raise UserError with the first field in which two recipes for one network differ.
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from images.bands import BandStore, ImageRows, even_spans, windows, write_tiff
 from images.familiarity import describe_parts, part_areas, strangest
 from images.files import to_image
 from nuclei.blocks import BLOCK, BlockSeparation
 from nuclei.measurement import NucleusSums
+from system.processes import progress
 
 OVERVIEW_SIDE = 4000       # pixels of the longer side at most
 SAMPLE_PIXELS = 1_000_000  # tell enough of an image's brightness and colours
@@ -68,7 +68,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         label_bands, *others = (stack.enter_context(BandStore(instances.parent))
                                 for _ in (instances, *masks, *probabilities))
         mask_bands, deep_bands = others[:len(masks)], others[len(masks):]
-        bar = stack.enter_context(tqdm(total=rows.height, desc=rows.path.name, unit=" rows", leave=False, disable=None))
+        bar = stack.enter_context(progress(None, rows.path.name, rows.height, unit=" rows"))
 
         def predicted():
             for band in predictor.predict_bands(view.pixels(), rows.height, rows.width):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
 from images.dealing import deal_groups, few_groups
 from images.files import ImageFileError, image_size, load_image
@@ -25,6 +24,7 @@ from preparation.annotation_files import read_coco, read_geojson
 from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
+from system.processes import progress
 
 LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask")  # what programs add to the name
 BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?")  # that predict_papsmear.py writes too
@@ -153,8 +153,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
         data.notes += few_groups({split: len({group for group, part in assigned.values() if part == split})
                                   for split in SPLITS})
         problems = []
-        for name, (group, split) in tqdm(assigned.items(), desc="images", unit="image",
-                                         disable=None):
+        for name, (group, split) in progress(assigned.items(), "images", unit="image", leave=True):
             source = Source(name, images[name].name, group, split)
             if not split:
                 data.note(source.origin, "left out, as it is a copy of an image that is not trained on")

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from images.dealing import deal_groups
 from images.files import ImageFileError, image_size, load_image
@@ -19,6 +18,7 @@ from images.splits import SHARES, SPLITS, DatasetError
 from preparation.choices import HERLEV_TARGETS
 from preparation.data_sets import PreparedData, Source, format_table, new_folder
 from system.errors import UserError
+from system.processes import progress
 
 CLASSES = ("normal_superficiel", "normal_intermediate", "normal_columnar", "light_dysplastic", "moderate_dysplastic",
            "severe_dysplastic", "carcinoma_in_situ")
@@ -105,7 +105,7 @@ def read_parts(path: Path) -> np.ndarray:
 def read_cells(cells: dict[str, tuple[Path, Path]], src: Path) -> dict[str, np.ndarray]:
     """Read all masks; raises DatasetError with every one that cannot serve."""
     parts, problems = {}, []
-    for name, (image, mask) in tqdm(cells.items(), desc="reading masks", unit="cell", disable=None):
+    for name, (image, mask) in progress(cells.items(), "reading masks", unit="cell", leave=True):
         try:
             parts[name] = read_parts(mask)
             (height, width), (mask_height, mask_width) = image_size(image), parts[name].shape
@@ -163,7 +163,7 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
         names = list(COLOURS.values())
         totals = np.zeros(len(COLOURS), int)
         value = np.array([HERLEV_TARGETS[target].get(name, 0) for name in names], np.uint8)
-        for name, (image, _) in tqdm(cells.items(), desc="Herlev", unit="cell", disable=None):
+        for name, (image, _) in progress(cells.items(), "Herlev", unit="cell", leave=True):
             origin = image.relative_to(src).as_posix()
             mask = value[parts[name]]
             if not mask.any():

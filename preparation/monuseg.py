@@ -11,7 +11,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from images.dealing import deal_groups
 from images.files import ImageFileError, load_image
@@ -21,6 +20,7 @@ from preparation.annotation_files import read_imagescope
 from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
 from system.errors import UserError
+from system.processes import progress
 
 PATIENT = r"^TCGA-\w+-\w+"  # the first three parts of a TCGA name
 LAYOUTS = "'Tissue Images' with 'Annotations', or images and their XML files side by side"
@@ -118,7 +118,7 @@ def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_
         for patient in sorted(shared):
             data.note(patient, "this patient is in training and in test data, so test scores are too good for it")
         everything = [(*pair, folders[part]) for part, found in pairs.items() for pair in found]
-        for image, annotation, folder in tqdm(everything, desc="MoNuSeg", unit="image", disable=None):
+        for image, annotation, folder in progress(everything, "MoNuSeg", unit="image", leave=True):
             source = Source(image.stem, image.relative_to(folder).as_posix(), patient_of(image.stem),
                             split_of[image.stem])
             try:

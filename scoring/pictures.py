@@ -7,18 +7,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from system.figures import ShownFigure
 from system.text import shown
 
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
 
 
 def training_curves(rows: list[dict], path: Path) -> None:
+    """Save the figure of `curves_figure`."""
+    curves_figure(rows).savefig(path, dpi=110)
+
+
+def curves_figure(rows: list[dict]) -> ShownFigure:
     """Draw loss, Dice and learning rate of every epoch, with the stages marked.
 
     Args:
         rows: rows of metrics.csv as name -> number.
     """
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = ShownFigure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     x = np.arange(1, len(rows) + 1)
 
@@ -49,7 +55,7 @@ def training_curves(rows: list[dict], path: Path) -> None:
         axis.set_ylim(0, 1.02)
     for axis in axes[1]:
         axis.set_xlabel("epoch of the run (dotted: a stage begins, with its resolution)")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], probabilities: Sequence[np.ndarray],

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+from system.notebooks import kernel
 
 Part = TypeVar("Part", bound=Any)  # a list, or an array
 
@@ -98,10 +100,15 @@ def exchange_device() -> torch.device:
     return torch.device("cpu" if "cpu:" in str(dist.get_backend_config()) else "cuda")
 
 
-def progress(items: Iterable, title: str, total: int | None = None) -> tqdm:
-    """Return a bar over the items, which the first process alone shows, and none if the output is no terminal.
+def progress(items: Iterable | None, title: str, total: float | None = None, **look) -> tqdm:
+    """Return a bar over the items, which the first process alone shows, and none where there is nobody to see it.
+
+    It is seen in a terminal and in a notebook.
 
     Args:
+        items: None for a bar that is told how far it is.
         total: how many there are, where they do not tell.
+        look: further arguments of tqdm.
     """
-    return tqdm(items, title, total, leave=False, disable=None if is_main_process() else True)
+    hidden = True if not is_main_process() else False if kernel() else None  # None: where the output is no terminal
+    return tqdm(items, title, total, **({"leave": False, "disable": hidden} | look))

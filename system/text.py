@@ -34,6 +34,19 @@ def unguarded(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits.
+
+    >>> duration(8.2), duration(100), duration(3500), duration(9000), duration(500_000)
+    ('8 s', '100 s', '58 min', '2.5 hours', '139 hours')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.{1 if seconds < 36_000 else 0}f} hours"
+
+
 def _escaped(match: re.Match) -> str:
     return match[0].encode("unicode_escape").decode()
 

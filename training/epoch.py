@@ -1,5 +1,6 @@
 """One epoch of training: batches become steps, and a batch that fails leaves the network as it was."""
 
+import contextlib
 import math
 
 import torch
@@ -39,8 +40,10 @@ class TrainingEpoch:
             begin: called with the first batch before it is trained on.
         """
         trainer, position, first = self.trainer, self.position, self.position.done
-        with progress(position, f"stage {trainer.model.stage} epoch {self.epoch + 1}") as bar:
-            for i, batch in enumerate(bar, start=first):
+        run_bar = trainer.bar  # of `fit`; a loop of one's own has a bar for each epoch
+        bar = None if run_bar else progress(position, f"stage {trainer.model.stage} epoch {self.epoch + 1}")
+        with contextlib.nullcontext(position) if bar is None else bar as batches:
+            for i, batch in enumerate(batches, start=first):
                 if i == first:
                     begin(batch)
                 if i % trainer.accumulate == 0:
@@ -54,7 +57,9 @@ class TrainingEpoch:
                 position.done = i + 1
                 if last and position.done < self.batches:
                     trainer.keeper.between_steps(trainer, position)
-                if not bar.disable:
+                if run_bar:
+                    run_bar.advance(self.epoch + position.done / self.batches, self.measures.so_far)
+                elif bar is not None and not bar.disable:
                     so_far = self.measures.so_far()
                     bar.set_postfix(loss=f"{so_far['loss']:.3f}", dice=f"{so_far['dice']:.3f}", refresh=False)
         metrics, seconds = self.measures.result(), position.seconds

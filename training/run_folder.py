@@ -57,6 +57,7 @@ class RunFolder:
         self.path, self.keep, self.overwrite = Path(path), keep, overwrite
         self.claimed = False
         self.history: list[dict[str, str]] = []  # the rows of metrics.csv, as text
+        self._made: list[Path] = []  # folders that `claim` made, the deepest first
         self._writer = None
         self._purge_step: int | None = None  # TensorBoard forgets events of an interrupted run from here on
 
@@ -75,6 +76,7 @@ class RunFolder:
         """Check the folder and clear it, once, before the first write of a run that does not continue another."""
         if not self.claimed:
             self.check()
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.lock()
             if not self.overwrite:
                 self.check()  # another process may have written a whole run since
@@ -86,7 +88,21 @@ class RunFolder:
 
         Raises UserError if another one does so already.
         """
-        take_lock(self.path / LOCK, "this run folder", "choose another --experiment_name")
+        self._lock = take_lock(self.path / LOCK, "this run folder", "choose another --experiment_name")
+
+    def withdraw(self) -> bool:
+        """Leave nothing of a run that was cut off before it had saved anything; tell whether it was so."""
+        if not self.claimed or any(self.path.glob("*.pth")):
+            return False
+        self.close()
+        self._clear()
+        self._lock.release()
+        (self.path / LOCK).unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # somebody put something there
+                folder.rmdir()
+        self.claimed = False
+        return True
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, which is made if it is missing, but not a second time."""
@@ -145,8 +161,7 @@ class RunFolder:
 
     def rows(self) -> list[dict]:
         """Return metrics.csv as numbers; NaN where a run that went on has rows from before a column was there."""
-        rows = self.history or read_metrics(self.path / "metrics.csv")
-        return [{name: float(row.get(name) or "nan") for name in COLUMNS} for row in rows]
+        return numbers(self.history or read_metrics(self.path / "metrics.csv"))
 
     def go_on(self, history: list[dict], stage: int, epoch: int, run_epoch: int) -> None:
         """Make metrics.csv what it was after `epoch` finished epochs of `stage`, the `run_epoch`-th of the run.
@@ -234,6 +249,11 @@ def read_metrics(path: Path) -> list[dict]:
     """Return the whole rows of a metrics.csv as text, [] where there is none; a torn end is left out."""
     return [row for row in read_table(path)
             if all(re.fullmatch(r"\d+", row.get(name, "")) for name in ("stage", "epoch"))]
+
+
+def numbers(rows: list[dict[str, str]]) -> list[dict[str, float]]:
+    """Return rows of metrics.csv, which are text, as numbers; NaN for a column that older ones lack."""
+    return [{name: float(row.get(name) or "nan") for name in COLUMNS} for row in rows]
 
 
 @contextlib.contextmanager

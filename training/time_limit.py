@@ -64,6 +64,11 @@ class TimeLimit:
         """Return the seconds since the training began, those before it was resumed included."""
         return time.monotonic() - self._begun
 
+    @property
+    def left(self) -> float:
+        """Return the seconds that are left to train in."""
+        return max(60 * self.minutes - self.elapsed - self.reserve, 0.0)
+
     def resume(self, state: dict) -> None:
         """Count the time that a training took before it was cut off."""
         self._begun -= state["elapsed"]
@@ -106,7 +111,7 @@ class TimeLimit:
             stage: the current one, of those rehearsed.
             finished: its finished epochs.
         """
-        left = max(60 * self.minutes - self.elapsed - self.reserve, 0.0) * (1 - KEPT_BACK)
+        left = self.left * (1 - KEPT_BACK)
         costs = {s: cost for s, cost in self.costs.items() if s >= stage}
         spent, total, last = self._spent.get(stage, 0.0), sum(self.shares[s] for s in costs), max(costs)
         wanted = {s: self.shares[s] / total * (left + spent) for s in costs}

@@ -1,0 +1,84 @@
+"""Figures of one image, to look at from Python: what a data set holds and what a network finds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nuclei.outlines import overlay
+from scoring.pictures import DRAWN, outline
+from system.figures import ShownFigure
+from system.text import shown
+
+LONGEST = 1024    # pixels of the longer side that a figure shows; what is larger is reduced
+PANEL = 3.4       # inches
+COLUMNS = 4       # panels beside each other
+
+
+def sample_figure(image: np.ndarray, mask: np.ndarray, name: str, channels: Sequence[str]) -> ShownFigure:
+    """Draw an image, with the outlines of its mask, and each channel of the mask.
+
+    Args:
+        image: (C, H, W) in [0, 1], grey or RGB.
+        mask: (K, H, W) in [0, 1].
+        channels: K words, what the channels are.
+    """
+    shares = [f"{channel}: {(plane >= 0.5).mean():.1%}" for channel, plane in zip(channels, mask, strict=True)]
+    figure, axes = panels(f"{shown(name)}, {image.shape[-2]}x{image.shape[-1]}", ["image", "outlines", *shares])
+    for axis in axes[:2]:
+        picture(axis, image)
+    for number, plane in enumerate(mask):
+        outline(axes[1], plane >= 0.5, DRAWN if not number else f"C{number}", "solid")
+        axes[2 + number].imshow(plane, cmap="gray", vmin=0, vmax=1)
+    return figure
+
+
+def prediction_figure(image: np.ndarray, probability: np.ndarray, nuclei: np.ndarray, name: str,
+                      channels: Sequence[str]) -> ShownFigure:
+    """Draw an image, with the outlines of its nuclei, and each channel of the probabilities.
+
+    Args:
+        image: (H, W, C) uint8, grey or RGB.
+        probability: (H, W, K) float32 in [0, 1].
+        nuclei: (H, W) int32, 0 for background.
+        channels: K words, what the channels are.
+    """
+    height, width = image.shape[:2]
+    small = [reduced(pixels) for pixels in (image, overlay(np.broadcast_to(image, (height, width, 3)), nuclei),
+                                            np.round(probability * 255).astype(np.uint8))]
+    figure, axes = panels(f"{shown(name)}, {height}x{width}", [
+        "image", f"{nuclei.max()} nuclei", *(f"probability: {channel}" for channel in channels)])
+    for axis, pixels in zip(axes, small[:2], strict=False):
+        picture(axis, pixels.transpose(2, 0, 1) / 255)
+    for axis, plane in zip(axes[2:], np.moveaxis(small[2], -1, 0), strict=True):
+        axis.imshow(plane, cmap="gray", vmin=0, vmax=255)
+    return figure
+
+
+def panels(title: str, titles: Sequence[str]) -> tuple[ShownFigure, list]:
+    """Return a figure of panels without ticks, each with its title; names are taken as they are, not as formulas."""
+    columns = min(len(titles), COLUMNS)
+    rows = -(-len(titles) // columns)
+    figure = ShownFigure(figsize=(PANEL * columns, (PANEL + 0.3) * rows + 0.3), layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, words in zip(axes, titles, strict=False):
+        axis.set_title(words, fontsize=9, parse_math=False)
+    return figure, axes
+
+
+def picture(axis, image: np.ndarray) -> None:
+    """Show an image (C, H, W) in [0, 1], grey or RGB."""
+    axis.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
+
+
+def reduced(pixels: np.ndarray) -> np.ndarray:
+    """Return (H, W, C) uint8 with no more than LONGEST pixels along its longer side: means of squares of pixels."""
+    step = -(-max(pixels.shape[:2]) // LONGEST)
+    if step == 1:
+        return pixels
+    height, width = (max(side // step, 1) for side in pixels.shape[:2])
+    step_y, step_x = (min(step, side) for side in pixels.shape[:2])
+    cut = pixels[:height * step_y, :width * step_x]
+    return cut.reshape(height, step_y, width, step_x, -1).mean(axis=(1, 3)).astype(np.uint8)

@@ -1,0 +1,62 @@
+"""How long a training will take on this machine, before it begins: a step that is timed, and the operations planned."""
+
+import copy
+import time
+
+import torch
+
+from system.devices import random_states, set_random_states
+from training.schedule import WORK
+from unet import STAGE_RESOLUTIONS
+
+TIMED = 4          # images of a step that is timed on a CPU; elsewhere a batch is
+TIMED_SIDE = 64    # pixels of their side, at most, on a CPU
+VALIDATING = 1 / 3  # operations of an image that is validated, of those of one that is trained on
+
+
+def expected_seconds(trainer, dataloaders: dict[int, tuple]) -> float:
+    """Estimate the seconds that the rest of a training will take: one forward and backward pass on blank images tells
+    the speed, and the operations of the other stages are in proportion (see WORK).
+
+    Nothing of the trainer is changed. What decoding, saving and scoring of the test split take is not in it.
+
+    Args:
+        trainer: a ProgressiveTrainer.
+        dataloaders: resolution -> (train, valid, ...) loaders with data sets.
+    """
+    states = random_states(trainer.device)
+    stage = trainer.course.next_stage(trainer.model.stage)
+    if stage is None:
+        return 0.0
+    network = copy.deepcopy(trainer.model).train()
+    network.set_stage(stage)
+    batch = dataloaders[STAGE_RESOLUTIONS[stage]][0].batch_size
+    an_image = _seconds_per_image(trainer, network, batch)
+    set_random_states(states, trainer.device)
+    total = 0.0
+    for later, epochs in trainer.plan.epochs.items():
+        if later >= stage:
+            train, valid = (len(loader.dataset) for loader in dataloaders[STAGE_RESOLUTIONS[later]][:2])
+            done = trainer.finished_epochs if later == trainer.model.stage else 0
+            total += max(epochs - done, 0) * (train + VALIDATING * valid) * WORK[later] / WORK[stage]
+    return total * an_image
+
+
+def _seconds_per_image(trainer, network, batch: int) -> float:
+    """Time a step on images at the resolution of the network's stage, or smaller ones and their share of pixels."""
+    side = network.resolution
+    if trainer.device.type == "cpu":
+        batch, side = min(batch, TIMED), min(side, TIMED_SIDE)
+
+    def step(images: int) -> float:
+        image = torch.zeros(images, network.in_channels, side, side)
+        mask = torch.zeros(images, network.out_channels, side, side)
+        begin = time.monotonic()
+        trainer.forward({"image": image, "mask": mask}, network)[2].backward()
+        network.zero_grad(set_to_none=True)
+        if trainer.device.type != "cpu":
+            getattr(torch, trainer.device.type).synchronize()
+        return time.monotonic() - begin
+
+    step(1 if trainer.device.type == "cpu" else batch)  # the first takes longer
+    return step(batch) / batch * (network.resolution / side) ** 2
