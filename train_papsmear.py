@@ -90,7 +90,8 @@ def say_duration(trainer, loaders: dict, args: argparse.Namespace) -> None:
     from training.duration import expected_seconds
 
     seconds = expected_seconds(trainer, loaders)
-    print(f"time: about {duration(seconds)} on this machine, by one step that was timed and the operations planned")
+    print(f"time: about {duration(seconds)} on this machine, as busy as it is now (a step was timed; the "
+          f"rest is in proportion to the operations)")
     if seconds > LONG and not args.preset:
         print(f"      --preset quick takes about {duration(expected_seconds(quick_trainer(trainer), loaders))}: "
               f"{PRESETS['quick']['base_channels']} channels and fewer epochs; --max_minutes 30 ends in time")

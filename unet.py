@@ -97,8 +97,8 @@ class Network(Described, nn.Module):
         return f"{super().__repr__()}\n  its layers: for name, part in model.named_children(): print(name, part)"
 
     def _repr_html_(self) -> str:
-        return html_table(super().__repr__(), self.stage_table(), ("stage", "resolution", "channels of encoder and decoder",
-                                                      "parameters added", "in use"))
+        return html_table(super().__repr__(), self.stage_table(), (
+            "stage", "resolution", "channels of encoder and decoder", "parameters added", "in use"))
 
     @property
     def resolution(self) -> int:

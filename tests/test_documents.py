@@ -36,6 +36,7 @@ TOO_LONG = {
     r"make train|pip ": "installs packages",
     r"python (prepare_data\.py |-m preparation\.)sample": "draws hundreds of fields",
     r"python example_usage\.py": "trains; test_implementation.py runs it",
+    r"jupytext ": "makes a file beside the script; tests/test_notebooks.py runs the notebook",
     r"python export_model\.py .*--format onnx": "takes 10 s; tests/test_export.py does",
     r"python -m demo": "serves a page until Ctrl-C; tests/test_demo.py opens it",
     r"python export_model\.py (.*--push_to_hub|hf://)|hf auth": "needs the Hub; tests/test_hub.py has its own",

@@ -11,6 +11,7 @@ from unet import STAGE_RESOLUTIONS
 
 TIMED = 4          # images of a step that is timed on a CPU; elsewhere a batch is
 TIMED_SIDE = 64    # pixels of their side, at most, on a CPU
+REPEATED, ENOUGH = 5, 2.0  # such steps, of which the fastest counts, and seconds that they may take
 VALIDATING = 1 / 3  # operations of an image that is validated, of those of one that is trained on
 
 
@@ -48,15 +49,14 @@ def _seconds_per_image(trainer, network, batch: int) -> float:
     if trainer.device.type == "cpu":
         batch, side = min(batch, TIMED), min(side, TIMED_SIDE)
 
-    def step(images: int) -> float:
-        image = torch.zeros(images, network.in_channels, side, side)
-        mask = torch.zeros(images, network.out_channels, side, side)
+    image = torch.zeros(batch, network.in_channels, side, side)
+    mask = torch.zeros(batch, network.out_channels, side, side)
+    times: list[float] = []
+    while len(times) < 2 or len(times) < REPEATED and sum(times) < ENOUGH:
         begin = time.monotonic()
         trainer.forward({"image": image, "mask": mask}, network)[2].backward()
         network.zero_grad(set_to_none=True)
         if trainer.device.type != "cpu":
             getattr(torch, trainer.device.type).synchronize()
-        return time.monotonic() - begin
-
-    step(1 if trainer.device.type == "cpu" else batch)  # the first takes longer
-    return step(batch) / batch * (network.resolution / side) ** 2
+        times.append(time.monotonic() - begin)
+    return min(times) / batch * (network.resolution / side) ** 2

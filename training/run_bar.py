@@ -1,5 +1,6 @@
 """One bar over a whole run, and the time that is left, both counted in operations, as epochs differ."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -52,12 +53,11 @@ class RunBar:
 
         Args:
             epoch: finished epochs of this stage, with the part of the one that is under way.
-            measures: gives its loss and Dice so far; called where they are shown.
+            measures: gives its measures so far; called where they are shown.
         """
         self._work = self._trainer.plan.work(self._stage, epoch)
         if self.seen:
-            so_far = measures()
-            self._show(epoch, f"loss {so_far['loss']:.3f}, dice {so_far['dice']:.3f}")
+            self._show(epoch, f"dice {measures()['dice']:.3f}")
         elif not self._said and time.monotonic() - self._begun[0] >= FIRST_WORD:
             self._said = True
             if words := self.left_in_words():
@@ -65,7 +65,7 @@ class RunBar:
 
     def validated(self, dice: float) -> None:
         """Show the validation Dice of the last epoch from now on."""
-        self._dice = f", valid dice {dice:.3f}"
+        self._dice = f", valid {dice:.3f}"
 
     def say(self, line: str) -> None:
         """Say a line above the bar."""
@@ -99,7 +99,8 @@ class RunBar:
 
     def _show(self, epoch: float, measures: str = "") -> None:
         side, epochs = STAGE_RESOLUTIONS[self._stage], self._trainer.plan.epochs[self._stage]
-        self._bar.set_description_str(f"stage {self._stage} ({side}x{side}) epoch {min(int(epoch) + 1, epochs)}/"
-                                      f"{epochs}", refresh=False)
-        self._bar.set_postfix_str(", ".join(filter(None, (self.left_in_words(), measures))) + self._dice, refresh=False)
+        self._bar.set_description_str(f"stage {self._stage} ({side}) epoch {max(math.ceil(epoch), 1)}/{epochs}",
+                                      refresh=False)
+        left = self.left_in_words().removeprefix("about ")
+        self._bar.set_postfix_str(", ".join(filter(None, (left, measures))) + self._dice, refresh=False)
         self._bar.update(min(self._work / self._whole, 1.0) - self._bar.n)
