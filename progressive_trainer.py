@@ -355,12 +355,8 @@ class ProgressiveTrainer(Described):
 
     def described(self) -> dict[str, str]:
         """Return network, device, plan and how far the run is."""
-        stage, epochs, best = self.model.stage, self.plan.epochs, self.best_scores
         return {"network": type(self.model).__name__, "device": f"{self.device}, {self.precision}",
-                "stage": f"{stage} ({STAGE_RESOLUTIONS[stage]}x{STAGE_RESOLUTIONS[stage]})",
-                "epochs": f"{self.finished_epochs} of {epochs.get(stage, 0)}, planned "
-                          + ", ".join(f"{n} at stage {s}" for s, n in epochs.items()),
-                "best validation dice": ", ".join(f"{dice:.3f} at stage {s}" for s, dice in best.items()) or "none yet",
+                **self.course.described(self.model.stage),
                 "writes": str(self.folder.path) if self.folder else "nothing"}
 
     @torch.inference_mode()

@@ -18,9 +18,7 @@ from pathlib import Path
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import DiskError, UserError, is_for_user
 from system.options import command, is_first_of_launch
-from training.settings import PRESETS, parse, run_settings
-
-LONG = 1800  # seconds of a training from which on the quick preset is named
+from training.settings import parse, run_settings
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -32,6 +30,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
         begun: when the command began, by `time.monotonic`, from which --max_minutes count.
     """
     from system.processes import is_main_process, process_group, world_size
+    from training.duration import expected_duration
     from training.run_folder import RunFolder
     from training.space import free_space, run_space
     from training.time_limit import rehearse
@@ -45,7 +44,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
                 RunFolder(folder, overwrite=args.overwrite).check()
         model, trainer, loaders = prepare(args, folder, begun)
         if not args.resume and not args.max_minutes and world_size() == 1:
-            say_duration(trainer, loaders, args)
+            print(expected_duration(trainer, loaders, with_quick=not args.preset))
         if args.dry_run:
             if args.max_minutes:
                 rehearse(trainer, loaders)
@@ -82,33 +81,6 @@ def change_last_stage(trainer, args: argparse.Namespace) -> None:
     trainer.course.change_last_stage(epochs if len(epochs) > 1 else epochs[0], trainer.model.stage)
     print(f"epochs of stages {', '.join(map(str, trainer.plan.epochs))} from here on: "
           f"{', '.join(map(str, trainer.plan.epochs.values()))}; the learning rate follows the new plan")
-
-
-def say_duration(trainer, loaders: dict, args: argparse.Namespace) -> None:
-    """Say how long the training will take and, where that is long and no preset was chosen, how long the quick one."""
-    from system.text import duration
-    from training.duration import expected_seconds
-
-    seconds = expected_seconds(trainer, loaders)
-    print(f"time: about {duration(seconds)} on this machine, as busy as it is now (a step was timed; the "
-          f"rest is in proportion to the operations)")
-    if seconds > LONG and not args.preset:
-        print(f"      --preset quick takes about {duration(expected_seconds(quick_trainer(trainer), loaders))}: "
-              f"{PRESETS['quick']['base_channels']} channels and fewer epochs; --max_minutes 30 ends in time")
-
-
-def quick_trainer(trainer):
-    """Return a trainer, of the same channels in and out, as --preset quick makes it."""
-    from progressive_trainer import ProgressiveTrainer
-    from system.devices import random_states, set_random_states
-    from training.dealing import deal
-    from unet import build_model
-
-    states, quick = random_states(trainer.device), PRESETS["quick"]
-    model = build_model(trainer.model.model_args | {"model": "pgunet", "base_channels": quick["base_channels"]})
-    made = ProgressiveTrainer(model, trainer.device, deal(quick["budget"]), precision=trainer.precision)
-    set_random_states(states, trainer.device)
-    return made
 
 
 def fit(trainer, loaders: dict, folder: Path) -> None:

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
-from nuclei.outlines import overlay
-from scoring.pictures import DRAWN, outline
+from nuclei.outlines import OUTLINE, boundary
+from scoring.pictures import DRAWN, FOUND, outline
 from system.figures import ShownFigure
 from system.text import shown
 
 LONGEST = 1024    # pixels of the longer side that a figure shows; what is larger is reduced
 PANEL = 3.4       # inches
 COLUMNS = 4       # panels beside each other
+THIN = 400        # pixels of an image whose outlines are one pixel wide; those of larger ones are wider
+COLOURS = (DRAWN, FOUND, "limegreen", "violet", "gold")  # of the classes
 
 
 def sample_figure(image: np.ndarray, mask: np.ndarray, name: str, channels: Sequence[str]) -> ShownFigure:
@@ -23,12 +26,14 @@ def sample_figure(image: np.ndarray, mask: np.ndarray, name: str, channels: Sequ
         channels: K words, what the channels are.
     """
     shares = [f"{channel}: {(plane >= 0.5).mean():.1%}" for channel, plane in zip(channels, mask, strict=True)]
-    figure, axes = panels(f"{shown(name)}, {image.shape[-2]}x{image.shape[-1]}", ["image", "outlines", *shares])
+    figure, axes = panels(name, image.shape[-2:], ["image", "outlines", *shares])
     for axis in axes[:2]:
         picture(axis, image)
     for number, plane in enumerate(mask):
-        outline(axes[1], plane >= 0.5, DRAWN if not number else f"C{number}", "solid")
         axes[2 + number].imshow(plane, cmap="gray", vmin=0, vmax=1)
+        if channels[number] != "boundary":  # which follows the outlines of the others
+            outline(axes[1], plane >= 0.5, COLOURS[number % len(COLOURS)], "solid")
+            axes[2 + number].title.set_backgroundcolor(COLOURS[number % len(COLOURS)])
     return figure
 
 
@@ -42,29 +47,33 @@ def prediction_figure(image: np.ndarray, probability: np.ndarray, nuclei: np.nda
         nuclei: (H, W) int32, 0 for background.
         channels: K words, what the channels are.
     """
-    height, width = image.shape[:2]
-    small = [reduced(pixels) for pixels in (image, overlay(np.broadcast_to(image, (height, width, 3)), nuclei),
-                                            np.round(probability * 255).astype(np.uint8))]
-    figure, axes = panels(f"{shown(name)}, {height}x{width}", [
-        "image", f"{nuclei.max()} nuclei", *(f"probability: {channel}" for channel in channels)])
-    for axis, pixels in zip(axes, small[:2], strict=False):
+    count, step = int(nuclei.max()), -(-max(nuclei.shape) // LONGEST)
+    small, planes = (reduced(pixels) for pixels in (image, np.round(probability * 255).astype(np.uint8)))
+    edges = boundary(nuclei[step // 2::step, step // 2::step][:len(small), :small.shape[1]])
+    figure, axes = panels(name, image.shape[:2], [
+        "image", f"{count} nucle{'us' if count == 1 else 'i'}", *(f"probability: {channel}" for channel in channels)])
+    outlined = np.broadcast_to(small, (*small.shape[:2], 3)).copy()
+    outlined[ndimage.maximum_filter(edges, max(1, round(max(edges.shape) / THIN)))] = OUTLINE
+    for axis, pixels in zip(axes[:2], (small, outlined), strict=True):
         picture(axis, pixels.transpose(2, 0, 1) / 255)
-    for axis, plane in zip(axes[2:], np.moveaxis(small[2], -1, 0), strict=True):
+    for axis, plane in zip(axes[2:], np.moveaxis(planes, -1, 0), strict=False):
         axis.imshow(plane, cmap="gray", vmin=0, vmax=255)
     return figure
 
 
-def panels(title: str, titles: Sequence[str]) -> tuple[ShownFigure, list]:
-    """Return a figure of panels without ticks, each with its title; names are taken as they are, not as formulas."""
+def panels(name: str, shape: Sequence[int], titles: Sequence[str]) -> tuple[ShownFigure, list]:
+    """Return a figure of panels without ticks, each with its title, for an image of a name and of (H, W) pixels."""
+    height, width = shape
     columns = min(len(titles), COLUMNS)
     rows = -(-len(titles) // columns)
-    figure = ShownFigure(figsize=(PANEL * columns, (PANEL + 0.3) * rows + 0.3), layout="constrained")
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    tall = PANEL * min(max(height / width, 0.3), 2.0)
+    figure = ShownFigure(figsize=(PANEL * columns, (tall + 0.35) * rows + 0.3), layout="constrained")
+    figure.suptitle(f"{shown(name)}, {height}x{width}", fontsize=10, parse_math=False)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, words in zip(axes, titles, strict=False):
-        axis.set_title(words, fontsize=9, parse_math=False)
+        axis.set_title(words, fontsize=9)
     return figure, axes
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from images.resolutions import RESOLUTIONS
 from system.errors import UserError
 from training.schedule import TrainingPlan, epochs_by_stage
 
@@ -93,6 +94,14 @@ class Course:
         if best:
             self.best_scores[stage] = valid["dice"]
         return best
+
+    def described(self, stage: int) -> dict[str, str]:
+        """Return stage, epochs and best scores in words."""
+        epochs, best, side = self.plan.epochs, self.best_scores, RESOLUTIONS[stage - 1]
+        return {"stage": f"{stage} ({side}x{side})",
+                "epochs": f"{self.finished_epochs} of {epochs.get(stage, 0)}, planned "
+                          + ", ".join(f"{n} at stage {s}" for s, n in epochs.items()),
+                "best validation dice": ", ".join(f"{dice:.3f} at stage {s}" for s, dice in best.items()) or "none yet"}
 
     def run_epoch(self, stage: int) -> int:
         """Return the number of the epoch that was trained last, counted over the planned run."""

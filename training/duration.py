@@ -6,9 +6,13 @@ import time
 import torch
 
 from system.devices import random_states, set_random_states
+from system.text import duration
+from training.dealing import deal
 from training.schedule import WORK
-from unet import STAGE_RESOLUTIONS
+from training.settings import PRESETS
+from unet import STAGE_RESOLUTIONS, build_model
 
+LONG = 1800        # seconds of a training from which on the quick preset is named
 TIMED = 4          # images of a step that is timed on a CPU; elsewhere a batch is
 TIMED_SIDE = 64    # pixels of their side, at most, on a CPU
 REPEATED, ENOUGH = 5, 2.0  # such steps, of which the fastest counts, and seconds that they may take
@@ -41,6 +45,31 @@ def expected_seconds(trainer, dataloaders: dict[int, tuple]) -> float:
             done = trainer.finished_epochs if later == trainer.model.stage else 0
             total += max(epochs - done, 0) * (train + VALIDATING * valid) * WORK[later] / WORK[stage]
     return total * an_image
+
+
+def expected_duration(trainer, dataloaders: dict[int, tuple], with_quick: bool) -> str:
+    """Return what to say of the time that a training will take.
+
+    Args:
+        with_quick: name the quick preset, with its time, where the training is LONG.
+    """
+    seconds = expected_seconds(trainer, dataloaders)
+    said = (f"time: about {duration(seconds)} on this machine, as busy as it is now (a step was timed; the rest is in "
+            f"proportion to the operations)")
+    if with_quick and seconds > LONG:
+        quick = expected_seconds(_quick_trainer(trainer), dataloaders)
+        said += (f"\n      --preset quick takes about {duration(quick)}: {PRESETS['quick']['base_channels']} channels "
+                 f"and fewer epochs; --max_minutes 30 ends in time")
+    return said
+
+
+def _quick_trainer(trainer):
+    """Return a trainer for the same images as --preset quick makes it."""
+    states, quick = random_states(trainer.device), PRESETS["quick"]
+    model = build_model(trainer.model.model_args | {"model": "pgunet", "base_channels": quick["base_channels"]})
+    made = type(trainer)(model, trainer.device, deal(quick["budget"]), precision=trainer.precision)
+    set_random_states(states, trainer.device)
+    return made
 
 
 def _seconds_per_image(trainer, network, batch: int) -> float:
