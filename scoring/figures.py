@@ -47,9 +47,9 @@ def prediction_figure(image: np.ndarray, probability: np.ndarray, nuclei: np.nda
         nuclei: (H, W) int32, 0 for background.
         channels: K words, what the channels are.
     """
-    count, step = int(nuclei.max()), -(-max(nuclei.shape) // LONGEST)
+    count, (step_y, step_x) = int(nuclei.max()), steps(nuclei.shape)
     small, planes = (reduced(pixels) for pixels in (image, np.round(probability * 255).astype(np.uint8)))
-    edges = boundary(nuclei[step // 2::step, step // 2::step][:len(small), :small.shape[1]])
+    edges = boundary(nuclei[step_y // 2::step_y, step_x // 2::step_x][:len(small), :small.shape[1]])
     figure, axes = panels(name, image.shape[:2], [
         "image", f"{count} nucle{'us' if count == 1 else 'i'}", *(f"probability: {channel}" for channel in channels)])
     outlined = np.broadcast_to(small, (*small.shape[:2], 3)).copy()
@@ -84,10 +84,13 @@ def picture(axis, image: np.ndarray) -> None:
 
 def reduced(pixels: np.ndarray) -> np.ndarray:
     """Return (H, W, C) uint8 with no more than LONGEST pixels along its longer side: means of squares of pixels."""
-    step = -(-max(pixels.shape[:2]) // LONGEST)
-    if step == 1:
-        return pixels
-    height, width = (max(side // step, 1) for side in pixels.shape[:2])
-    step_y, step_x = (min(step, side) for side in pixels.shape[:2])
+    step_y, step_x = steps(pixels.shape[:2])
+    height, width = pixels.shape[0] // step_y, pixels.shape[1] // step_x
     cut = pixels[:height * step_y, :width * step_x]
     return cut.reshape(height, step_y, width, step_x, -1).mean(axis=(1, 3)).astype(np.uint8)
+
+
+def steps(shape: Sequence[int]) -> tuple[int, int]:
+    """Return how many rows and columns of an image of (H, W) pixels become one, so that LONGEST are left at most."""
+    step = -(-max(shape) // LONGEST)
+    return min(step, shape[0]), min(step, shape[1])

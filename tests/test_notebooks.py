@@ -15,7 +15,7 @@ from images.files import load_image, save_png
 from images.recipe import MASK_AND_BOUNDARY
 from inference import Predictor
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
-from scoring.figures import LONGEST, reduced
+from scoring.figures import LONGEST, prediction_figure, reduced
 from system import notebooks
 from system.notebooks import LiveFigure, html_table
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, count_parameters
@@ -139,7 +139,7 @@ def test_a_predictor_shows_an_image(channels, classes, sizing, height, width, tm
     figure = predictor.show(image)
     shown = panels_of(figure)
     count = predictor.nuclei(predictor.predict(image)).max()
-    assert [axis.get_title() for axis in shown] == ["image", f"{count} nuclei"] + (
+    assert [axis.get_title() for axis in shown] == ["image", f"{count} nucle{'us' if count == 1 else 'i'}"] + (
         ["probability: mask"] if classes == 1 else ["probability: class 1", "probability: class 2"])
     assert figure.get_suptitle() == f"smear.png, {height}x{width}"
     assert max(shown[0].images[0].get_array().shape) <= LONGEST
@@ -158,6 +158,18 @@ def test_large_images_are_reduced_to_means():
     assert small[0, 1, 0] == int(pixels[:3, 3:6].mean())
     assert reduced(pixels[:, :LONGEST]) is not None
     assert reduced(np.ones((1, 3000, 3), np.uint8)).shape == (1, 1000, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (2049, 1500), (700, 1025)])
+def test_outlines_of_large_images_are_where_the_nuclei_are(height, width):
+    labels = np.zeros((height, width), np.int32)
+    labels[:, width // 2:] = 1
+    figure = prediction_figure(np.zeros((height, width, 1), np.uint8), np.zeros((height, width, 1), np.float32), labels,
+                               "a", ["mask"])
+    drawn = np.asarray(panels_of(figure)[1].images[0].get_array())
+    middle = drawn[len(drawn) // 2, :, 1] > 0.5
+    assert abs(middle.argmax() / drawn.shape[1] - 0.5) < 0.01
+    assert panels_of(figure)[1].get_title() == "1 nucleus"
 
 
 def test_curves_with_and_without_a_folder(shared_root, tmp_path):
