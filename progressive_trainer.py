@@ -237,6 +237,7 @@ class ProgressiveTrainer(Described):
             self._claim_folder()
             if self.time_limit and not self.course.ended(self.model.stage):
                 rehearse(self, dataloaders, say)
+                self.keeper.between_epochs()
             with RunBar(self, say if is_main_process() else lambda line: None) as self.bar:
                 self._train_stages(dataloaders, self.bar)
         except (KeyboardInterrupt, UserError):
@@ -254,7 +255,6 @@ class ProgressiveTrainer(Described):
     def _train_stages(self, dataloaders: dict[int, tuple], bar: RunBar) -> None:
         """Train the stages that are not finished."""
         stage = self.course.next_stage(self.model.stage)
-        self.keeper.between_epochs()  # before anything is saved
         while stage is not None:
             self.set_stage(stage)
             train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]

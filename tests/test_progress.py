@@ -246,18 +246,17 @@ def test_a_run_that_is_refused_for_lack_of_time_leaves_no_folder(shared_root, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("when", ["stage 1 of none", "the data are read"])
-def test_ctrl_c_of_a_command_before_the_first_step(when, shared_root, tmp_path):
-    """Sent by the command to itself where the training begins, or where the data are read."""
-    place = "train_papsmear.open_data" if when == "the data are read" else "training.space.free_space"
+@pytest.mark.parametrize("place", ["train_papsmear.open_data", "training.time_limit.seconds_of_pass"])
+def test_ctrl_c_of_a_command_before_the_first_step(place, shared_root, tmp_path):
+    """Sent by the command to itself where the data are read, or where the speed of the stages is measured."""
     module, _, name = place.rpartition(".")
-    code = (f"import os, signal, sys, train_papsmear, {module} as module\noriginal = module.{name}\n"
-            f"def interrupted(*arguments):\n    os.kill(os.getpid(), signal.SIGINT)\n    return original(*arguments)\n"
+    code = (f"import os, signal, sys, train_papsmear, {module} as module\noriginal, sent = module.{name}, []\n"
+            f"def interrupted(*arguments):\n    if not sent:\n        sent.append(os.kill(os.getpid(), signal.SIGINT))\n"
+            f"    return original(*arguments)\n"
             f"module.{name} = interrupted\nsys.exit(train_papsmear.main(sys.argv[1:]))")
-    done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path / "outputs",
-                      "--experiment_name", "a", *TINY, environment=FAST)
+    done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path / "outputs", "--device", "cpu",
+                      "--experiment_name", "a", "--base_channels", "2", "--max_minutes", "9", environment=FAST)
     assert done.returncode == 128 + signal.SIGINT
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-    if when != "the data are read":
-        assert "nothing was saved yet, and nothing is left of it" in done.stderr
+    assert ("nothing was saved yet, and nothing is left of it" in done.stderr) == ("seconds_of_pass" in place)
