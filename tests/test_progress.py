@@ -251,7 +251,8 @@ def test_ctrl_c_of_a_command_before_the_first_step(place, shared_root, tmp_path)
     """Sent by the command to itself where the data are read, or where the speed of the stages is measured."""
     module, _, name = place.rpartition(".")
     code = (f"import os, signal, sys, train_papsmear, {module} as module\noriginal, sent = module.{name}, []\n"
-            f"def interrupted(*arguments):\n    if not sent:\n        sent.append(os.kill(os.getpid(), signal.SIGINT))\n"
+            f"def interrupted(*arguments):\n"
+            f"    if not sent:\n        sent.append(os.kill(os.getpid(), signal.SIGINT))\n"
             f"    return original(*arguments)\n"
             f"module.{name} = interrupted\nsys.exit(train_papsmear.main(sys.argv[1:]))")
     done = run_script("-c", code, "--data_root", shared_root, "--output_dir", tmp_path / "outputs", "--device", "cpu",
