@@ -18,7 +18,7 @@ KINDS = ("images", "masks", "instances")  # folders of a split; the last may be 
 LIKELY_NAMES = (("images", "imgs", "image", "img", "pictures"),
                 ("masks", "labels", "mask", "label", "gt", "ground_truth", "groundtruth", "annotations"))
 COPY = r"(?:flipped|mirrored|rotated_-?\d+(?:\.\d+)?)"
-COPY_MARK = re.compile(rf"^(?:{COPY}_)+(?=.)|(?<=.)(?:_{COPY})+$")
+COPY_MARK = re.compile(rf"^(?:{COPY}_)+(?=.)|(?<=.)(?:_{COPY})+\Z", re.DOTALL)  # a name may hold a line end
 TREE = "DATA_ROOT/train|valid|test/images|masks/NAME.png (or jpg, jpeg, tif, tiff, bmp)"
 
 

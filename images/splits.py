@@ -252,7 +252,9 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
         return splits
     seen = set()
     for number, row in enumerate(rows, start=2):
-        path = composed(unguarded(row["path"] or "").replace("\\", "/"))
+        path = composed(unguarded(row["path"] or ""))
+        if path not in by_path:  # written on Windows; elsewhere a name may hold a backslash
+            path = path.replace("\\", "/")
         split, line = row["split"], f"{table}, line {number}"
         if split not in SPLITS:
             problems.append(f"{line}: split is {split!r}; it must be one of {', '.join(SPLITS)}")

@@ -32,7 +32,8 @@ MAY_DIFFER = ("checkpoint", "device", "precision")  # between a prediction and t
 SHORT, PATIENCE = 0.02, 20
 OTHER_FILES = ("overlay.png", "nuclei.geojson", "labels.tif", "labels.ome.tif", "rois.zip")
 UNFINISHED = ".unfinished"
-LEFT = re.compile(rf"(?P<picture>.+){UNFINISHED}|\.(?P<file>.+?)({UNFINISHED})?\.\w{{8}}\.tmp")  # by a killed process
+LEFT = re.compile(rf"(?P<picture>.+){UNFINISHED}|\.(?P<file>.+?)({UNFINISHED})?\.\w{{8}}\.tmp",
+                  re.DOTALL)  # by a killed process
 
 
 class ImageResults:

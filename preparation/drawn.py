@@ -27,7 +27,7 @@ from system.errors import UserError
 from system.processes import progress
 
 LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask")  # what programs add to the name
-BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?")  # that predict_papsmear.py writes too
+BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?", re.DOTALL)  # of predictions
 FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
 
 Drawn = tuple[np.ndarray, list[str]]  # instance map (H, W) int32 with labels 1..n, and notes

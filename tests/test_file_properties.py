@@ -28,11 +28,15 @@ from images import bands
 from images.bands import BandStore, ImageRows, write_tiff
 from images.dealing import deal_groups, split_by_group, write_splits
 from images.files import image_size, load_image, save_instances, save_png
+from images.listing import composed
 from images.masks import load_instances, load_mask
-from images.pairs import source_name
+from images.pairs import Pair, source_name
 from images.recipe import SIZINGS, TARGETS, DataRecipe
 from images.splits import SPLITS, leaked, list_splits
 from nuclei.measurement import NucleusSums
+from nuclei.results import LEFT, UNFINISHED
+from preparation.drawn import BESIDE_INSTANCES
+from system.errors import UserError
 from system.tables import append_rows, columns_of, read_table, write_table
 from system.text import PlainStream, cell, guarded, shown, unguarded
 from tests.test_properties import examples
@@ -293,7 +297,8 @@ def test_groups_of_one_size_are_dealt_as_the_shares_say(groups, size, seed):
 @st.composite
 def folders(draw):
     """Draw the stems of images with their split, copies among them: `GROUP~NUMBER`, perhaps with a prefix."""
-    groups = draw(st.lists(st.text("aXé0=+@'\" ,\t\n", min_size=1, max_size=3), min_size=3, max_size=8, unique=True))
+    text = st.text("aXé0=+@'\" ,\\\t\r\n", min_size=1, max_size=3)
+    groups = draw(st.lists(text, min_size=3, max_size=8, unique=True))
     stems = {f"{group}~{i}" for group in groups for i in range(draw(st.integers(1, 3)))}
     copies = draw(st.lists(st.sampled_from(sorted(stems)), max_size=4))
     stems |= {f"{draw(st.sampled_from(['flipped_', 'rotated_90_', 'mirrored_flipped_']))}{stem}" for stem in copies}
@@ -345,9 +350,60 @@ def test_no_group_is_in_two_splits_whatever_the_folders(stems, group_regex, seed
             assert [leaked(listed, split, group_regex)[0] for split in SPLITS[1:]] == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="a backslash is taken for a slash of Windows")
-def test_a_backslash_in_a_name_comes_back_from_the_table(tmp_path):
-    write_empty_files(tmp_path, dict.fromkeys(("a\\b", "c", "d"), "train"), random.Random(0), "_mask")
+# What the name of a file can hold on Linux, all that a table or a regular expression may take for something else.
+STEMS = st.text(st.sampled_from("aé\u0301_'\"=+@,;\\ \t\r\n\x0b\x1c\x85\u2028\ufeff\udce4"), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "\\", "\\\\", "a\\", "images\\a"])
+def test_a_backslash_in_a_name_comes_back_from_the_table(tmp_path, name):
+    write_empty_files(tmp_path, dict.fromkeys((name, "c", "d"), "train"), random.Random(0), "_mask")
     write_splits(tmp_path, mask_suffix="_mask")
     assert {pair.name for pairs in list_splits(tmp_path, mask_suffix="_mask").values() for pair in pairs} \
-        == {"a\\b", "c", "d"}
+        == {name, "c", "d"}
+
+
+def test_a_table_written_on_windows_is_read(tmp_path):
+    write_empty_files(tmp_path, dict(zip(("a\\b", "c", "d"), SPLITS, strict=True)), random.Random(0))
+    (tmp_path / "splits.csv").write_text("path,split\ntrain\\images\\a\\b.png,test\nvalid\\images\\c.png,train\n"
+                                         "test/images/d.png,valid\n")
+    with pytest.raises(UserError, match="line 2: train/images/a/b.png is no image"):
+        list_splits(tmp_path)  # no Windows holds a\\b
+    (tmp_path / "splits.csv").write_text("path,split\ntrain/images/a\\b.png,test\nvalid\\images\\c.png,train\n"
+                                         "test/images/d.png,valid\n")
+    assert [[pair.name for pair in pairs] for pairs in list_splits(tmp_path).values()] == [["c"], ["d"], ["a\\b"]]
+
+
+@given(st.lists(STEMS, min_size=3, max_size=6, unique_by=composed), st.booleans())
+@examples(60)
+def test_any_names_come_back_from_the_table(stems, beside):
+    assume(len({source_name(composed(stem)) for stem in stems}) >= 3)
+    with in_new_folder() as folder:
+        end = "~m" if beside else ""
+        write_empty_files(folder, dict.fromkeys(stems, "train"), random.Random(0), end)
+        for split in SPLITS[1:]:
+            write_empty_files(folder, {f"{split}~": split}, random.Random(0), end)
+        write_splits(folder, mask_suffix=end)
+        assert {pair.name for pairs in list_splits(folder, mask_suffix=end).values() for pair in pairs} \
+            == {composed(stem) for stem in stems} | {"valid~", "test~"}
+
+
+PREFIXES = ("flipped_", "mirrored_", "rotated_90_", "rotated_-15.5_", "mirrored_flipped_")
+
+
+@given(ANY_TEXT.filter(lambda name: name and source_name(name) == name), st.sampled_from(PREFIXES))
+@examples(300)
+def test_a_copy_of_any_name_is_known(name, prefix):
+    end = "_" + prefix[:-1]
+    for copy in (prefix + name, name + end):
+        assert source_name(copy) == name
+    pairs = {split: [Pair(Path(f"{stem}.png"), Path("m.png"))] for split, stem in
+             (("train", f"{prefix}{name}"), ("test", name))}
+    assert "/" in name or leaked(pairs, "test") == (1, 1)
+
+
+@given(ANY_TEXT.filter(bool))
+@examples(100)
+def test_what_predictions_write_is_known_by_any_name(name):
+    assert BESIDE_INSTANCES.fullmatch(f"{name}_mask_2")[1] == name
+    assert LEFT.fullmatch(f"{name}_mask.png{UNFINISHED}")["picture"] == f"{name}_mask.png"
+    assert LEFT.fullmatch(f".{name}_mask.png.12345678.tmp")["file"] == f"{name}_mask.png"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -346,9 +346,13 @@ def test_the_rate_is_positive_bounded_and_falls_slowly(drawn):
     assert plan.rate(stage, epoch, step, steps, born) == rate
 
 
-@pytest.mark.xfail(strict=True, reason="the warm-up of what is not born yet is below zero")
-def test_the_rate_of_a_part_that_is_not_born_is_not_negative():
-    assert TrainingPlan({1: 1, 2: 1}).rate(1, 0, 0, 1, born=3) >= 0
+@given(plans(), st.integers(2, 4))
+@examples(100)
+def test_what_is_not_born_yet_has_no_rate(drawn, born):
+    plan, stage, epoch, step, steps, _ = drawn
+    assume(born > stage)
+    assert plan.rate(stage, epoch, step, steps, born) == 0
+    assert plan.rate(stage, 10 ** 6, step, steps, born) == 0, "beyond the planned end too"
 
 
 @given(st.floats(0.01, 1e4), st.lists(st.floats(0, 100), min_size=4, max_size=4), st.integers(1, 4))

@@ -87,9 +87,11 @@ class TrainingPlan:
         linearly over 2 % of the run's epochs from the start of the stage of its birth (or from the start of the run,
         if that stage comes before the plan; or from that of the next stage, if it is skipped). Parts that an earlier
         stage has trained go on more slowly: where all learn at the full rate, Dice falls in the first epochs after a
-        growth (docs/experiments.md).
+        growth (docs/experiments.md). What is not born yet has a rate of 0.
         """
         born = min((planned for planned in self.epochs if planned >= born), default=born)  # when the run meets it
+        if born > stage:
+            return 0.0
         total = sum(self.epochs.values())
         within = epoch + (step + 1) / steps
         position = self.start_of(stage) + within
