@@ -36,9 +36,10 @@ from pathlib import Path
 import torch
 
 from images.recipe import DataRecipe, recipe_from_plain
+from images.resolutions import MOST_CHANNELS, WIDEST
 from system.archives import verify_archive
 from system.atomic import atomic_write
-from system.errors import NonFiniteLossError, UserError
+from system.errors import NonFiniteLossError, UserError, lacks_memory
 from unet import LAST_STAGE, MODELS, build_model
 
 FORMAT = 2
@@ -49,7 +50,6 @@ FIELDS = ("format", "model_args", "stage", "model", "unborn", "data", "threshold
           "best_scores", "plan", "position", "history", "time_limit", "optimizer", "scaler", "averaged",
           "random_states", "config", "card")
 YOUNG: dict = {"time_limit": None, "position": None, "history": [], "card": ""}  # fields that older files lack
-WIDEST = 4096  # channels at 256 pixels of a network that a file may ask for
 
 
 def _whole(value, low: int, high: float = math.inf) -> bool:
@@ -67,8 +67,8 @@ def _tensors(value) -> bool:
 
 def _model_args(value) -> bool:
     return isinstance(value, dict) and set(value) == {"model", "in_channels", "out_channels", "base_channels"} and \
-        value["model"] in MODELS and _whole(value["in_channels"], 1, 64) and _whole(value["out_channels"], 1, 1024) \
-        and _whole(value["base_channels"], 1, WIDEST)
+        value["model"] in MODELS and _whole(value["in_channels"], 1, 64) and \
+        _whole(value["out_channels"], 1, MOST_CHANNELS) and _whole(value["base_channels"], 1, WIDEST)
 
 
 def _plan(value) -> bool:
@@ -167,6 +167,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if lacks_memory(error):
+            raise
         raise UserError(f"{path}: no checkpoint that can be read ({type(error).__name__}). Is it cut off, or of "
                          f"another program?") from None
     found = checkpoint if isinstance(checkpoint, dict) else {}

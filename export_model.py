@@ -74,25 +74,25 @@ def write(path: Path, args: argparse.Namespace) -> None:
     """Write the file that was asked for, and say what it is."""
     from checkpoints import load_checkpoint, save_checkpoint
     from exporting.archive import archived, model_card
-    from system.atomic import atomic_write
+    from system.atomic import atomic_write, folder_made
 
     checkpoint, out = load_checkpoint(path), args.out
     if out.exists() and out.samefile(path):
         raise UserError(f"{out}: the checkpoint itself. Choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if args.format == "archive":
-        handed = archived(checkpoint, path, args.licence, args.title)
-        save_checkpoint(out, handed)
-        print(f"{out}: {size(out)}, {size(path)} before; every command takes it as a checkpoint. Its card: python "
-              f"export_model.py {out} --format card --out card.md")
-        if args.push_to_hub:
-            print(f"uploaded: {push(args.push_to_hub, out, handed['card'], args.licence, args.private)}")
-    elif args.format == "card":
-        with atomic_write(out) as file:
-            file.write(model_card(checkpoint, path, args.licence, args.title).encode())
-        print(f"{out}: the model card")
-    else:
-        export_graph(checkpoint, path, args)
+    with folder_made(out.parent):
+        if args.format == "archive":
+            handed = archived(checkpoint, path, args.licence, args.title)
+            save_checkpoint(out, handed)
+            print(f"{out}: {size(out)}, {size(path)} before; every command takes it as a checkpoint. Its card: python "
+                  f"export_model.py {out} --format card --out card.md")
+            if args.push_to_hub:
+                print(f"uploaded: {push(args.push_to_hub, out, handed['card'], args.licence, args.private)}")
+        elif args.format == "card":
+            with atomic_write(out) as file:
+                file.write(model_card(checkpoint, path, args.licence, args.title).encode())
+            print(f"{out}: the model card")
+        else:
+            export_graph(checkpoint, path, args)
 
 
 def export_graph(checkpoint: dict, path: Path, args: argparse.Namespace) -> None:

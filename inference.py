@@ -23,7 +23,7 @@ from images.familiarity import describe, strangest
 from images.files import load_image, resize, to_image
 from images.resolutions import FINEST
 from nuclei.separation import separate_nuclei
-from system.devices import autocast, choose_device, choose_precision
+from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
 from system.notebooks import Described
 from unet import LAST_STAGE
@@ -69,10 +69,11 @@ class Predictor(Described):
             _check_agreement(checkpoint, found[0], path, paths[0])
         self.stage, self.threshold, self.recipe = found[0]["stage"], found[0]["threshold"], found[0]["data"]
         self.max_value = self.recipe.max_value
-        self.models = [model_of(checkpoint, path).to(self.device, memory_format=torch.channels_last)
-                       for checkpoint, path in zip(found, paths, strict=True)]
+        self.models = [model_of(checkpoint, path) for checkpoint, path in zip(found, paths, strict=True)]
         for model in self.models:
-            model.fold()
+            with fitting(model, self.device):
+                model.to(self.device, memory_format=torch.channels_last)
+                model.fold()
         if scale is not None:
             self.models[0].checked_scale(scale)
         self.scale, self.augment = scale, augment

@@ -15,6 +15,7 @@ the results are tiled TIFF files, NAME_mask.tif and NAME_instances.tif (32 bit),
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ FORMATS = {"png": "overlay.png", "geojson": "nuclei.geojson", "label-tiff": "lab
 def shard(text: str) -> tuple[int, int]:
     """Read 'i/n' with i from 1 to n."""
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    if not re.fullmatch(r"\d{1,9}/\d{1,9}", text) or not 1 <= int(index) <= int(count):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 1 to n, e.g. 1/4")
     return int(index), int(count)
 
@@ -101,7 +102,7 @@ def predict(args: argparse.Namespace) -> int:
     predictor.threshold = args.threshold or predictor.threshold
     predictor.max_value = args.max_value or predictor.max_value
     folder = Path(args.out)
-    if any(place(path).parent == folder.resolve() for path in all_paths):
+    if any(place(path).parent == Path(os.path.realpath(folder)) for path in all_paths):
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                         f"the next time. Choose another --out")
     results = ResultsFolder(folder, (index, count), predictor.classes, settings_of(args, predictor),
@@ -314,6 +315,8 @@ def list_images(given: list[str]) -> list[Path]:
         else:
             raise UserError(f"{path}: no such file or folder")
     paths = list(dict.fromkeys(paths))
+    if not paths:
+        raise UserError("no image is named. Name image files, or folders of them")
     stem, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
         twins = [str(path) for path in paths if path.stem == stem]

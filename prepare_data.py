@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from images.recipe import SIZINGS
-from images.resolutions import FINEST
+from images.resolutions import FINEST, MOST_CHANNELS
 from images.splits import SHARES
 from preparation.choices import DRAWN_FORMATS, HERLEV_TARGETS, SAMPLE_COUNTS
 from system.errors import UserError
@@ -61,7 +61,8 @@ SHARED_OPTIONS = {
     "--classes": {"type": class_list, "default": (), "metavar": "A,B",
                   "help": "classes, layers or categories that are nuclei (all but those whose name says otherwise, "
                           "such as Ignore*)"},
-    "--out_channels": {"type": whole(1), "default": 1, "help": "classes; above 1 masks are label images 0..K (1)"},
+    "--out_channels": {"type": whole(1, MOST_CHANNELS - 1), "default": 1,
+                       "help": "classes; above 1 masks are label images 0..K (1)"},
 }
 
 MONUSEG = """Cut the MoNuSeg download into tiles of 256x256 in colour, with masks and instance maps.

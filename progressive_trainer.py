@@ -16,7 +16,7 @@ from torch import nn
 
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
-from system.devices import autocast, choose_device, choose_precision
+from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
 from system.notebooks import Described, LiveFigure
 from system.processes import is_main_process, progress, world_size
@@ -97,7 +97,10 @@ class ProgressiveTrainer(Described):
         self.device = choose_device(str(device))
         self.precision = choose_precision(precision, self.device)
         torch.manual_seed(seed)
-        self.model = synchronised(model.to(self.device).to(memory_format=torch.channels_last), self.device)
+        with fitting(model, self.device):
+            model.to(self.device).to(memory_format=torch.channels_last)
+            self.model = synchronised(model, self.device)
+            self.averaged = AveragedNetwork(self.model, average) if average else None
         self.parallel = ParallelSteps(self.model, compile)
         self.accumulate = accumulate
         self.threshold, self.config = threshold, config or {}
@@ -105,7 +108,6 @@ class ProgressiveTrainer(Described):
                                            fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.steps = OptimizerSteps(self.model, self.optimizer, self.scaler, clip_norm)
-        self.averaged = AveragedNetwork(self.model, average) if average else None
         self.folder = RunFolder(output_dir, keep, overwrite) if output_dir and is_main_process() else None
         self.recipe = recipe           # of the data that train it; its statistics are those of the network
         self.keeper = Keeper(self.folder, save_every, save_minutes)

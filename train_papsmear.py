@@ -196,6 +196,8 @@ def new_model(args: argparse.Namespace):
 
     from checkpoints import load_checkpoint
     from images.recipe import DataRecipe
+    from system.devices import choose_device
+    from training.memory import refuse_lack_of_memory
     from unet import build_model
 
     source = load_checkpoint(Path(args.init_from)) if args.init_from and not args.resume else None
@@ -203,8 +205,10 @@ def new_model(args: argparse.Namespace):
         adopt(args, source)
     torch.manual_seed(args.seed)
     recipe = DataRecipe(targets=args.targets, in_channels=args.in_channels, classes=args.out_channels)
-    model = build_model({"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
-                         "out_channels": recipe.target_channels})
+    model_args = {"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
+                  "out_channels": recipe.target_channels}
+    refuse_lack_of_memory(model_args, choose_device(args.device))
+    model = build_model(model_args)
     if args.model == "pgunet" and not args.progressive:
         model.start_whole()
     model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)

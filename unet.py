@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from images.resolutions import RESOLUTIONS
+from images.resolutions import MOST_CHANNELS, RESOLUTIONS, WIDEST
 from system.errors import UserError
 from system.notebooks import Described, html_table
 from unet_parts import (
@@ -47,10 +47,10 @@ class Network(Described, nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, base_channels: int):
         super().__init__()
-        for key, value in (("in_channels", in_channels), ("out_channels", out_channels),
-                           ("base_channels", base_channels)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{key} is {value!r}; it must be a whole number of at least 1")
+        for key, value, most in (("in_channels", in_channels, 64), ("out_channels", out_channels, MOST_CHANNELS),
+                                 ("base_channels", base_channels, WIDEST)):
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise UserError(f"{key} is {value!r}; it must be a whole number of at least 1 (and at most {most})")
         self.in_channels, self.out_channels, self.base_channels = in_channels, out_channels, base_channels
         self.register_buffer("image_mean", torch.zeros(in_channels))
         self.register_buffer("image_std", torch.ones(in_channels))

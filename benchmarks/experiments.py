@@ -40,7 +40,7 @@ from benchmarks.growth_arms import ARMS
 from benchmarks.growth_tables import MINUTES, TABLES
 from system.errors import UserError
 from system.locks import LOCK, held_lock
-from system.options import Parser, command, folder_name, number, whole
+from system.options import LARGEST, Parser, command, folder_name, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -54,7 +54,7 @@ DECIDED = ("precision", "seed", "output_dir", "experiment_name", "resume", "over
 
 def count_list(text: str) -> tuple[int, ...]:
     """Read rising numbers joined by commas: '5,10,20'."""
-    counts = tuple(map(int, text.split(","))) if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) else ()
+    counts = tuple(map(int, text.split(","))) if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text) else ()
     if not counts or sorted(set(counts)) != list(counts):
         raise argparse.ArgumentTypeError(f"{text!r} is not rising whole numbers of at least 1 joined by commas, e.g. "
                                          f"5,10,20")
@@ -109,9 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", type=whole(1), default=3, help="trainings of each arm (3)")
     study.add_argument("--first_seed", type=whole(0), default=0, help="seeds count from it (0)")
     length = study.add_mutually_exclusive_group()
-    length.add_argument("--budget", type=number(0, above=True), default=10.0,
+    length.add_argument("--budget", type=number(0, LARGEST, above=True), default=10.0,
                         help="operations of each training, in epochs at 256 pixels (10)")
-    length.add_argument("--minutes", type=number(0, above=True),
+    length.add_argument("--minutes", type=number(0, LARGEST, above=True),
                         help="instead: of each training, which measures and deals them by itself")
     study.add_argument("--jobs", type=whole(1, 64), default=1, help="trainings at a time, which share the cores (1)")
     study.add_argument("--report", action="store_true", help="write growth.md and growth.png anew, without a training")

@@ -20,8 +20,7 @@ class Appearance:
 
     Attributes:
         digest: the same for an image and all its quarter turns and flips, and for no other; b"" for a plain one.
-        thumbnail: (8, SIDE * SIDE) float32, of its eight turns and flips, each of mean 0 and length 1; zeros for a
-            plain one.
+        thumbnail: (SIDE, SIDE) float32, of mean 0 and length 1; zeros for a plain one.
     """
 
     digest: bytes
@@ -35,14 +34,13 @@ def appearance(image: np.ndarray) -> Appearance:
     sums = image.astype(np.int64).reshape(channels, SIDE, step, SIDE, step).sum(axis=(0, 2, 4))
     small = sums / (channels * step ** 2)
     if small.std() <= PLAIN:
-        return Appearance(b"", np.zeros((8, SIDE * SIDE), np.float32))
+        return Appearance(b"", np.zeros((SIDE, SIDE), np.float32))
     centred = small - small.mean()
-    thumbnails = np.stack([view.ravel() for view in _views(centred)]) / np.linalg.norm(centred)
     # One view stands for all eight: that of the smallest thumbnail in whole numbers, which rounding does not move.
     keys = [view.tobytes() for view in _views(sums)]
     digest = min(hashlib.blake2b(np.ascontiguousarray(view), digest_size=12).digest()
                  for view, key in zip(_views(image), keys, strict=True) if key == min(keys))
-    return Appearance(digest, thumbnails.astype(np.float32))
+    return Appearance(digest, (centred / np.linalg.norm(centred)).astype(np.float32))
 
 
 def shared(train: Sequence[Appearance], others: Sequence[Appearance]) -> tuple[dict[int, int], dict[int, int]]:
@@ -67,11 +65,12 @@ def most_alike(train: Sequence[Appearance], others: Sequence[Appearance]) -> tup
 
     Computed in blocks, as matrix products: of every pair alone 100 000 images took a quarter of an hour.
     """
-    of_train = np.stack([one.thumbnail[0] for one in train])
+    of_train = np.stack([one.thumbnail.ravel() for one in train])
     highest, nearest = np.full(len(others), -np.inf, np.float32), np.zeros(len(others), np.int64)
     for start in progress(range(0, len(others), BLOCK), "comparing pictures"):
+        thumbnails = np.stack([other.thumbnail for other in others[start:start + BLOCK]])
         # All first views, then all second ones: the highest of eight is then taken over whole rows of numbers.
-        views = np.concatenate(list(zip(*(other.thumbnail for other in others[start:start + BLOCK]), strict=True))).T
+        views = np.concatenate(_views(thumbnails)).reshape(-1, SIDE * SIDE).T
         found, index = highest[start:start + BLOCK], nearest[start:start + BLOCK]
         for first in range(0, len(of_train), ROWS):
             alike = (of_train[first:first + ROWS] @ views).reshape(-1, 8, len(found)).max(axis=1)

@@ -19,7 +19,7 @@ from images.listing import composed, left_out, list_folder, name_of
 from images.pairs import KINDS, TREE, Pair, originals, pair_folder, what_is_there
 from images.recipe import SIZINGS
 from system.errors import UserError
-from system.text import shown, unguarded
+from system.text import compiled, shown, unguarded
 
 SPLITS = ("train", "valid", "test")
 SHARES = (0.70, 0.15, 0.15)  # of the images, for each of them
@@ -134,10 +134,7 @@ def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]
     """
     if not group_regex:
         return {name: name for name in names}
-    try:
-        pattern = re.compile(group_regex)
-    except re.error as error:
-        raise UserError(f"--group_regex {group_regex!r} is no regular expression ({error})") from None
+    pattern = compiled(group_regex)
     found = {name: pattern.search(name) for name in names}
     missed = [name for name, match in found.items() if not match or match.group(pattern.groups and 1) is None]
     if missed:

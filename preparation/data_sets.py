@@ -12,6 +12,7 @@ The same input gives the same bytes.
 import contextlib
 import csv
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from images.listing import IMAGE_SUFFIXES, list_folder
 from images.masks import load_instances
 from images.resolutions import FINEST
 from images.splits import MANIFEST, SPLITS, grouped
+from system.atomic import folder_made
 from system.errors import UserError
 from system.text import guarded, shown
 
@@ -199,26 +201,26 @@ def new_folder(out: Path, *sources: Path):
 
     Raises UserError when `out` holds anything or lies within a source.
     """
-    out = out.resolve()  # '.' has a parent then, and an empty folder may be a link to elsewhere
+    out = Path(os.path.realpath(out))  # '.' has a parent then, and an empty folder may be a link to elsewhere
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; nothing is overwritten. Choose another --out or remove it")
     for source in sources:
-        if out.is_relative_to(source.resolve()):
+        if out.is_relative_to(os.path.realpath(source)):
             raise UserError(f"{out}: lies within {source}; the source is never written to. Choose an --out elsewhere")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write to") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder_made(out.parent))
+            temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        except OSError as error:
+            raise UserError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write "
+                            f"to") from None
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         made = temporary / "made"  # below, so that it has the permissions of any new folder
         made.mkdir()
         yield made
         if out.exists():
             out.rmdir()
         shutil.move(made, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def tile_offsets(length: int, overlap: int = 0) -> list[int]:

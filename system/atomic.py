@@ -9,6 +9,20 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
+def folder_made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, for a block; after an error those that were made and are empty are gone."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in missing:
+            with contextlib.suppress(OSError):  # not made yet, or with something in it, which stays
+                place.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on leaving without an error it takes the place of `path`.
 

@@ -1,11 +1,13 @@
 """Choose device and precision, and keep the states of the random generators."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
 from system import machine
-from system.errors import UserError
+from system.errors import UserError, lacks_memory
 from system.processes import local_rank, local_world_size
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -24,15 +26,31 @@ def choose_device(name: str = "auto") -> torch.device:
         name = next(device for device, there in present.items() if there)
     if name == "cuda" and present["cuda"] and local_world_size() > 1:
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
-    kind = name.split(":")[0]
+    kind, colon, index = name.partition(":")
     if kind not in present:
         raise UserError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}")
     if not present[kind]:
         raise UserError(f"device is {name!r}, but this machine or this build of torch {torch.__version__} has no "
                          f"{kind.upper()}. Use 'cpu', or 'auto' to take the best device present")
-    if kind == "cuda" and ":" in name and name.removeprefix("cuda:") not in map(str, range(torch.cuda.device_count())):
-        raise UserError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if colon and index not in map(str, range(count)):
+        are = f"is 1 {kind.upper()} device" if count == 1 else f"are {count} {kind.upper()} devices"
+        raise UserError(f"device is {name!r}, but there {are}, numbered from 0")
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def fitting(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Turn the lack of memory in a block that brings a network to a device into a UserError that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        raise UserError(f"out of memory: the weights of the network, {size / 1e6:.0f} MB, do not fit onto {device} "
+                        f"beside what is there. End other programs that use it, choose another --device, or take a "
+                        f"network of fewer --base_channels") from None
 
 
 def bfloat16_pays(device: torch.device) -> bool:

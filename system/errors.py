@@ -25,8 +25,11 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a di
 
 # What the operating system refuses and a user can mend: rights, space, quotas, damaged disks, paths that are no folder.
 DISK_ERRORS = frozenset({
-    errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
-    errno.ESTALE, errno.EPIPE}) | FULL
+    errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EPIPE}) | FULL
+
+# In errors of torch's allocator, of CUDA, and of cuDNN, cuBLAS and their kin.
+NO_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def check_continued(then: dict, now: dict, place: Path, remedy: str, may_differ: Collection[str] = ()) -> None:
@@ -44,9 +47,9 @@ def check_continued(then: dict, now: dict, place: Path, remedy: str, may_differ:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Tell whether an error is a lack of memory: Python's, NumPy's, or one of torch, on the CPU or a GPU."""
+    """Tell whether an error is a lack of memory: Python's, NumPy's, or one of torch and the libraries of CUDA."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
-        or isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        or isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def is_for_user(error: BaseException) -> bool:

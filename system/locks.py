@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from system.atomic import folder_made
 from system.errors import UserError
 
 LOCK = ".lock"  # in the folder that is locked
@@ -14,13 +15,17 @@ _LOCKS: dict[Path, FileLock] = {}  # of this process, which may take one of its 
 
 @contextlib.contextmanager
 def held_lock(file: Path, what: str, remedy: str) -> Iterator[None]:
-    """Hold a lock (see `take_lock`) for the time of a block, after which the file is gone."""
-    lock = take_lock(file, what, remedy)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        lock.release()
+    """Hold a lock (see `take_lock`) for the time of a block, after which the file is gone.
+
+    So is its folder after an error, if it was made for it and nothing is in it (see `system.atomic.folder_made`).
+    """
+    with folder_made(file.parent):
+        lock = take_lock(file, what, remedy)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            lock.release()
 
 
 def take_lock(file: Path, what: str, remedy: str) -> FileLock:

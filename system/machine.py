@@ -25,8 +25,11 @@ def fields(path: str) -> dict[str, str]:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return a path, or the nearest one above it that is there: where it would be made."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    """Return a path, or the nearest one above it that is there: where it would be made.
+
+    What cannot be looked at (a name that is too long, a folder without rights, a NUL) counts as not there.
+    """
+    return next((place for place in (path, *Path(os.path.abspath(path)).parents) if os.path.exists(place)), Path())
 
 
 def processor() -> str:

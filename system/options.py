@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from system.errors import DiskError, NonFiniteLossError, UserError, is_for_user
+from system.errors import DiskError, NonFiniteLossError, UserError, is_for_user, lacks_memory
 from system.signals import terminated_as_interrupted
-from system.text import plain_output
+from system.text import compiled, plain_output
 
 # Seconds that other processes leave to the first one for saying the same error. As soon as it has ended, torchrun ends
 # the others, so only what went wrong in them alone is said late.
 PATIENCE = 10
+LARGEST = 10 ** 9  # number that an option takes, where nothing else bounds it, so that all can be computed with
 
 
 def is_first_of_launch() -> bool:
@@ -63,6 +64,13 @@ def _exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] |
             time.sleep(PATIENCE)
         print(f"error: {error}", file=sys.stderr)
         return 1 if overflow else 3 if isinstance(error, DiskError) else 2
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        first = str(error).partition("\n")[0]
+        print(f"error: out of memory{f' ({first})' if first else ''}. End other programs, or take smaller images, "
+              f"batches or tiles, or fewer channels", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
         if interrupted and is_first_of_launch():
             print(f"\ninterrupted; {interrupted}", file=sys.stderr)
@@ -77,7 +85,7 @@ def flag(text: str) -> bool:
     return values[text.lower()]
 
 
-def whole(low: int, high: int = 10 ** 9):
+def whole(low: int, high: int = LARGEST):
     """Return a reader of whole numbers from `low` to `high`."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d{1,10}", text) or not low <= int(text) <= high:
@@ -117,17 +125,24 @@ def name_ending(text: str) -> str:
 
 def results_folder(text: str) -> str:
     """Check the folder that results go to: it may be absent, but not be a file."""
-    if Path(text).exists() and not Path(text).is_dir():
+    if os.path.lexists(text) and not os.path.isdir(text):  # a link to nowhere, too
         raise argparse.ArgumentTypeError(f"{text!r} is a file; results go to a folder. Name another")
+    return text
+
+
+def run_folder(text: str) -> str:
+    """Check the folder of a run that is gone on with, which must have a name."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder. Name the run folder, e.g. outputs/NAME")
     return text
 
 
 def regex(text: str) -> str:
     """Check a regular expression."""
     try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from None
+        compiled(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
@@ -149,6 +164,23 @@ def checkpoint_list(text: str) -> list[str]:
 
 class Parser(argparse.ArgumentParser):
     """Raise what is wrong as UserError, so that every refusal of a command line looks the same."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse words that argparse or the operating system would stumble over, then do what argparse does.
+
+        By itself argparse takes `--` away where it stands for a value, and leaves a list of nothing in its place.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[:words.index("--")] if "--" in words else words
+        for word in options:
+            name, _, value = word.partition("=")
+            if name.startswith("-") and value == "--":
+                self.error(f"argument {name}: '--' is no value; a file or folder of that name is ./--")
+        if words.count("--") > 1:
+            self.error("'--' is given twice; the first ends the options, and a file of that name is ./--")
+        if wrong := next((word for word in words if "\0" in word), ""):
+            self.error(f"{wrong!r} holds a NUL, which no name and no path can")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
         meant = ""

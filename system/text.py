@@ -5,6 +5,8 @@ import re
 import sys
 from collections.abc import Iterator
 
+from system.errors import UserError
+
 # What moves a terminal's cursor, colours it or turns the direction of writing: a name that holds it shows another one.
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _IN_NAMES, _IN_OUTPUT = re.compile(f"[{_CONTROL}]"), re.compile(f"(?![\n\r\t])[{_CONTROL}]")
@@ -22,6 +24,15 @@ def shown(name: str) -> str:
 def cell(name: str) -> str:
     """Return a name for a table that people read: as `shown`, and `guarded`."""
     return guarded(shown(name))
+
+
+def compiled(pattern: str) -> re.Pattern:
+    """Return a regular expression as an object; raises UserError for text that Python takes for none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        shortened = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
+        raise UserError(f"{shortened} is no regular expression that can be used ({error})") from None
 
 
 def guarded(name: str) -> str:

@@ -9,14 +9,13 @@ import unicodedata
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import predict_papsmear
 from conftest import TINY, copy_pair, lively_model, move_pair, noisy_image, run_script, write_checkpoint, write_data_set
 from images import duplicates
 from images.dealing import write_splits
-from images.duplicates import appearance, shared
+from images.duplicates import SIDE, appearance, shared
 from images.files import save_instances, save_png
 from images.listing import list_folder
 from images.pairs import originals, source_name
@@ -97,7 +96,9 @@ def test_blocks_of_pictures_find_what_every_pair_does(monkeypatch):
     monkeypatch.setattr(duplicates, "ROWS", 7)
     likeness, nearest = duplicates.most_alike(train, others)
     for j, other in enumerate(others):
-        pairs = [float((one.thumbnail[0] @ other.thumbnail.T).max()) for one in train]
+        views = [view.ravel() for turns in range(4) for turned in [np.rot90(other.thumbnail, turns)]
+                 for view in (turned, turned[:, ::-1])]
+        pairs = [float(max(one.thumbnail.ravel() @ view for view in views)) for one in train]
         assert likeness[j] == pytest.approx(max(pairs), abs=1e-6)
         assert nearest[j] == int(np.argmax(pairs))
     assert nearest[-2:].tolist() == [3, 29], "of two that are equal the first"
@@ -162,7 +163,9 @@ def test_appearance_is_that_of_all_channels():
     other[0, 0, 0] ^= 1
     equal, near = shared([appearance(rgb)], [appearance(other)])
     assert (equal, near) == ({}, {0: 0}), "one bit differs"
-    assert torch.tensor(appearance(rgb).thumbnail).norm(dim=1).allclose(torch.ones(8))
+    thumbnail = appearance(rgb).thumbnail
+    assert (thumbnail.shape, thumbnail.nbytes) == ((SIDE, SIDE), 1024), "one view, not all eight, for 100 000 images"
+    assert np.linalg.norm(thumbnail) == pytest.approx(1)
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import torch
 from conftest import run_script
 from progressive_trainer import ProgressiveTrainer
 from system import machine, processes
+from system.atomic import folder_made
 from system.devices import choose_device, choose_precision, set_up_process
 from system.errors import NonFiniteLossError, UserError
+from system.machine import nearest_existing
 from system.options import command
 from unet import ProgressiveUNet
 
@@ -96,3 +98,29 @@ def test_numbers_are_exchanged_where_the_group_can(backend, device, monkeypatch)
     """A group of nccl alone knows no tensor on the CPU."""
     monkeypatch.setattr(processes.dist, "get_backend_config", lambda: backend)
     assert processes.exchange_device().type == device
+
+
+def test_the_nearest_folder_of_any_path_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for odd in ("x" * 300, "a\0", "loop", "a/" * 3000):
+        assert nearest_existing(tmp_path / odd / "b") == tmp_path
+    assert nearest_existing(tmp_path / "file/b") == tmp_path / "file"
+    assert nearest_existing(Path("a/b")).samefile(tmp_path)
+    assert nearest_existing(Path()) == Path()
+
+
+def test_what_was_made_for_nothing_goes_and_all_else_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    for made in ("there", "there/a/b"):
+        with pytest.raises(ZeroDivisionError), folder_made(tmp_path / made):
+            assert 1 / (not (tmp_path / made).is_dir())
+        assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with pytest.raises(ZeroDivisionError), folder_made(tmp_path / "there/a/b"):
+        (tmp_path / "there/a/mine").touch()
+        assert 1 / (not (tmp_path / "there/a/b").is_dir())
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / name for name in ("there", "there/a", "there/a/mine")]
+    with pytest.raises(OSError, match="long"), folder_made(tmp_path / f"new/{'x' * 300}"):
+        pass
+    assert not (tmp_path / "new").exists()

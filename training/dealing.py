@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from system.errors import UserError
+from system.options import LARGEST
 from training.schedule import WORK
 
 # Of the operations of a run, in per cent, dealt to stages 1 to 4 (docs/results.md has what was measured).
@@ -19,8 +20,9 @@ def deal(budget: float, shares: Sequence[float] = SHARES, first: int = 1) -> tup
         budget: in epochs at 256 pixels, whose operations the run has at most.
         shares: of the budget, for stages 1 to 4, in any unit; of stages below `first` they are left out.
     Raises:
-        UserError: if nothing is left for an epoch at 256 pixels.
+        UserError: for a number that is negative or above LARGEST, and if nothing is left for an epoch at 256 pixels.
     """
+    check_numbers("budget", budget, shares)
     wanted = {stage: share for stage, share in zip(WORK, shares, strict=True) if stage >= first}
     epochs = deal_work(budget * WORK[max(WORK)], wanted, WORK)
     if not epochs[max(epochs)]:
@@ -28,6 +30,18 @@ def deal(budget: float, shares: Sequence[float] = SHARES, first: int = 1) -> tup
         raise UserError(f"a budget of {budget:g}{dealt} leaves no epoch at 256 pixels. Take a larger budget"
                         + (", or a larger last share" if dealt else ""))
     return tuple(epochs.values())
+
+
+def check_numbers(name: str, whole: float, shares: Sequence[float]) -> None:
+    """Raise UserError unless what is dealt and its shares can be computed with: from 0 to LARGEST.
+
+    Args:
+        name: of what is dealt.
+    """
+    for value in (whole, *shares):
+        if not 0 <= value <= LARGEST:
+            raise UserError(f"{name} is {whole!r} and shares {', '.join(map(repr, shares))}; each must be a number "
+                            f"from 0 to {LARGEST:g}")
 
 
 def deal_work(whole: float, wanted: dict[int, float], costs: dict[int, float]) -> dict[int, int]:

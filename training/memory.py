@@ -1,14 +1,19 @@
-"""Say how much memory a stage will need in training."""
+"""Say how much memory a stage will need in training, and refuse what cannot fit before memory is taken."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 
 from system.devices import autocast
 from system.errors import UserError, lacks_memory
+from system.machine import free_memory
 from training.loss import multi_scale_loss
-from unet import STAGE_RESOLUTIONS
+from unet import STAGE_RESOLUTIONS, build_model
+
+COPIES = 4  # weights, gradients, and the two moments of AdamW
 
 
 def training_memory(model, batch_size: int, precision: str) -> int:
@@ -20,7 +25,7 @@ def training_memory(model, batch_size: int, precision: str) -> int:
     """
     one, two = (_kept_for_backward(model, n, precision) for n in (1, 2))
     live = sum(tensor.nbytes for tensor in model.live_state().values())
-    return one + (batch_size - 1) * (two - one) + 4 * live
+    return one + (batch_size - 1) * (two - one) + COPIES * live
 
 
 @contextlib.contextmanager
@@ -40,24 +45,45 @@ def memory_explained(stage: int, images: int) -> Iterator[None]:
             f"take fewer --base_channels; --dry_run says what each stage needs{kept}") from None
 
 
+def refuse_lack_of_memory(model_args: dict, device: torch.device) -> None:
+    """Raise UserError if the weights of a network, with what trains them, are larger than the memory that is free.
+
+    Nothing is taken for it. On a GPU the weights alone pass through this memory.
+
+    Args:
+        model_args: see `unet.build_model`.
+    """
+    with torch.device("meta"):
+        weights = sum(parameter.nbytes for parameter in build_model(model_args).parameters())
+    needed, free = weights * (COPIES if device.type == "cpu" else 1), free_memory()
+    if needed > free:
+        what = "its weights, gradients and AdamW take" if device.type == "cpu" else "its weights take"
+        raise UserError(f"--base_channels {model_args['base_channels']}: {what} {needed / 1e9:.1f} GB, and "
+                        f"{free / 1e9:.1f} GB of memory are free. Take fewer --base_channels")
+
+
 def _kept_for_backward(model, batch_size: int, precision: str) -> int:
-    """Count the bytes that one forward pass keeps for the backward pass, parameters not included."""
+    """Count the bytes that one forward pass keeps for the backward pass, parameters and statistics not included.
+
+    It is run on tensors that have sizes and no content, so that it takes no memory and little time.
+    """
     device = next(model.parameters()).device
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    side = STAGE_RESOLUTIONS[model.stage]
-    image = torch.zeros(batch_size, model.in_channels, side, side, device=device)
-    target = torch.zeros(batch_size, model.out_channels, side, side, device=device)
-    was_training = model.training
+    side, was_training = STAGE_RESOLUTIONS[model.stage], model.training
     model.eval()  # so that no running statistic changes
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, precision):
-        multi_scale_loss(model(image, return_all_scales=True), target)
+    with FakeTensorMode() as mode:
+        state = {name: mode.from_tensor(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        of_model = {tensor.untyped_storage()._cdata for tensor in state.values()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in of_model:
+                kept[storage._cdata] = storage  # held, so that no address is used twice
+            return tensor
+
+        image = torch.zeros(batch_size, model.in_channels, side, side, device=device)
+        target = torch.zeros(batch_size, model.out_channels, side, side, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, precision):
+            multi_scale_loss(functional_call(model, state, (image,), {"return_all_scales": True}), target)
     model.train(was_training)
     return sum(storage.nbytes() for storage in kept.values())

@@ -67,6 +67,14 @@ class RunFolder:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"{self.path}: {above} is {'not writable' if above.is_dir() else 'a file, not a folder'}. "
                              f"Choose another --output_dir or --experiment_name")
+        try:
+            odd = "is a link to nowhere" if os.lstat(self.path) and not self.path.exists() else ""
+        except FileNotFoundError:
+            odd = ""
+        except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
+            odd = f"cannot be made ({getattr(error, 'strerror', None) or error})"
+        if odd:
+            raise UserError(f"{self.path}: {odd}. Choose another --output_dir or --experiment_name")
         if not self.overwrite and self.path.is_dir() and any(RUN_FILES.fullmatch(p.name) for p in self.path.iterdir()):
             raise UserError(f"{self.path}: this run folder exists already. Choose another --experiment_name, continue "
                              f"it with --resume {self.path}, or replace it with --overwrite (in Python: another "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from system.errors import UserError
+from system.options import LARGEST
 
 # Operations of an image at each stage, relative to one another (GFLOP, forward and backward, at 64 channels), and
 # those of the classic U-Net at 256 pixels.
@@ -33,9 +34,11 @@ def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]
         given = [operator.index(epochs_per_stage)] * len(stages)  # NumPy's whole numbers too
     if len(given) == len(WORK) and len(stages) < len(WORK):
         given = [given[stage - 1] for stage in stages]
-    if len(given) != len(stages) or any(not isinstance(n, int) or n < 0 for n in given) or given[-1] < 1:
+    whole = all(isinstance(n, int) and 0 <= n <= LARGEST for n in given)
+    if len(given) != len(stages) or not whole or given[-1] < 1:
         raise UserError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
-                         f"for each of the stages {list(stages)}: 0 skips a stage, and the last has at least 1")
+                         f"for each of the stages {list(stages)}: 0 skips a stage, and the last has at least 1 "
+                         f"(and at most {LARGEST})")
     return {stage: n for stage, n in zip(stages, given, strict=True) if n}
 
 

@@ -10,9 +10,20 @@ from collections.abc import Callable
 from datetime import datetime
 
 from images.recipe import MASK, MASK_AND_BOUNDARY, TARGETS
-from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
+from images.resolutions import DEFAULT_BATCH_SIZES, MOST_CHANNELS, RESOLUTIONS, WIDEST
 from system.errors import UserError
-from system.options import Parser, checkpoint_path, flag, folder_name, name_ending, number, regex, whole
+from system.options import (
+    LARGEST,
+    Parser,
+    checkpoint_path,
+    flag,
+    folder_name,
+    name_ending,
+    number,
+    regex,
+    run_folder,
+    whole,
+)
 from training.dealing import SHARES, deal
 from training.schedule import CLASSIC_WORK, OLD_LR_SCALE, WORK
 
@@ -40,26 +51,29 @@ CHANGEABLE_AT_RESUME = ("data_root", "device", "precision", "num_workers", "cach
 
 def epoch_list(text: str) -> tuple[int, ...]:
     """Read '50', for every stage, or one number a stage: '10,10,20,60'."""
-    if not re.fullmatch(r"(\d+,)*0*[1-9]\d*", text):
+    if not re.fullmatch(r"(\d{1,9},)*\d{1,9}", text) or not int(text.rpartition(",")[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number of at least 1, nor whole numbers joined "
-                                         f"by commas, one a stage, the last at least 1, e.g. 10,10,20,60")
+                                         f"by commas, one a stage, the last at least 1, e.g. 10,10,20,60 (each below "
+                                         f"{LARGEST})")
     return tuple(int(n) for n in text.split(","))
 
 
 def share_list(text: str) -> tuple[float, ...]:
     """Read four numbers of at least 0 joined by commas: '27,5,7,61'."""
-    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){3}", text) or not float(text.rpartition(",")[2]):
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?(,\d{1,9}(\.\d+)?){3}", text) or not float(text.rpartition(",")[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not four numbers of at least 0 joined by commas, for stages 1 "
-                                         f"to 4, the last above 0, e.g. 27,5,7,61")
+                                         f"to 4, the last above 0, e.g. 27,5,7,61 (each below {LARGEST})")
     return tuple(map(float, text.split(",")))
 
 
 def batch_table(text: str) -> dict[int, int]:
     """Read 'RESOLUTION:BATCH' joined by commas."""
-    sizes = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) and [tuple(map(int, e.split(":"))) for e in text.split(",")]
+    sizes = re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9})*", text) and [
+        tuple(map(int, e.split(":"))) for e in text.split(",")]
     if not sizes or any(r not in RESOLUTIONS or n < 1 for r, n in sizes):
         raise argparse.ArgumentTypeError(f"{text!r} is not RESOLUTION:BATCH joined by commas, with resolutions out of "
-                                         f"32, 64, 128, 256 and batches of at least 1, e.g. 32:64,64:32,128:16,256:8")
+                                         f"32, 64, 128, 256 and batches of at least 1 (and below {LARGEST}), e.g. "
+                                         f"32:64,64:32,128:16,256:8")
     if len(dict(sizes)) < len(sizes):
         raise argparse.ArgumentTypeError(f"{text!r} names a resolution twice")
     return dict(sizes)
@@ -108,7 +122,8 @@ def _add_data_options(add: Callable) -> None:
     add("--augment_strength", type=number(0, 3), default=1.0, help="factor on their amounts (1)")
     add("--group_regex", type=regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
     add("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
-    add("--out_channels", type=whole(1), default=1, help="classes; above 1 masks are label images 0..K (1)")
+    add("--out_channels", type=whole(1, MOST_CHANNELS - 1), default=1,
+        help="classes; above 1 masks are label images 0..K (1)")
     add("--max_value", type=whole(0), default=0,
         help="white in images of more than 8 bit, e.g. 4095 for 12 bit (0: that of their type)")
     add("--mask_suffix", type=name_ending, default="", metavar="END",
@@ -117,7 +132,7 @@ def _add_data_options(add: Callable) -> None:
         help="mask,boundary: learn the rims of nuclei too, which separates those that touch (mask)")
     add("--cache_images", default=None, **BOOLEAN, help="false: decode at every step, instead of once into memory or, "
         "if large, into memory-mapped files (true where there is space)")
-    add("--num_workers", type=whole(0), help="decoding processes (0 with a cache, else up to 4)")
+    add("--num_workers", type=whole(0, 1024), help="decoding processes (0 with a cache, else up to 4)")
     add("--overfit", type=whole(0), default=0, metavar="N",
         help="smoke run: train and validate on the first N training images, not augmented")
 
@@ -125,7 +140,7 @@ def _add_data_options(add: Callable) -> None:
 def _add_network_options(add: Callable) -> None:
     add("--model", choices=("pgunet", "unet"), default="pgunet", help="unet: the classic one (pgunet)")
     add("--progressive", default=True, help="false: stage 4 from the start (true)", **BOOLEAN)
-    add("--base_channels", type=whole(1), default=64, help="channels at 256 pixels (64)")
+    add("--base_channels", type=whole(1, WIDEST), default=64, help="channels at 256 pixels (64)")
     add("--init_from", type=checkpoint_path, metavar="CHECKPOINT",
         help="start from its weights; channels, width and targets are its own, unless given")
     add("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
@@ -135,10 +150,11 @@ def _add_training_options(add: Callable) -> None:
     add("--preset", choices=sorted(PRESETS), help="a tried set of options, for the data set named")
     add("--epochs_per_stage", type=epoch_list, default=(50,),
         help="50, or one a stage, 0 to skip it: 10,10,20,60 (50)")
-    add("--budget", type=number(0, above=True), metavar="N", help="instead: stages share the operations of N epochs at "
-        "256 pixels; direct training and the classic U-Net take the same")
-    add("--max_minutes", type=number(0, above=True), metavar="M", help="instead: end within M minutes, whatever the "
-        "machine; the speed of each stage is measured first")
+    add("--budget", type=number(0, LARGEST, above=True), metavar="N",
+        help="instead: stages share the operations of N epochs at 256 pixels; direct training and the classic U-Net "
+             "take the same")
+    add("--max_minutes", type=number(0, LARGEST, above=True), metavar="M",
+        help="instead: end within M minutes, whatever the machine; the speed of each stage is measured first")
     add("--shares", type=share_list, default=SHARES, metavar="27,5,7,61",
         help="of budget or minutes, for stages 1 to 4, in per cent (27,5,7,61)")
     add("--batch_sizes", type=batch_table, default=DEFAULT_BATCH_SIZES,
@@ -168,7 +184,7 @@ def _add_output_options(add: Callable) -> None:
     add("--save_minutes", type=number(0), default=10.0,
         help="between two last.pth within an epoch; 0 saves at the end of epochs alone (10)")
     add("--keep", type=whole(0), default=3, help="how many of them stay (3)")
-    add("--resume", metavar="RUN_FOLDER",
+    add("--resume", type=run_folder, metavar="RUN_FOLDER",
         help="continue a run with its own settings; --epochs_per_stage may make the last stage longer")
     add("--overwrite", default=False, action="store_true", help="replace what an earlier run of that name wrote")
     add("--dry_run", default=False, action="store_true",

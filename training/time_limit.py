@@ -10,7 +10,7 @@ from images.resolutions import RESOLUTIONS
 from system.devices import random_states, set_random_states
 from system.errors import UserError
 from system.processes import all_gather, is_main_process
-from training.dealing import SHARES, deal_work
+from training.dealing import SHARES, check_numbers, deal_work
 
 KEPT_BACK = 0.03      # of the time that is left, for what no epoch has shown yet
 REHEARSED = 3         # batches that are timed at each stage, after one that is not
@@ -43,12 +43,13 @@ class TimeLimit:
     with the learning rate at its end.
 
     Args:
-        minutes: above 0.
+        minutes: above 0, at most LARGEST.
         shares: of the time, for stages 1 to 4, in any unit.
         begun: when it began, by `time.monotonic`; without it, at the making of this object.
     """
 
     def __init__(self, minutes: float, shares: Sequence[float] = SHARES, begun: float | None = None):
+        check_numbers("minutes", minutes, shares)
         self.minutes = minutes
         self.shares = dict(zip(range(1, len(RESOLUTIONS) + 1), shares, strict=True))
         self.costs: dict[int, float] = {}     # stage -> seconds of an epoch: training, validation and saving
