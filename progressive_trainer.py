@@ -28,7 +28,7 @@ from training.epoch import TrainingEpoch
 from training.keeping import Keeper
 from training.loss import multi_scale_loss, refuse_non_finite
 from training.means import PassMeasures
-from training.memory import memory_explained
+from training.memory import memory_explained, refuse_large_batches
 from training.optimization import parameter_groups
 from training.parallel import ParallelSteps, synchronised
 from training.run_bar import RunBar
@@ -232,9 +232,10 @@ class ProgressiveTrainer(Described):
         Args:
             dataloaders: resolution -> (train, valid, ...), as `create_progressive_dataloaders` makes them.
         Raises:
-            UserError: where the disk has no room for the run, before anything is written.
+            UserError: where disk or memory has no room for the run, before anything is written.
         """
         refuse_lack_of_space(self)
+        refuse_large_batches(self, dataloaders)
         try:
             self._claim_folder()
             if self.time_limit and not self.course.ended(self.model.stage):

@@ -3,6 +3,7 @@
     python -m pytest tests/test_limits.py
 """
 
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -10,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate_papsmear
 import train_papsmear
-from conftest import TINY, make_trainer, metric_rows, write_data_set
+from checkpoints import load_checkpoint
+from conftest import TINY, lively_model, make_trainer, metric_rows, write_checkpoint, write_data_set
 from images.files import save_png
+from images.resolutions import MOST_CHANNELS
+from inference import Predictor
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
-from system.errors import UserError
-from training import space
+from system import devices
+from system.errors import UserError, lacks_memory
+from training import memory, space
+from training.loss import multi_scale_loss
 from training.space import free_space, run_space
-from unet import ProgressiveUNet
+from unet import ProgressiveUNet, UNet
 
 
 def train(root, tmp_path, *options: str) -> int:
@@ -66,6 +73,8 @@ def test_a_run_that_goes_on_needs_room_for_what_it_replaces(data_root, tmp_path)
 
 # ---- memory
 
+HUGE = 10 ** 15  # numbers, 4 PB
+
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_out_of_memory_names_stage_batch_and_what_takes_less(where, data_root, tmp_path):
@@ -79,9 +88,9 @@ def test_out_of_memory_names_stage_batch_and_what_takes_less(where, data_root, t
         logits, mask, loss = forward(batch, network)
         batches.append(batch)
         if len(batches) == 2 and where == "forward":
-            torch.empty(10 ** 15)  # 4 PB
+            torch.empty(HUGE)
         if len(batches) == 2:
-            loss.register_hook(lambda _: torch.empty(10 ** 15))
+            loss.register_hook(lambda _: torch.empty(HUGE))
         return logits, mask, loss
 
     trainer.forward = greedy
@@ -94,6 +103,112 @@ def test_out_of_memory_names_stage_batch_and_what_takes_less(where, data_root, t
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")])
+def test_a_lack_of_memory_is_known_whoever_says_so(error):
+    assert lacks_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDNN_STATUS_EXECUTION_FAILED"), ValueError("out of memory"),
+                                   OSError("out of memory"), RuntimeError("size mismatch")])
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not lacks_memory(error)
+
+
+def test_a_network_that_does_not_fit_onto_its_device_is_explained(tmp_path, monkeypatch):
+    path, model = write_checkpoint(tmp_path / "a.pth", lively_model()), ProgressiveUNet(base_channels=4)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
+    said = rf"out of memory: the weights of the network, {size:.0f} MB, do not fit onto cpu .* fewer --base_channels"
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressiveUNet, "to", lambda *_, **__: torch.empty(HUGE))
+        with pytest.raises(UserError, match=said):
+            ProgressiveTrainer(model, "cpu")
+        with pytest.raises(UserError, match="out of memory: the weights"):
+            Predictor(path, "cpu")
+        patch.setattr(ProgressiveUNet, "to", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+        with pytest.raises(RuntimeError, match="size"):
+            ProgressiveTrainer(model, "cpu")
+    monkeypatch.setattr(ProgressiveUNet, "__deepcopy__", lambda *_: torch.empty(HUGE), raising=False)
+    with pytest.raises(UserError, match=said):
+        ProgressiveTrainer(model, "cpu", average=0.5)  # which holds the weights twice
+
+
+def test_a_command_that_lacks_memory_says_so_in_one_line(data_root, tmp_path, monkeypatch, capsys):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model())
+    monkeypatch.setattr(Predictor, "predict", lambda *_: torch.empty(HUGE))
+    assert evaluate_papsmear.main([str(path), "--data_root", str(data_root), "--device", "cpu"]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: out of memory (")
+    assert "tiles" in error
+    monkeypatch.setattr(Predictor, "predict", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        evaluate_papsmear.main([str(path), "--data_root", str(data_root), "--device", "cpu"])
+
+
+def test_a_checkpoint_that_lacks_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model())
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(HUGE))
+    with pytest.raises(RuntimeError, match="memory"):
+        load_checkpoint(path)
+
+
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(data_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda: 10 ** 6)
+    assert train(data_root, tmp_path, "--base_channels", "64", "--dry_run") == 2
+    weights = 4 * sum(p.numel() for p in fake_network(64).parameters())
+    assert f"error: --base_channels 64: its weights, gradients and AdamW take {4 * weights / 1e9:.1f} GB, and 0.0 GB " \
+           f"of memory are free" in capsys.readouterr().err
+    memory.refuse_lack_of_memory(fake_network(1).model_args, torch.device("cuda"))
+
+
+def fake_network(width: int) -> ProgressiveUNet:
+    with torch.device("meta"):
+        return ProgressiveUNet(base_channels=width)
+
+
+def test_a_batch_larger_than_the_memory_is_refused_before_the_run_begins(data_root, tmp_path, monkeypatch):
+    trainer, loaders = make_trainer(data_root, tmp_path / "run")
+    batch = min(loaders[256][0].batch_size, len(loaders[256][0].dataset))
+    monkeypatch.setattr(memory, "free_memory", lambda: 4 * batch * 2 * 256 ** 2)
+    memory.refuse_large_batches(trainer, loaders)
+    memory.refuse_large_batches(trainer, {256: ([{}],)})
+    monkeypatch.setattr(memory, "free_memory", lambda: 4 * batch * 2 * 256 ** 2 - 1)
+    with pytest.raises(UserError, match=rf"out of memory at stage 4 \(256x256\) with a batch of {batch} images"):
+        trainer.fit(loaders)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [ProgressiveUNet(3, 2, 2), UNet(1, 1, 2)])
+def test_memory_is_estimated_without_taking_it_as_it_would_be_taken(model, precision):
+    model.set_stage(4)
+    state = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    kept = {}
+    image = torch.zeros(2, model.in_channels, 256, 256)
+
+    def keep(tensor):
+        if tensor.data_ptr() not in state:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            devices.autocast(torch.device("cpu"), precision):
+        multi_scale_loss(model.eval()(image, return_all_scales=True), torch.zeros(2, model.out_channels, 256, 256))
+    assert memory._kept_for_backward(model, 2, precision) == sum(storage.nbytes() for storage in kept.values())
+
+
+def test_memory_of_many_classes_is_estimated_without_taking_it():
+    model = ProgressiveUNet(1, MOST_CHANNELS, 1)
+    model.set_stage(4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert memory.training_memory(model, 8, "float32") > 8 * 3 * MOST_CHANNELS * 256 ** 2 * 4
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_CHANNELS * 256 ** 2 * 4
 
 
 def test_other_errors_of_torch_stay_as_they_are(data_root):

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from system.devices import autocast
 from system.errors import UserError, lacks_memory
 from system.machine import free_memory
+from system.processes import world_size
 from training.loss import multi_scale_loss
 from unet import STAGE_RESOLUTIONS, build_model
 
@@ -36,13 +37,32 @@ def memory_explained(stage: int, images: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        side, less = STAGE_RESOLUTIONS[stage], max(1, images // 2)
         kept = f". What the stages before have learnt is kept by --init_from RUN_FOLDER/best_stage_{stage - 1}.pth " \
                f"--start_stage {stage}" if stage > 1 else ""
-        raise UserError(
-            f"out of memory at stage {stage} ({side}x{side}) with a batch of {images} images. Take smaller batches "
+        raise UserError(f"{_too_much(stage, images)}{kept}") from None
+
+
+def _too_much(stage: int, images: int) -> str:
+    side, less = STAGE_RESOLUTIONS[stage], max(1, images // 2)
+    return (f"out of memory at stage {stage} ({side}x{side}) with a batch of {images} images. Take smaller batches "
             f"with --batch_sizes {side}:{less} and add up as many as before with --accumulate {-(-images // less)}, or "
-            f"take fewer --base_channels; --dry_run says what each stage needs{kept}") from None
+            f"take fewer --base_channels; --dry_run says what each stage needs")
+
+
+def refuse_large_batches(trainer, dataloaders: dict[int, tuple]) -> None:
+    """Raise UserError if a batch of a planned stage is larger than the memory that is free, before one is made.
+
+    Its images and masks alone are counted, far less than training takes, so that nothing that fits is refused.
+    """
+    channels, free = trainer.model.in_channels + trainer.model.out_channels, free_memory()
+    for stage in trainer.plan.epochs:
+        side = STAGE_RESOLUTIONS[stage]
+        loader = dataloaders.get(side, (None,))[0]
+        size, data = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+        if size and hasattr(data, "__len__"):  # other loaders do not tell
+            images = -(-min(size, len(data)) // world_size())
+            if 4 * images * channels * side ** 2 > free:
+                raise UserError(_too_much(stage, images))
 
 
 def refuse_lack_of_memory(model_args: dict, device: torch.device) -> None:
