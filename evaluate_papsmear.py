@@ -255,20 +255,12 @@ def score_scales(predictor, pairs: list) -> dict:
 
 def draw_cases(predictor, pairs: list, rows: list[dict], path: Path) -> None:
     """Draw the images of lowest and of highest Dice, the worst on top."""
-    from images.files import load_image
     from scoring.pictures import predictions
-    from scoring.scores import score_pair
+    from scoring.scores import scored_case
 
     order = sorted(range(len(rows)), key=lambda i: rows[i]["dice"])
     shown = order if len(order) <= 2 * SHOWN_CASES else order[:SHOWN_CASES] + order[-SHOWN_CASES:]
-    images = [load_image(pairs[i].image, 3, max_value=predictor.max_value).transpose(2, 0, 1) / 255 for i in shown]
-    probabilities, masks = [], []
-    for i in shown:
-        _, probability, mask = score_pair(predictor, pairs[i])
-        probabilities.append(probability.transpose(2, 0, 1))
-        masks.append(mask.transpose(2, 0, 1))
-    predictions(images, masks, probabilities, [rows[i]["image"] for i in shown], [rows[i]["dice"] for i in shown], path,
-                predictor.threshold)
+    predictions([scored_case(predictor, pairs[i]) for i in shown], path, predictor.threshold)
 
 
 @command(interrupted="the same command with --continue goes on with the images that are left")

@@ -19,7 +19,7 @@ from images.pyramid import ImagePyramid, open_pyramids
 from images.recipe import MASK, DataRecipe
 from images.report import check_dataset, split_dataset
 from images.resolutions import DEFAULT_BATCH_SIZES, FINEST, RESOLUTIONS
-from images.splits import SPLITS
+from images.splits import SPLITS, groups_of_each
 from system.errors import UserError
 from system.notebooks import Described
 from system.options import Parser, command, regex, whole
@@ -88,6 +88,15 @@ class PapSmearDataset(Described, Dataset):
         if target_size not in RESOLUTIONS:
             raise UserError(f"target_size is {target_size!r}; it must be one of {RESOLUTIONS}")
         self._size_and_epoch[0] = target_size
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the samples."""
+        return self.pyramid.names
+
+    def groups(self, group_regex: str | None = None) -> list[str]:
+        """Return the group of every sample (see `images.splits.groups_of`)."""
+        return groups_of_each(self.pyramid.pairs, group_regex)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of this epoch."""
@@ -231,11 +240,9 @@ class ProgressiveLoader(Described):
                 "size": f"{dataset.target_size}x{dataset.target_size}",
                 "batches": f"{len(self)} of {self.batch_size}", "on": str(self.device)}
 
-    def first(self, count: int) -> dict:
-        """Return the first images of the split, not shuffled, as one batch, in whichever process."""
-        dataset = self.dataset
-        raw = dataset.raw_batch(dataset.target_size, np.arange(min(count, len(dataset))))
-        return dataset.finished(raw, self.epoch, self.device)
+    def chosen(self, indices: np.ndarray, resolution: int) -> dict:
+        """Return these images of the split at a resolution as one batch, in whichever process."""
+        return self.dataset.finished(self.dataset.raw_batch(resolution, indices), self.epoch, self.device)
 
     def _raw_batches(self):
         for sibling in self._siblings:

@@ -16,6 +16,7 @@ from torch import nn
 
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
+from reporting.report import refresh_report
 from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
 from system.notebooks import Described, LiveFigure
@@ -32,11 +33,12 @@ from training.memory import memory_explained, refuse_large_batches
 from training.optimization import parameter_groups
 from training.parallel import ParallelSteps, synchronised
 from training.run_bar import RunBar
-from training.run_folder import COLUMNS, OF_STEPS, SHOWN_IMAGES, RunFolder, numbers
+from training.run_folder import COLUMNS, OF_STEPS, RunFolder, numbers, said_and_passed_over
 from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, snapshot
 from training.space import refuse_lack_of_space
 from training.steps import OptimizerSteps
+from training.survey import survey_stage
 from training.time_limit import TimeLimit, deal_time, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
@@ -182,7 +184,7 @@ class ProgressiveTrainer(Described):
         """
         check_loader(loader)
         network = self.evaluated_model.eval()
-        measures = PassMeasures(self.threshold, self._scored_classes(loader))
+        measures = PassMeasures(self.threshold, self.scored_classes(loader))
         for i, batch in enumerate(loader if self.bar else progress(loader, "validate")):
             if i == 0:
                 check_batch(batch, self.model)
@@ -221,7 +223,7 @@ class ProgressiveTrainer(Described):
             self.folder.write_config(self.config | {"resolved": self.resolved | self.config.get("resolved", {})})
             self._config_written = True
 
-    def _scored_classes(self, loader: Loader) -> int:
+    def scored_classes(self, loader: Loader) -> int:
         """Return how many channels are classes; the rims of nuclei, the last, are not scored."""
         recipe = agreed_recipe(loader, self.recipe) or self.recipe
         return recipe.classes if recipe else self.model.out_channels
@@ -253,6 +255,7 @@ class ProgressiveTrainer(Described):
         if self.folder:
             save_checkpoint(self.folder.file("final_model.pth"), snapshot(self, None))
             self.folder.draw_curves()
+            self.folder.log_graph(self.evaluated_model)
             self.folder.close()
 
     def _train_stages(self, dataloaders: dict[int, tuple], bar: RunBar) -> None:
@@ -276,7 +279,7 @@ class ProgressiveTrainer(Described):
                 if self.course.left(stage) > 0 or self.course.next_stage(stage + 1):
                     self.keeper.between_epochs()
             if self.folder:
-                self._draw_stage(valid_loader, self.folder)
+                self._show_stage(valid_loader, self.folder)
             stage = self.course.next_stage(stage + 1)
         self._live.draw(self.curves, last=True)
 
@@ -343,7 +346,7 @@ class ProgressiveTrainer(Described):
         values |= {"stage": stage, "resolution": STAGE_RESOLUTIONS[stage], "epoch": finished,
                    "run_epoch": self.course.run_epoch(stage)}
         if self.folder:
-            self.folder.log_epoch(values)
+            self.folder.log_epoch(values, train)
             self.keeper.save_epoch(self, score, best)
         else:
             self._rows.append({name: float(values[name]) for name in COLUMNS})
@@ -362,11 +365,8 @@ class ProgressiveTrainer(Described):
                 **self.course.described(self.model.stage),
                 "writes": str(self.folder.path) if self.folder else "nothing"}
 
-    @torch.inference_mode()
-    def _draw_stage(self, loader: Loader, folder: RunFolder) -> None:
-        """Draw predictions_stage_X.png from the first validation images."""
-        batch = loader.first(SHOWN_IMAGES) if hasattr(loader, "first") else next(iter(loader))
-        logits, mask, _ = self.forward(batch, self.evaluated_model.eval())
-        finest = finest_masks(loader, batch, mask)
-        measures = PassMeasures(self.threshold, self._scored_classes(loader))
-        folder.draw_predictions(self.model.stage, batch, logits, mask if finest is None else finest, measures)
+    def _show_stage(self, loader: Loader, folder: RunFolder) -> None:
+        """Write pictures and report of the stage that has ended."""
+        with said_and_passed_over(f"predictions_stage_{self.model.stage}.png"):
+            folder.show_stage(survey_stage(self, loader), self.course.run_epoch(self.model.stage))
+        refresh_report(folder.path)

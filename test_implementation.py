@@ -368,7 +368,8 @@ def test_a_run_leaves_the_documented_tree(trained_run, shared_root):
         "config.json", "logs", "metrics.csv", "best_stage_1.pth", "best_stage_2.pth", "best_stage_3.pth",
         "best_stage_4.pth", "final_model.pth", "last.pth", "training_curves.png", "predictions_stage_1.png",
         "predictions_stage_2.png", "predictions_stage_3.png", "predictions_stage_4.png", "test_scores.csv",
-        "test_scores.json"}
+        "test_scores.json", "report.html", "test_cases.npz", "validation_stage_1.npz", "validation_stage_2.npz",
+        "validation_stage_3.npz", "validation_stage_4.npz"}
     config = json.loads((folder / "config.json").read_text())
     assert config["base_channels"] == 4
     assert config["resolved"]["precision"] in ("float32", "bfloat16")
@@ -385,7 +386,8 @@ def test_a_run_leaves_the_documented_tree(trained_run, shared_root):
     assert printed.count("epoch 1/1") == 4
     for name in ("training_curves.png", "predictions_stage_4.png"):
         assert load_image(folder / name, 3).std() > 10
-    assert list((folder / "logs").glob("events*"))
+    assert {path.parent.name for path in (folder / "logs").glob("*/events*")} == {
+        "train", "valid", "growths", "scores"}
     again = score_pairs(Predictor(folder / "best_stage_4.pth", "cpu"), scored_pairs(shared_root, "test"))
     assert again[0]["dice"] == pytest.approx(float(rows[0]["dice"]), abs=1e-6)
 

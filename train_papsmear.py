@@ -69,7 +69,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
     if not args.overfit:
         test(trainer, args)
         scores = "test_scores.csv, "
-    print(f"look at {folder}/: training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
+    print(f"look at {folder}/: report.html, training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
 
 
@@ -314,15 +314,21 @@ def print_memory(args: argparse.Namespace, model, trainer) -> None:
 def test(trainer, args: argparse.Namespace) -> None:
     """Score the test split with the best stage-4 model at original size, beside Otsu's threshold; print and save."""
     from inference import Predictor
+    from reporting.report import refresh_report
+    from scoring.cases import KeptCases
     from scoring.scores import score_otsu, score_pairs, score_table, scored_pairs, summarise
 
     pairs = scored_pairs(args.data_root, "test", args.use_augmented, args.mask_suffix)
+    cases = KeptCases(len(pairs))
     predictor = Predictor(trainer.folder.file("best_stage_4.pth"), str(trainer.device), trainer.precision)
-    rows = score_pairs(predictor, pairs, group_regex=args.group_regex)
+    rows = score_pairs(predictor, pairs, group_regex=args.group_regex, cases=cases)
     summaries = {"best_stage_4": summarise(rows),
                  "Otsu threshold": summarise(score_otsu(pairs, args.out_channels, args.max_value))}
     trainer.folder.write_csv("test_scores.csv", rows, tuple(rows[0]))
     trainer.folder.write_json("test_scores.json", summaries)
+    trainer.folder.show_test(cases.cases)
+    log_scores(trainer, args, summaries["best_stage_4"])
+    refresh_report(trainer.folder.path)
     gain = summaries["best_stage_4"]["dice"]["mean"] - summaries["Otsu threshold"]["dice"]["mean"]
     print(f"\ntest split, {len(rows)} images at original size, mean ± standard deviation over images "
           f"({summaries['best_stage_4']['empty_masks']} empty masks)")
@@ -331,6 +337,13 @@ def test(trainer, args: argparse.Namespace) -> None:
     if not any(row["foreground"] for row in rows):
         print(f"warning: no foreground predicted in any image; the highest probability is "
               f"{max(row['highest'] for row in rows):.3f}. Train longer, or check the masks")
+
+
+def log_scores(trainer, args: argparse.Namespace, summary: dict) -> None:
+    """Write the settings and the final scores for TensorBoard."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "by_hand", "data_report")}
+    trainer.folder.log_scores(settings, {f"test/{name}": summary[name]["mean"] for name in ("dice", "iou")}
+                              | {f"valid/dice_stage_{stage}": dice for stage, dice in trainer.best_scores.items()})
 
 
 @command()  # `train` says itself how to go on after Ctrl-C

@@ -164,6 +164,12 @@ def groups_of(pairs: Iterable[Pair], group_regex: str | None) -> dict[str, list[
     return dict(groups)
 
 
+def groups_of_each(pairs: list[Pair], group_regex: str | None) -> list[str]:
+    """Return the group of each pair, as `groups_of` finds it."""
+    group_of = {pair: group for group, found in groups_of(pairs, group_regex).items() for pair in found}
+    return [group_of[pair] for pair in pairs]
+
+
 def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = None,
            collect: Callable = groups_of) -> tuple[int, int]:
     """Count the groups of `split` of which any image, original or copy, is in train: (in train, all).

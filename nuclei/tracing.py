@@ -37,6 +37,13 @@ def traced(bands: Iterable[np.ndarray]) -> Iterator[tuple[int, list[Polygon]]]:
         yield from _whole(open_edges, set())
 
 
+def rings(mask: np.ndarray) -> list[np.ndarray]:
+    """Return the outlines and the holes of a mask (H, W) bool in one list, without telling which hole lies where."""
+    open_edges: dict[int, list[np.ndarray]] = {}
+    _add_edges(open_edges, np.pad(mask.astype(np.uint8), ((1, 1), (0, 0))), 0)
+    return _rings(np.concatenate(open_edges[1])) if open_edges else []
+
+
 def _whole(open_edges: dict[int, list[np.ndarray]], growing: set[int]) -> Iterator[tuple[int, list[Polygon]]]:
     for label in [label for label in open_edges if label not in growing]:
         yield label, _polygons(_rings(np.concatenate(open_edges.pop(label))))

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from nuclei.outlines import boundary
+from scoring.cases import Case
 from system.figures import ShownFigure
 from system.text import shown
 
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
+THIN = 0.6  # points, so that a nucleus of six pixels is still seen within its outline
 
 
 def training_curves(rows: list[dict], path: Path) -> None:
@@ -19,27 +23,28 @@ def training_curves(rows: list[dict], path: Path) -> None:
 
 
 def curves_figure(rows: list[dict]) -> ShownFigure:
-    """Draw loss, Dice and learning rate of every epoch, with the stages marked.
+    """Draw Dice, loss and learning rate of every epoch, with the stages marked; Dice at 256 pixels first.
 
     Args:
         rows: rows of metrics.csv as name -> number.
     """
     figure = ShownFigure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
+    dice, loss, parts, rate = axes.flat
     x = np.arange(1, len(rows) + 1)
 
     def curve(axis, key, label, **style):
         axis.plot(x, [row[key] for row in rows], label=label, marker="." if len(rows) < 60 else None, **style)
 
-    curve(axes[0, 0], "train_loss", "train", color="C0")
-    curve(axes[0, 0], "loss", "valid", color="C1")
-    curve(axes[0, 1], "train_soft_dice", "train, soft, stage resolution", color="C0", linestyle="--")
-    curve(axes[0, 1], "soft_dice", "valid, soft, stage resolution", color="C1", linestyle="--")
-    curve(axes[0, 1], "dice", "valid, at 256 pixels", color="C2")
+    curve(dice, "dice", "valid, at 256 pixels", color="C2", linewidth=2.2)
+    curve(dice, "train_soft_dice", "train, soft, stage resolution", color="C0", linestyle="--")
+    curve(dice, "soft_dice", "valid, soft, stage resolution", color="C1", linestyle="--")
+    curve(loss, "train_loss", "train", color="C0")
+    curve(loss, "loss", "valid", color="C1")
     for key, color in (("precision", "C3"), ("recall", "C4"), ("iou", "C5")):
-        curve(axes[1, 0], key, f"valid {key}", color=color)
-    curve(axes[1, 1], "lr", "learning rate", color="C6")
-    titles = ("Loss (summed over scales)", "Dice", "Validation", "Learning rate")
+        curve(parts, key, f"valid {key}", color=color)
+    curve(rate, "lr", "learning rate", color="C6")
+    titles = ("Dice", "Loss (summed over scales)", "Validation, at 256 pixels", "Learning rate")
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)
@@ -51,45 +56,43 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
                               xytext=(3, -11 - 9 * (1 - row["stage"] % 2)), textcoords="offset points",
                               color="grey", fontsize=8)  # in turn high and low: a stage may be a few epochs short
         axis.legend(fontsize=8)
-    for axis in (axes[0, 1], axes[1, 0]):
+    for axis in (dice, parts):
         axis.set_ylim(0, 1.02)
     for axis in axes[1]:
         axis.set_xlabel("epoch of the run (dotted: a stage begins, with its resolution)")
     return figure
 
 
-def predictions(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], probabilities: Sequence[np.ndarray],
-                names: list[str], dice: list[float], path: Path, threshold: float = 0.5) -> None:
+def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title: str = "") -> None:
     """Draw image, mask, prediction and outlines of some images, one a row (and class).
 
     Args:
-        images: N times (C, H, W) in [0, 1], of any sizes.
-        masks, probabilities: N times (K, H, W) in [0, 1].
-        dice: (N,) per image.
         threshold: probability from which a pixel is outlined.
+        title: of the picture: which weights it shows.
     """
-    rows = [(i, k) for i in range(len(images)) for k in range(len(masks[i]))]
-    figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
+    rows = [(case, k) for case in cases for k in range(len(case.masks))]
+    figure = Figure(figsize=(11, 2.9 * len(rows) + 0.5 * bool(title)), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
-    for row, (i, k) in zip(axes, rows, strict=True):
-        image = images[i].transpose(1, 2, 0) if len(images[i]) == 3 else images[i][0]
-        drawn, found = masks[i][k] >= 0.5, probabilities[i][k] >= threshold
-        row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        row[1].imshow(drawn, cmap="gray", vmin=0, vmax=1)
-        row[2].imshow(probabilities[i][k], cmap="gray", vmin=0, vmax=1)
-        row[3].imshow(image, cmap="gray", vmin=0, vmax=1)
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    for row, (case, k) in zip(axes, rows, strict=True):
+        image = case.image if case.image.shape[2] == 3 else case.image[..., 0]
+        drawn, found = case.masks[k], case.found(threshold)[k]
+        for axis, pixels, highest in zip(row, (image, drawn, case.probability[k], image), (255, 1, 255, 255),
+                                         strict=True):
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=highest)
         outline(row[3], drawn, DRAWN, "solid")
-        outline(row[3], found, FOUND, (0, (3, 2)))
-        name = shown(names[i])
+        outline(row[3], found, FOUND, (0, (4, 2)))
+        name = shown(case.name)
         row[0].set_ylabel(name if len(name) < 32 else f"{name[:29]}...", fontsize=7,
                           parse_math=False)
-        for axis, title in zip(row, ("image", "mask" + (f", channel {k + 1}" if len(masks[i]) > 1 else ""),
-                                     "predicted probability", f"blue: mask, orange: prediction, Dice {dice[i]:.3f}"),
+        for axis, words in zip(row, ("image", "mask" + (f", channel {k + 1}" if len(case.masks) > 1 else ""),
+                                     "predicted probability", f"blue: mask, orange: found, Dice {case.dice:.3f}"),
                                strict=True):
-            axis.set_title(title, fontsize=9)
+            axis.set_title(words, fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=110)
 
 
 def outline(axis, mask: np.ndarray, color: str, style) -> None:
@@ -98,6 +101,20 @@ def outline(axis, mask: np.ndarray, color: str, style) -> None:
         # Padded, so that a region which touches the image's edge is closed there.
         smooth = ndimage.gaussian_filter(np.pad(mask, 1).astype(float), 0.5)
         axis.contour(np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1), smooth, levels=[0.5],
-                     colors=[color], linewidths=1.2, linestyles=[style])
+                     colors=[color], linewidths=THIN, linestyles=[style])
         axis.set_xlim(-0.5, mask.shape[1] - 0.5)
         axis.set_ylim(mask.shape[0] - 0.5, -0.5)
+
+
+def examples_picture(cases: Sequence[Case], threshold: float = 0.5, columns: int = 4) -> np.ndarray:
+    """Return cases of one size, some columns a row, as (H, W, 3) uint8: outlines of the first class, and below them its
+    probability."""
+    tiles = []
+    for case in cases:
+        above = np.broadcast_to(case.image, (*case.image.shape[:2], 3)).copy()
+        for mask, color in ((case.masks[0], DRAWN), (case.found(threshold)[0], FOUND)):
+            above[boundary(mask)] = (np.array(to_rgb(color)) * 255).astype(np.uint8)
+        tiles.append(np.concatenate([above, np.repeat(case.probability[0][..., None], 3, axis=2)]))
+    columns = min(columns, len(tiles))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.concatenate([np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)])

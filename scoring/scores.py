@@ -16,8 +16,9 @@ from skimage.filters import threshold_otsu
 from images.files import ImageFileError, load_image
 from images.masks import load_mask
 from images.pairs import Pair
-from images.splits import MANIFEST, SPLITS_FILE, find_data_root, groups_of, list_splits, with_origins
+from images.splits import MANIFEST, SPLITS_FILE, find_data_root, groups_of_each, list_splits, with_origins
 from images.targets import drawn_nuclei
+from scoring.cases import Case, KeptCases, to_bytes
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
 from scoring.unfinished import UnfinishedScores
 from system.processes import progress, shard, unshard
@@ -43,7 +44,7 @@ def scored_pairs(data_root: Path, split: str, use_augmented: bool = True, mask_s
 
 
 def score_pairs(predictor, pairs: list[Pair], instances: bool = False, group_regex: str | None = None,
-                kept: UnfinishedScores | None = None) -> list[dict]:
+                kept: UnfinishedScores | None = None, cases: KeptCases | None = None) -> list[dict]:
     """Predict every image and compare it with its mask at its own size; with `instances` nucleus by nucleus too.
 
     Several processes share the images, and each returns all rows.
@@ -52,22 +53,25 @@ def score_pairs(predictor, pairs: list[Pair], instances: bool = False, group_reg
         group_regex: finds the group in a name (see `images.splits.groups_of`); without it the group is the one that a
             manifest tells, else the image that this one is a copy of.
         kept: has the rows of images that need no scoring, and takes those of the others.
+        cases: takes the images that are scored, with their predictions.
     """
     rows = []
-    for pair in progress(shard(pairs), "scoring"):
+    for i, pair in enumerate(progress(shard(pairs), "scoring")):
         row = kept.row(pair.name) if kept else None
         if row is None:
-            row = score_pair(predictor, pair, instances)[0]
+            row, probability, mask = score_pair(predictor, pair, instances)
             if kept:
                 kept.keep(pair.name, row)
+            if cases:
+                cases.add(_case(predictor, pair, row, probability, mask), i)
         rows.append(row)
     return with_groups(unshard(rows), pairs, group_regex)
 
 
 def with_groups(rows: list[dict], pairs: list[Pair], group_regex: str | None = None) -> list[dict]:
     """Return the rows of these pairs with the group of each."""
-    group_of = {pair: group for group, found in groups_of(pairs, group_regex).items() for pair in found}
-    return [{"image": row["image"], "group": cell(group_of[pair])} | row for row, pair in zip(rows, pairs, strict=True)]
+    return [{"image": row["image"], "group": cell(group)} | row
+            for row, group in zip(rows, groups_of_each(pairs, group_regex), strict=True)]
 
 
 def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -85,6 +89,16 @@ def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np
         row |= instance_metrics(found, drawn)
         row |= {"nuclei_drawn": len(np.unique(drawn[drawn > 0])), "nuclei_found": int(found.max())}
     return row, probability, mask
+
+
+def scored_case(predictor, pair: Pair) -> Case:
+    """Return an image with its mask and what is predicted."""
+    return _case(predictor, pair, *score_pair(predictor, pair))
+
+
+def _case(predictor, pair: Pair, row: dict, probability: np.ndarray, mask: np.ndarray) -> Case:
+    image = load_image(pair.image, 3, max_value=predictor.max_value)
+    return Case(row["image"], image, mask.transpose(2, 0, 1), to_bytes(probability.transpose(2, 0, 1)), row["dice"])
 
 
 def score_otsu(pairs: list[Pair], classes: int, max_value: int = 0) -> list[dict]:

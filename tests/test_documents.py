@@ -122,7 +122,7 @@ def configuration_page() -> str:
                + f". On `{settings.PRESET_RESULTS[name][0]}`: {'; '.join(settings.PRESET_RESULTS[name][1:])}"
                for name, preset in settings.PRESETS.items()]
     rest = [script_tables(name) for name in (
-        "predict_papsmear", "evaluate_papsmear", "export_model", "demo/__main__", "prepare_data",
+        "predict_papsmear", "evaluate_papsmear", "export_model", "report_runs", "demo/__main__", "prepare_data",
         "benchmarks/experiments", "benchmarks/speed")]
     return "\n".join([
         "# Every option\n\nThis page lists every option of every command, as `python -m tests.test_documents` reads "

@@ -344,7 +344,7 @@ def test_logs_and_pictures_that_cannot_be_written_end_no_training(root, tmp_path
     def refused(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(RunFolder, "tensorboard", refused)
+    monkeypatch.setattr(RunFolder, "logs", refused)
     monkeypatch.setattr("training.run_folder.training_curves", refused)
     trainer, loaders = make_trainer(root, tmp_path / "run")
     trainer.fit(loaders, say=lambda _: None)

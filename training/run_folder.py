@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from checkpoints import save_checkpoint
-from images.files import load_image
+from scoring.cases import Case, save_cases
 from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions, training_curves
 from system.atomic import atomic_write
@@ -27,7 +26,8 @@ from system.errors import UserError
 from system.locks import LOCK, take_lock
 from system.machine import nearest_existing
 from system.tables import append_rows, read_table, write_table
-from training.means import PassMeasures
+from training.logs import Logs, clear_logs
+from training.survey import StageSurvey
 
 # Losses and soft Dice are at the resolution of the stage, the other measures at 256 pixels.
 MEASURES = ("loss", "soft_dice", *PIXEL_METRICS)
@@ -37,10 +37,10 @@ COLUMNS = ("stage", "resolution", "epoch", "run_epoch", "train_loss", "train_sof
            "empty_masks", *OF_STEPS)
 OF_EPOCHS = r"stage_[1-4]_epoch_\d+\.pth"
 NAMES = (rf"config\.json|metrics\.csv|best_stage_[1-4]\.pth|final_model\.pth|last\.pth|previous\.pth|{OF_EPOCHS}|"
-         r"training_curves\.png|predictions_stage_[1-4]\.png|test_scores\.(csv|json)|refused_batch\.npz")
+         r"training_curves\.png|predictions_stage_[1-4]\.png|test_scores\.(csv|json)|refused_batch\.npz|"
+         r"validation_stage_[1-4]\.npz|test_cases\.npz|report\.html")
 UNFINISHED = re.compile(rf"\.({NAMES})\.\w{{8}}\.tmp")  # of system.atomic, where a process was killed
 RUN_FILES = re.compile(rf"{NAMES}|{UNFINISHED.pattern}")
-SHOWN_IMAGES = 6
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
 
@@ -58,7 +58,7 @@ class RunFolder:
         self.claimed = False
         self.history: list[dict[str, str]] = []  # the rows of metrics.csv, as text
         self._made: list[Path] = []  # folders that `claim` made, the deepest first
-        self._writer = None
+        self._logs: Logs | None = None
         self._purge_step: int | None = None  # TensorBoard forgets events of an interrupted run from here on
 
     def check(self) -> None:
@@ -151,21 +151,19 @@ class RunFolder:
         with atomic_write(self.file(name)) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
-    def log_epoch(self, row: dict) -> None:
+    def log_epoch(self, row: dict, train: dict | None = None) -> None:
         """Append one epoch to metrics.csv and TensorBoard.
 
         Args:
             row: a number for each of COLUMNS.
+            train: what `train_epoch` returned, for TensorBoard.
         """
         self.history.append({name: repr(row[name]) for name in COLUMNS})
         append_rows(self.file("metrics.csv"), COLUMNS, self.history[-1:])
         with said_and_passed_over("the logs for TensorBoard"):
-            for name in COLUMNS[4:]:
-                plain = name.removeprefix("train_")
-                split = "train" if plain != name else "valid"
-                tag = f"{plain}/stage_{row['stage']}_{split}" if plain in MEASURES else f"run/{name}"
-                self.tensorboard().add_scalar(tag, row[name], row["run_epoch"])
-            self.tensorboard().flush()
+            self.logs().add_epoch(row, train)
+            if row["epoch"] == 1:
+                self.logs().add_growths(self.rows())
 
     def rows(self) -> list[dict]:
         """Return metrics.csv as numbers; NaN where a run that went on has rows from before a column was there."""
@@ -196,25 +194,32 @@ class RunFolder:
         with said_and_passed_over("training_curves.png"):
             training_curves(self.rows(), self.file("training_curves.png"))
 
-    def draw_predictions(self, stage: int, batch: dict, logits: torch.Tensor, mask: torch.Tensor,
-                         measures: PassMeasures) -> None:
-        """Draw predictions_stage_X.png, for TensorBoard too.
+    def show_stage(self, survey: StageSurvey, run_epoch: int) -> None:
+        """Write what was found at the end of a stage: predictions_stage_X.png, validation_stage_X.npz, and examples for
+        TensorBoard."""
+        name = f"predictions_stage_{survey.stage}.png"
+        threshold = float(survey.tables["threshold"])
+        with said_and_passed_over(name):
+            predictions(survey.shown, self.file(name), threshold, survey.title)
+        with said_and_passed_over(f"validation_stage_{survey.stage}.npz"):
+            save_cases(self.file(f"validation_stage_{survey.stage}.npz"), survey.examples, **survey.tables)
+        with said_and_passed_over("the logs for TensorBoard"):
+            self.logs().add_examples(survey.examples, threshold, run_epoch)
 
-        Args:
-            batch: has `image` (N, C, S, S) in [0, 1], and `name` if it is known.
-            logits: (N, K, S, S).
-            mask: (N, K, H, W) of any resolution, to which image and logits are enlarged.
-        """
-        image, logits = (F.interpolate(tensor.float(), mask.shape[-2:], mode=mode) for tensor, mode in
-                         ((batch["image"], "nearest"), (logits, "bilinear")))
-        dice = measures.compare(logits, mask)["dice"].mean(dim=1)
-        images, masks, found = (list(tensor[:SHOWN_IMAGES].cpu().numpy()) for tensor in
-                                (image, mask, logits.sigmoid()))
-        names = batch.get("name", [f"image {i + 1}" for i in range(len(mask))])
-        with said_and_passed_over(f"predictions_stage_{stage}.png"):
-            path = self.file(f"predictions_stage_{stage}.png")
-            predictions(images, masks, found, names[:SHOWN_IMAGES], dice.tolist(), path, measures.threshold)
-            self.tensorboard().add_image("predictions", load_image(path, 3), stage, dataformats="HWC")
+    def show_test(self, cases: list[Case]) -> None:
+        """Write test_cases.npz: images of the test split with their predictions."""
+        with said_and_passed_over("test_cases.npz"):
+            save_cases(self.file("test_cases.npz"), cases)
+
+    def log_scores(self, settings: dict, scores: dict[str, float]) -> None:
+        """Write the settings with what came of them for TensorBoard."""
+        with said_and_passed_over("the logs for TensorBoard"):
+            self.logs().add_scores(settings, scores)
+
+    def log_graph(self, network: torch.nn.Module) -> None:
+        """Write the graph of the network for TensorBoard."""
+        with said_and_passed_over("the logs for TensorBoard"):
+            self.logs().add_graph(network)
 
     def prune(self) -> None:
         """Remove the oldest stage_X_epoch_Y.pth beyond the number to keep."""
@@ -223,19 +228,18 @@ class RunFolder:
         for path in saved[:max(len(saved) - self.keep, 0)]:
             path.unlink()
 
-    def tensorboard(self):
-        """Return the writer of logs/, opened when first needed."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # half a second, and only runs that write need it
-            self._writer = SummaryWriter(self.file("logs"), purge_step=self._purge_step)
-        return self._writer
+    def logs(self) -> Logs:
+        """Return the logs, opened when first needed."""
+        if self._logs is None:
+            self._logs = Logs(self.file("logs"), self._purge_step)
+        return self._logs
 
     def close(self) -> None:
         """Finish the logs."""
-        if self._writer is not None:
+        if self._logs is not None:
             with said_and_passed_over("the logs for TensorBoard"):
-                self._writer.close()
-            self._writer = None
+                self._logs.close()
+            self._logs = None
 
     def _clear_unfinished(self) -> None:
         """Remove what killed processes left half written."""
@@ -245,12 +249,10 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote here, and nothing else that lies in the folder."""
-        logs = self.path / "logs"
-        for path in (*self.path.iterdir(), *logs.glob("events.out.tfevents.*")):
-            if path.is_file() and (RUN_FILES.fullmatch(path.name) or path.parent == logs):
+        for path in self.path.iterdir():
+            if path.is_file() and RUN_FILES.fullmatch(path.name):
                 path.unlink()
-        if logs.is_dir() and not any(logs.iterdir()):
-            logs.rmdir()
+        clear_logs(self.path / "logs")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -269,8 +271,8 @@ def said_and_passed_over(what: str) -> Iterator[None]:
     """Let no training end because of what can be done without: say what the disk refused."""
     try:
         yield
-    except OSError as error:
-        print(f"warning: {what} cannot be written ({error.strerror or error}); the training goes on")
+    except (OSError, UserError) as error:
+        print(f"warning: {what} cannot be written ({getattr(error, 'strerror', None) or error}); the training goes on")
 
 
 def environment() -> dict:

@@ -11,12 +11,14 @@ from system.devices import random_states, set_random_states
 from system.errors import UserError
 from system.processes import all_gather, is_main_process
 from training.dealing import SHARES, check_numbers, deal_work
+from training.survey import SURVEYED
 
 KEPT_BACK = 0.03      # of the time that is left, for what no epoch has shown yet
 REHEARSED = 3         # batches that are timed at each stage, after one that is not
 RECENT = 5            # epochs whose time says what the next will take
 SCORING_FACTOR = 3.0  # scoring an image of the test split against validating it, at least
-ENDING = 4.0          # seconds for pictures, the last checkpoint and the end of the process
+SHOWING_FACTOR = 2.0  # looking at a validation image at the end of a stage against validating it
+ENDING = 4.0          # seconds for pictures, report, the last checkpoint and the end of the process
 
 
 class FirstBatches:
@@ -90,6 +92,8 @@ class TimeLimit:
                 (trainer.train_epoch, train), (trainer.validate_epoch, valid)))
             self.costs[stage] = training + validating
         images = len(getattr(test[0], "dataset", ())) if test else 0
+        if shown := len(getattr(valid, "dataset", ())):
+            self.reserve += SHOWING_FACTOR * validating * min(1, SURVEYED / shown)
         self.reserve += SCORING_FACTOR * images * validating / len(getattr(valid, "dataset", valid))
         self._expected = dict(self.costs)
         self._epoch_begun = time.monotonic()

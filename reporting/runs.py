@@ -1,0 +1,185 @@
+"""What a run folder holds, read for a page: whatever is missing or damaged is left out."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from scoring.cases import Case, load_cases
+from system.errors import UserError
+from system.tables import read_table
+from training.run_folder import RunFolder
+from training.schedule import CLASSIC_WORK, WORK
+from unet import STAGE_RESOLUTIONS, build_model, count_parameters
+
+LEAKAGE = re.compile(r"leakage: (\d+) of (\d+) (.+?) of (\w+) are in train")
+
+
+@dataclass
+class Survey:
+    """The validation images at the end of a stage (see training/survey.py)."""
+
+    cases: list[Case]
+    tables: dict[str, np.ndarray]
+
+    @property
+    def stage(self) -> int:
+        """Return the stage of the weights."""
+        return int(self.tables["stage"])
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch of the weights within their stage."""
+        return int(self.tables["epoch"])
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability from which a pixel is foreground."""
+        return float(self.tables["threshold"])
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        config: config.json.
+        rows: of metrics.csv, as numbers.
+        surveys: stage -> what was seen at its end.
+        test_rows: of test_scores.csv; names and groups as text, all else as numbers.
+        test_scores: test_scores.json.
+        test_cases: images of test with their predictions.
+        missing: sentences on what could not be read.
+    """
+
+    path: Path
+    config: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    surveys: dict[int, Survey] = field(default_factory=dict)
+    test_rows: list[dict] = field(default_factory=list)
+    test_scores: dict = field(default_factory=dict)
+    test_cases: list[Case] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the folder."""
+        return self.path.absolute().name
+
+    @property
+    def model_args(self) -> dict:
+        """Return the arguments of the network, {} where the run does not tell."""
+        return self.config.get("resolved", {}).get("model_args", {})
+
+    @property
+    def parameters(self) -> int:
+        """Return how many numbers the network has."""
+        return count_parameters(build_model(self.model_args)) if self.model_args else 0
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether all planned epochs are there."""
+        planned = self.config.get("resolved", {}).get("epochs", {})
+        last = max(planned, default=None)
+        return (self.path / "final_model.pth").is_file() or bool(last and self.rows) and \
+            int(self.rows[-1]["stage"]) == int(last) and self.rows[-1]["epoch"] >= planned[last]
+
+    @property
+    def scores(self) -> dict:
+        """Return the summary of the test scores of the best weights, {} where there is none."""
+        return next(iter(self.test_scores.values()), {})
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability from which a pixel is foreground."""
+        return float(self.config.get("resolved", {}).get("threshold", 0.5))
+
+    @property
+    def data_report(self) -> list[str]:
+        """Return the lines of the report on the data."""
+        return list(map(str, self.config.get("data_report") or ()))
+
+    def images_of(self, split: str) -> int:
+        """Return how many images a split has; 0 where the run does not tell."""
+        found = [re.match(rf"{split}\s+(\d+)", line) for line in self.data_report]
+        return next((int(match[1]) for match in found if match), 0)
+
+    def leakage(self) -> list[tuple[int, int, str, str]]:
+        """Return what of valid and test is in train: (in train, all, kind, split)."""
+        found = filter(None, (LEAKAGE.match(line) for line in self.data_report))
+        return [(int(match[1]), int(match[2]), match[3], match[4]) for match in found]
+
+    def stages(self) -> list[dict]:
+        """Return a row a stage: resolution, epochs, the best epoch with its Dice, seconds, images a second."""
+        result = []
+        for stage in sorted({int(row["stage"]) for row in self.rows}):
+            rows = [row for row in self.rows if row["stage"] == stage]
+            best = max(rows, key=lambda row: row["dice"])
+            result.append({"stage": stage, "side": STAGE_RESOLUTIONS[stage], "epochs": len(rows),
+                           "best_epoch": int(best["epoch"]), "dice": best["dice"], "first": rows[0]["dice"],
+                           "seconds": float(np.nansum([row["seconds"] for row in rows])),
+                           "speed": float(np.nanmean([row["images_per_second"] for row in rows]))})
+        return result
+
+    def growths(self) -> list[tuple[int, int]]:
+        """Return (epochs of the run before, resolution) of every stage that began, the first included."""
+        return [(i, int(row["resolution"])) for i, row in enumerate(self.rows)
+                if i == 0 or row["stage"] != self.rows[i - 1]["stage"]]
+
+    def minutes(self) -> np.ndarray:
+        """Return (epochs,) the minutes of training so far at the end of every epoch."""
+        return np.nancumsum([row["seconds"] for row in self.rows]) / 60
+
+    def operations(self) -> np.ndarray:
+        """Return (epochs,) an estimate of the operations of training so far, in 10^12.
+
+        Those of an image are known for 64 channels (training/schedule.py) and grow about as the square of the width.
+        """
+        classic = self.model_args.get("model") == "unet"
+        scale = (self.model_args.get("base_channels", 64) / 64) ** 2 / 1000
+        return np.nancumsum([(CLASSIC_WORK if classic else WORK[int(row["stage"])]) * scale * row["seconds"]
+                             * row["images_per_second"] for row in self.rows])
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises UserError where it is none.
+    """
+    run = Run(Path(path))
+    if not (run.path / "metrics.csv").is_file():
+        raise UserError(f"{path}: no metrics.csv in it, so it is no run folder, or no epoch was finished. Name a "
+                        f"folder that train_papsmear.py wrote, e.g. outputs/NAME")
+    run.rows = RunFolder(run.path).rows()
+    if not run.rows:
+        raise UserError(f"{path}: its metrics.csv has no row: no epoch was finished. Go on with --resume {path}")
+    run.config, run.test_scores = _json(run, "config.json"), _json(run, "test_scores.json")
+    run.test_rows = [{name: value if name in ("image", "group") else float(value or "nan")
+                      for name, value in row.items()} for row in read_table(run.path / "test_scores.csv")]
+    for stage in STAGE_RESOLUTIONS:
+        if found := _cases(run, f"validation_stage_{stage}.npz"):
+            run.surveys[stage] = Survey(*found)
+    if found := _cases(run, "test_cases.npz"):
+        run.test_cases = found[0]
+    return run
+
+
+def _json(run: Run, name: str) -> dict:
+    path = run.path / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        run.missing.append(f"{name} cannot be read ({error}).")
+        return {}
+
+
+def _cases(run: Run, name: str):
+    path = run.path / name
+    try:
+        return load_cases(path) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        run.missing.append(f"{name} cannot be read, and its images are left out ({error}).")
+        return None
