@@ -28,9 +28,11 @@ from reporting.report import report_context, settings_of, write_report
 from reporting.runs import read_run
 from scoring.calibration import BINS, expected_calibration_error, reliability_counts, threshold_scores
 from scoring.cases import LARGEST, Case, KeptCases, extremes, load_cases, save_cases, spread
+from scoring.pictures import curves_figure
 from scoring.scores import compare
-from training import logs
+from training import logs, time_limit
 from training.run_folder import RunFolder, read_metrics
+from training.time_limit import TimeLimit
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -538,3 +540,18 @@ def test_the_context_of_a_report_has_the_worst_and_the_best(trained_run):
     assert [len(context[name]) for name in ("worst", "best", "examples", "sentences")] == [2, 1, 3, 3]
     dice = [panels.last.dice for panels in (*context["worst"], *context["best"])]
     assert dice == sorted(dice)
+
+
+def test_the_first_line_of_the_curves_is_dice_at_256_pixels(trained_run):
+    figure = curves_figure(RunFolder(trained_run[0]).rows())
+    line = figure.axes[0].get_lines()[0]
+    assert line.get_label() == "valid, at 256 pixels"
+    assert line.get_ydata().tolist() == [row["dice"] for row in RunFolder(trained_run[0]).rows()]
+
+
+def test_time_is_kept_back_for_the_pictures_of_the_last_stage(shared_root, tmp_path):
+    """Of a validation that is looked at twice; nothing else takes time after the last epoch where there is no test."""
+    trainer, loaders = make_trainer(shared_root, tmp_path / "run")
+    limit = TimeLimit(10)
+    limit.measure(trainer, {256: loaders[256][:2]}, [4])
+    assert time_limit.ENDING < limit.reserve < time_limit.ENDING + 2 * limit.costs[4]
