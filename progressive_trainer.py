@@ -17,7 +17,7 @@ from torch import nn
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
 from reporting.report import refresh_report
-from system.devices import autocast, choose_device, choose_precision, fitting
+from system.devices import autocast, choose_device, choose_precision, fitting, random_states, set_random_states
 from system.errors import UserError
 from system.notebooks import Described, LiveFigure
 from system.processes import is_main_process, progress, world_size
@@ -366,7 +366,9 @@ class ProgressiveTrainer(Described):
                 "writes": str(self.folder.path) if self.folder else "nothing"}
 
     def _show_stage(self, loader: Loader, folder: RunFolder) -> None:
-        """Write pictures and report of the stage that has ended."""
+        """Write pictures and report of the stage that has ended; what comes after is as if nothing had been drawn."""
+        states = random_states(self.device)
         with said_and_passed_over(f"predictions_stage_{self.model.stage}.png"):
             folder.show_stage(survey_stage(self, loader), self.course.run_epoch(self.model.stage))
         refresh_report(folder.path)
+        set_random_states(states, self.device)

@@ -169,8 +169,10 @@ def test_a_stage_is_shown_with_its_best_weights(shared_root, tmp_path):
     trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
     with torch.no_grad():
         trainer.model.heads["32"].linear.bias.fill_(-50)
+    drawn = torch.random.get_rng_state()
     trainer._show_stage(loaders[32][1], trainer.folder)
     trainer.folder.close()
+    assert torch.equal(torch.random.get_rng_state(), drawn), "what comes after is as if nothing had been drawn"
     cases, tables = load_cases(tmp_path / "run/validation_stage_1.npz")
     best = load_checkpoint(tmp_path / "run/best_stage_1.pth")
     assert (tables["stage"], tables["epoch"], tables["score"]) == (1, best["epoch"], best["score"])

@@ -11,7 +11,6 @@ from checkpoints import load_checkpoint, model_of
 from images.resolutions import FINEST
 from scoring.calibration import BINS, OF_THRESHOLDS, THRESHOLDS, reliability_counts, threshold_scores
 from scoring.cases import Case, extremes, spread, to_bytes
-from system.devices import random_states, set_random_states
 from training.means import PassMeasures
 
 SURVEYED = 512  # images at most, at equal distances; more would say the same of a stage
@@ -112,13 +111,12 @@ def _access(trainer, loader) -> tuple[int, list[str], list[str], Callable[[np.nd
             batch = loader.chosen(indices, dataset.target_size) if dataset.target_size != FINEST else finest
             return batch | {"finest_image": finest["image"], "finest_mask": finest["mask"]}
         return len(dataset), dataset.groups(regex), dataset.names, batch_of
-    states, batches, images = random_states(trainer.device), [], 0
+    batches, images = [], 0
     for batch in loader:  # one of torch, which cannot be asked for an image
         batches.append(batch)
         images += len(batch["image"])
         if images >= SURVEYED:
             break
-    set_random_states(states, trainer.device)  # it may have drawn from them
     image, mask = (torch.cat([batch[key].float() for batch in batches]) for key in ("image", "mask"))
     names = [str(name) for batch in batches for name in batch.get("name", ())]
     names = names if len(names) == images else [f"image {i + 1}" for i in range(images)]
