@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> None:
     kept = [UnfinishedScores(folder / name, settings) for name in (SCORES, COMPARED)]
     refuse_existing(args, folder, any(scores.exist() for scores in kept))
     pairs = scored_pairs(args.data_root, args.split, args.use_augmented, args.mask_suffix)
-    sizing, _ = description_of(args.data_root)
+    sizing = description_of(args.data_root).sizing
     if sizing != predictor.recipe.sizing:
         print(f"warning: the network was trained with sizing '{predictor.recipe.sizing}', but {args.data_root} is a "
               f"data set of '{sizing}': it sees nuclei at another size than it knows, so this score says little")

@@ -90,6 +90,11 @@ class Predictor(Described):
         return self.recipe.classes
 
     @property
+    def has_cytoplasm(self) -> bool:
+        """Tell whether the classes are nucleus and cytoplasm, so that nuclei are measured with their cytoplasm."""
+        return self.recipe.has_cytoplasm
+
+    @property
     def in_channels(self) -> int:
         """Return the channels of the images: 1 for luminance, 3 for RGB."""
         return self.recipe.in_channels

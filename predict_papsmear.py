@@ -106,7 +106,7 @@ def predict(args: argparse.Namespace) -> int:
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
                         f"the next time. Choose another --out")
     results = ResultsFolder(folder, (index, count), predictor.classes, settings_of(args, predictor),
-                            bool(args.pixel_size or any(map(is_slide, all_paths))))
+                            bool(args.pixel_size or any(map(is_slide, all_paths))), predictor.has_cytoplasm)
     with noted_signals() as asked, results:
         left = results.begin(paths, args.overwrite, args.go_on, [FORMATS[name] for name in args.formats])
         print(f"{','.join(args.checkpoint)}: {predictor}")
@@ -205,10 +205,9 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
         else:
             prediction = predict_in_memory(predictor, path, result, args)
     black, seconds = prediction.highest < predictor.threshold, time.perf_counter() - start
-    measures = prediction.sums.measures()
-    write_formats(result, args.formats, (height, width), measures, pixel_size)
-    result.nuclei = nucleus_rows(result.name, measures, pixel_size)
-    result.row = image_row(prediction, (height, width), measures["area"], pixel_size) | {"seconds": round(seconds, 2)}
+    write_formats(result, args.formats, (height, width), prediction.measures, pixel_size)
+    result.nuclei = nucleus_rows(result.name, prediction.measures, pixel_size)
+    result.row = image_row(prediction, (height, width), pixel_size) | {"seconds": round(seconds, 2)}
     print(f"{path.name}: {height}x{width}, {prediction.nuclei} nuclei, {prediction.foreground:.1%} foreground, "
           f"{seconds:.1f} s"
           + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
@@ -246,7 +245,7 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     import numpy as np
 
     from images.files import instances_suffix, load_image, save_instances, save_png, to_image
-    from nuclei.measurement import NucleusSums
+    from nuclei.measurement import NucleusSums, measure_nuclei
     from nuclei.outlines import overlay
     from nuclei.results import class_endings
     from nuclei.streaming import Prediction
@@ -265,9 +264,11 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
         save_png(result.file("overlay"), overlay(image, nuclei))
     result.labels = lambda: [nuclei]
     sums = NucleusSums()
-    sums.add(nuclei, probability[..., 0])
+    sums.add(nuclei, probability[..., 0], image)
+    measures = measure_nuclei(sums, result.labels, *nuclei.shape,
+                              (lambda: [mask[..., 1]]) if predictor.has_cytoplasm else None)
     return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
-                      predictor.unlike_training(pixels, probability), sums)
+                      predictor.unlike_training(pixels, probability), measures)
 
 
 def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_bands: Callable[[], None]):

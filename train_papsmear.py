@@ -269,7 +269,7 @@ def adopt(args: argparse.Namespace, source: dict) -> None:
     from images.splits import description_of
 
     recipe, model = source["data"], source["model_args"]
-    sizing, _ = description_of(args.data_root)
+    sizing = description_of(args.data_root).sizing
     if sizing != recipe.sizing:
         print(f"warning: {args.init_from} was trained on a data set of sizing '{recipe.sizing}', {args.data_root} is "
               f"one of '{sizing}': its weights know nuclei at another size")

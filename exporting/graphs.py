@@ -61,7 +61,8 @@ def graph_of(checkpoint: dict, path: Path) -> WholeGraph:
 def metadata_of(checkpoint: dict, path: Path) -> dict[str, str]:
     """Return what a program must know that runs the graph, as texts by name."""
     recipe: DataRecipe = checkpoint["data"]
-    channels = [f"class {k + 1}" if recipe.classes > 1 else "foreground" for k in range(recipe.classes)]
+    channels = list(recipe.class_names) or [f"class {k + 1}" if recipe.classes > 1 else "foreground"
+                                            for k in range(recipe.classes)]
     channels += ["rim of nuclei"] * ("boundary" in recipe.targets)
     whole = f"the whole image, brought to {RESOLUTIONS[-1]}x{RESOLUTIONS[-1]} pixels by area means"
     return {

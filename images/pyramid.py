@@ -264,8 +264,9 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
     """
     data_root = find_data_root(data_root)
     splits, problems = find_splits(data_root, use_augmented, wanted, mask_suffix)
-    sizing, microns = description_of(data_root)
-    recipe = DataRecipe(sizing, targets, in_channels, out_channels, max_value=max_value, microns_per_pixel=microns)
+    sizing, microns, names = description_of(data_root)
+    recipe = DataRecipe(sizing, targets, in_channels, out_channels, max_value=max_value, microns_per_pixel=microns,
+                        class_names=names if len(names) == out_channels else ())
     pyramids = {split: ImagePyramid(pairs, recipe) for split, pairs in splits.items()}
     # With problems nothing is kept, so that they are reported, whether there is space or not.
     caches = open_caches([(len(p), p.channels) for p in pyramids.values()],

@@ -13,7 +13,8 @@ from system.errors import UserError
 SIZINGS = ("resize", "tile")
 MASK, MASK_AND_BOUNDARY = ("mask",), ("mask", "boundary")
 TARGETS = (MASK, MASK_AND_BOUNDARY)
-YOUNG = {"max_value", "microns_per_pixel"}  # fields that older checkpoints lack
+CELL = ("nucleus", "cytoplasm")  # names of two classes that make cells
+YOUNG = {"max_value", "microns_per_pixel", "class_names"}  # fields that older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class DataRecipe:
         max_value: what is white in images of more than 8 bit and of floating point, e.g. 4095 for a camera of 12 bit;
             0 for the largest number of their type, or 1.0.
         microns_per_pixel: of the images as they are in their files; 0 where it is not known.
+        class_names: of the classes in their order; empty where the data set does not tell.
     """
 
     sizing: str = "resize"
@@ -43,6 +45,7 @@ class DataRecipe:
     training_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     max_value: int = 0
     microns_per_pixel: float = 0.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name, known in (("sizing", SIZINGS), ("targets", TARGETS)):
@@ -55,6 +58,8 @@ class DataRecipe:
                 ("max_value", type(self.max_value) is int and self.max_value >= 0, "a whole number of at least 0"),
                 ("microns_per_pixel", _finite(self.microns_per_pixel) and self.microns_per_pixel >= 0,
                  "a number of at least 0"),
+                ("class_names", not self.class_names or len(self.class_names) == self.classes
+                 and all(type(name) is str for name in self.class_names), f"a name a class, here {self.classes}"),
                 ("mean", all(map(_finite, self.mean)), "finite numbers"),
                 ("std", all(_finite(value) and value > 0 for value in self.std), "finite numbers above 0"),
                 ("training_ranges", all(len(bounds) == 2 and all(map(_finite, bounds))
@@ -73,13 +78,19 @@ class DataRecipe:
     @property
     def channel_names(self) -> list[str]:
         """Return what each channel of a mask is, in a word."""
-        classes = [f"class {k + 1}" for k in range(self.classes)] if self.classes > 1 else ["mask"]
+        numbered = [f"class {k + 1}" for k in range(self.classes)] if self.classes > 1 else ["mask"]
+        classes = list(self.class_names) or numbered
         return classes + ["boundary"] * ("boundary" in self.targets)
 
     def described(self) -> dict[str, str]:
         """Return what the channels and the sizing are, in words."""
         return {"image": "RGB" if self.in_channels == 3 else "grey", "mask": ", ".join(self.channel_names),
                 "sizing": self.sizing}
+
+    @property
+    def has_cytoplasm(self) -> bool:
+        """Tell whether the classes are nucleus and cytoplasm, the nucleus first."""
+        return self.class_names == CELL
 
     def check_agreement(self, other: "DataRecipe", this: str, that: str) -> None:
         """Raise UserError with the first field in which two recipes for one network differ.
@@ -107,4 +118,5 @@ def recipe_from_plain(stored: Mapping) -> DataRecipe:
         raise UserError(f"its data recipe has {found}; expected: {', '.join(sorted(names))}")
     ranges = {name: tuple(bounds) for name, bounds in stored["training_ranges"].items()}
     return DataRecipe(**stored | {"training_ranges": ranges, "targets": tuple(stored["targets"]),
-                                  "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+                                  "mean": tuple(stored["mean"]), "std": tuple(stored["std"]),
+                                  "class_names": tuple(stored.get("class_names", ()))})

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from images.listing import composed, left_out, list_folder, name_of
 from images.pairs import KINDS, TREE, Pair, originals, pair_folder, what_is_there
@@ -101,8 +102,16 @@ def find_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[st
     return splits, problems
 
 
-def description_of(data_root: Path) -> tuple[str, float]:
-    """Return what dataset.json says: how images become 256x256, and the micrometres of a pixel, 0 where unknown.
+class Description(NamedTuple):
+    """What dataset.json says: how images become 256x256, micrometres of a pixel (0: unknown), names of the classes."""
+
+    sizing: str = "resize"
+    microns_per_pixel: float = 0.0
+    class_names: tuple[str, ...] = ()
+
+
+def description_of(data_root: Path) -> Description:
+    """Return what dataset.json says of a data set.
 
     Sizing is 'resize' or, for images that are so already, 'tile'; without the file it is 'resize'.
 
@@ -110,7 +119,7 @@ def description_of(data_root: Path) -> tuple[str, float]:
     """
     path = find_data_root(data_root) / "dataset.json"
     if not path.is_file():
-        return "resize", 0.0
+        return Description()
     remedy = "Prepare the data set again, or remove the file to have every image resized to 256x256"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +133,11 @@ def description_of(data_root: Path) -> tuple[str, float]:
     if type(microns) not in (int, float) or not 0 <= microns < math.inf:
         raise DatasetError(data_root, [f"{path}: microns_per_pixel is {microns!r}; it must be a number above 0, or "
                                        f"null where it is not known"])
-    return sizing, float(microns)
+    names = known.get("classes") or []
+    if type(names) is not list or not all(type(name) is str and name for name in names):
+        raise DatasetError(data_root, [f"{path}: classes is {names!r}; it must be a list of the names of the classes, "
+                                       f"or be left out"])
+    return Description(sizing, float(microns), tuple(names))
 
 
 def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:

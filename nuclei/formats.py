@@ -11,12 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from images.bands import write_tiff
+from nuclei.measurement import rounded_measures
 from nuclei.outlines import OUTLINE
 from nuclei.tracing import Polygon, traced
 from system.errors import UserError
 
 CLASS_NAME = "Nucleus"
-MEASUREMENTS = {"area": "Area px^2", "eccentricity": "Eccentricity", "mean_probability": "Mean probability"}
+MEASUREMENTS = {
+    "area": "Area px^2", "eccentricity": "Eccentricity", "mean_probability": "Mean probability",
+    "perimeter": "Perimeter px", "circularity": "Circularity", "solidity": "Solidity", "major_axis": "Major axis px",
+    "minor_axis": "Minor axis px", "cut_by_border": "Cut by border", "mean_red": "Mean red", "mean_green": "Mean green",
+    "mean_blue": "Mean blue", "cytoplasm_area": "Cytoplasm area px^2",
+    "nucleus_to_cytoplasm": "Nucleus/cytoplasm ratio", "area_um2": "Area um^2", "perimeter_um": "Perimeter um",
+    "major_axis_um": "Major axis um", "minor_axis_um": "Minor axis um"}
 
 
 def check_packages(formats: Iterable[str]) -> None:
@@ -37,7 +44,7 @@ def write_formats(result, formats: tuple[str, ...], size: tuple[int, int], measu
         result: a `nuclei.results.ImageResults` that has its labels.
         formats: names out of those of `predict_papsmear.py --format`.
         size: height and width.
-        measures: of the nuclei (see `nuclei.measurement.NucleusSums.measures`).
+        measures: of the nuclei (see `nuclei.measurement.measure_nuclei`).
         pixel_size: micrometres, if they are known.
     """
     if "geojson" in formats:
@@ -56,14 +63,12 @@ def write_formats(result, formats: tuple[str, ...], size: tuple[int, int], measu
 
 def geojson(nuclei: Iterable[tuple[int, list[Polygon]]], measures: dict[str, np.ndarray],
             pixel_size: float | None) -> Iterator[str]:
-    """Yield the text of a FeatureCollection, a feature a nucleus, as QuPath reads it."""
-    row_of = dict(zip(measures["label"].tolist(), range(len(measures["label"])), strict=True))
+    """Yield the text of a FeatureCollection, a feature a nucleus, as QuPath reads it; figures as in nuclei.csv."""
+    rows = {row["label"]: row for row in rounded_measures(measures, pixel_size)}
     yield '{"type": "FeatureCollection", "features": ['
     for i, (label, polygons) in enumerate(nuclei):
-        row = row_of[label]
-        numbers = {title: float(measures[name][row]) for name, title in MEASUREMENTS.items()}
-        if pixel_size:
-            numbers["Area um^2"] = numbers[MEASUREMENTS["area"]] * pixel_size ** 2
+        row = rows[label]
+        numbers = {title: row[name] for name, title in MEASUREMENTS.items() if row.get(name) is not None}
         parts = [[*map(_closed, polygon)] for polygon in polygons]
         feature = {
             "type": "Feature",

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nuclei.measurement import COLUMNS, MICROMETRE_COLUMNS
+from nuclei.measurement import CELL_COLUMNS, COLUMNS, MICROMETRE_COLUMNS
 from system.atomic import atomic_write
 from system.errors import UserError, check_continued
 from system.locks import LOCK, held_lock
 from system.tables import append_rows, columns_of, read_table, write_table
 from system.text import cell
 
-IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "foreground", "mean_area")
+IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "cut_by_border", "foreground", "mean_area")
 IMAGE_MICROMETRE_COLUMNS = ("mean_area_um2", "nuclei_per_mm2")
-LAST_COLUMNS = ("highest_probability", "unlike_training", "seconds", "run")
+LAST_COLUMNS = ("highest_probability", "flags", "unlike_training", "seconds", "run")
 MAY_DIFFER = ("checkpoint", "device", "precision")  # between a prediction and the one that goes on with it
 # A table into which rows are put in the place of others is written anew. Where that took longer than SHORT seconds, it
 # waits, and what is finished with it, for PATIENCE times as long.
@@ -41,7 +41,7 @@ class ImageResults:
 
     Attributes:
         name: of the image, as the tables have it.
-        nuclei: rows with `nuclei.measurement.COLUMNS`.
+        nuclei: rows of nuclei.csv (see `nuclei.measurement`).
         row: with IMAGE_COLUMNS and LAST_COLUMNS.
         labels: gives the label map in consecutive rows (rows, W), each time it is called.
     """
@@ -87,15 +87,17 @@ class ResultsFolder:
         classes: of the checkpoint.
         settings: plain data that the results depend on, and MAY_DIFFER.
         scaled: whether the tables have micrometres.
+        cells: whether the nuclei have cytoplasm.
     """
 
-    def __init__(self, path: Path, part: tuple[int, int], classes: int, settings: dict, scaled: bool):
+    def __init__(self, path: Path, part: tuple[int, int], classes: int, settings: dict, scaled: bool,
+                 cells: bool = False):
         end = "" if part[1] == 1 else f"_{part[0]}_of_{part[1]}"
         self.path, self.classes, self.settings = Path(path), classes, settings
         self.nuclei, self.images = (self.path / f"{name}{end}.csv" for name in ("nuclei", "images"))
         self._settings_file, self._lock_file = self.path / f"settings{end}.json", self.path / f"{LOCK}{end}"
         micrometres = MICROMETRE_COLUMNS if scaled else (), IMAGE_MICROMETRE_COLUMNS if scaled else ()
-        self._columns = {self.nuclei: COLUMNS + micrometres[0],
+        self._columns = {self.nuclei: COLUMNS + (CELL_COLUMNS if cells else ()) + micrometres[0],
                          self.images: IMAGE_COLUMNS + micrometres[1] + LAST_COLUMNS}
         self._lock = contextlib.ExitStack()
         self._run = ""
@@ -118,6 +120,7 @@ class ResultsFolder:
         runs = self._earlier_runs()
         if go_on:
             self._check_settings(runs)
+            self._check_columns()
         elif not overwrite:
             self._refuse_existing(paths)
         self._lock.enter_context(held_lock(self._lock_file, "this folder", "choose another --out"))
@@ -201,6 +204,18 @@ class ResultsFolder:
         check_continued(last, self.settings, self.path, "replace everything with --overwrite, or choose another --out",
                         MAY_DIFFER)
 
+    def _check_columns(self) -> None:
+        """Raise UserError for a table that has other columns than it would get now, as one of another version has."""
+        for table, columns in self._columns.items():
+            there = columns_of(table)
+            if there and there != list(columns):
+                other = [f"{words} {', '.join(names)}" for words, names in (
+                    ("lacks", [name for name in columns if name not in there]),
+                    ("has", [name for name in there if name not in columns])) if names]
+                raise UserError(f"--continue: {table} {' and '.join(other) or 'has its columns in another order'}, so "
+                                f"another version wrote it. Replace everything with --overwrite, or choose another "
+                                f"--out")
+
     def _refuse_existing(self, paths: list[Path]) -> None:
         there = [file for path in paths for file in picture_files(self.path, path.stem, self.classes) if file.exists()]
         if there := there + [table for table in (self.nuclei, self.images) if table.exists()]:
@@ -229,18 +244,20 @@ class ResultsFolder:
             self._names[table] = kept
 
 
-def image_row(prediction, size: tuple[int, int], areas: np.ndarray, pixel_size: float | None) -> dict:
+def image_row(prediction, size: tuple[int, int], pixel_size: float | None) -> dict:
     """Return what images.csv says of a `nuclei.streaming.Prediction`: IMAGE_COLUMNS and most of LAST_COLUMNS.
 
     Args:
         size: height and width of the image.
-        areas: (N,) pixels of each nucleus.
         pixel_size: micrometres, if they are known; then IMAGE_MICROMETRE_COLUMNS follow.
     """
+    areas, cut = prediction.measures["area"], int(prediction.measures["cut_by_border"].sum())
     mean = float(areas.mean()) if len(areas) else 0.0
-    row = {"height": size[0], "width": size[1], "nuclei": prediction.nuclei,
+    flags = ["none found"] * (not prediction.nuclei) + ["nuclei cut by border"] * bool(cut)
+    row = {"height": size[0], "width": size[1], "nuclei": prediction.nuclei, "cut_by_border": cut,
            "foreground": round(prediction.foreground, 6), "mean_area": round(mean, 2),
-           "highest_probability": round(prediction.highest, 4), "unlike_training": prediction.strange or ""}
+           "highest_probability": round(prediction.highest, 4), "flags": "; ".join(flags),
+           "unlike_training": prediction.strange or ""}
     if pixel_size:
         row |= {"mean_area_um2": round(mean * pixel_size ** 2, 4),
                 "nuclei_per_mm2": round(prediction.nuclei / (size[0] * size[1] * pixel_size ** 2) * 1e6, 2)}

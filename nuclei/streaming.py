@@ -16,7 +16,7 @@ from images.bands import BandStore, ImageRows, even_spans, windows, write_tiff
 from images.familiarity import describe_parts, part_areas, strangest
 from images.files import to_image
 from nuclei.blocks import BLOCK, BlockSeparation
-from nuclei.measurement import NucleusSums
+from nuclei.measurement import NucleusSums, measure_nuclei
 from system.processes import progress
 
 OVERVIEW_SIDE = 4000       # pixels of the longer side at most
@@ -32,14 +32,14 @@ class Prediction:
         foreground: share of pixels of the first class.
         highest: the highest probability of any class.
         strange: what `Predictor.unlike_training` says.
-        sums: of the nuclei by their labels.
+        measures: of the nuclei (see `nuclei.measurement.measure_nuclei`).
     """
 
     nuclei: int
     foreground: float
     highest: float
     strange: str | None
-    sums: NucleusSums
+    measures: dict[str, np.ndarray]
 
 
 def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path, masks: list[Path],
@@ -65,8 +65,8 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
                              min_area)
     provisional, top, count, highest, areas = NucleusSums(), 0, 0, 0.0, []
     with ExitStack() as stack:
-        label_bands, *others = (stack.enter_context(BandStore(instances.parent))
-                                for _ in (instances, *masks, *probabilities))
+        label_bands, cytoplasm_bands, *others = (stack.enter_context(BandStore(instances.parent))
+                                                 for _ in (instances, instances, *masks, *probabilities))
         mask_bands, deep_bands = others[:len(masks)], others[len(masks):]
         bar = stack.enter_context(progress(None, rows.path.name, rows.height, unit=" rows"))
 
@@ -79,11 +79,13 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
                 bar.update(done)
 
         for labels, probability in blocks.bands(predicted()):
-            provisional.add(labels, probability[..., 0], top)
+            provisional.add(labels, probability[..., 0], view.take(len(labels)), top)
             label_bands.append(labels)
             foreground = probability[..., :predictor.classes] >= predictor.threshold
             for k, store in enumerate(mask_bands):
                 store.append(foreground[..., k].astype(np.uint8) * 255)
+            if predictor.has_cytoplasm:
+                cytoplasm_bands.append(foreground[..., 1])
             count += int(foreground[..., 0].sum())
             areas += [part_areas(foreground[:, left:right, 0]) for left, right in even_spans(rows.width, BLOCK)]
             for k, store in enumerate(deep_bands):
@@ -97,30 +99,44 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         for paths, stores, dtype in ((masks, mask_bands, np.uint8), (probabilities, deep_bands, np.uint16)):
             for path, store in zip(paths, stores, strict=True):
                 write_tiff(path, store, *size, dtype)
+        measures = measure_nuclei(provisional.joined(final), lambda: (final[band] for band in label_bands), *size,
+                                  (lambda: cytoplasm_bands) if predictor.has_cytoplasm else None)
         overview_labels = np.concatenate([final[part] for part in view.overview_labels(label_bands)])
     strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.recipe.training_ranges)
     prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,
-                            provisional.joined(final))
+                            measures)
     return prediction, view.overview(), overview_labels
 
 
 class _View:
-    """Hand on an image's pixels and keep a reduced picture and a sample of them."""
+    """Hand on an image's pixels; keep a reduced picture, a sample, and the rows whose nuclei are not yet measured."""
 
     def __init__(self, rows: ImageRows, channels: int):
         self.rows, self.channels = rows, channels
         self.reduction = -(-max(rows.height, rows.width) // OVERVIEW_SIDE)
         self.step = int(np.ceil(np.sqrt(rows.height * rows.width / SAMPLE_PIXELS)))
-        self._picture, self._sample = [], []
+        self._picture, self._sample, self._held = [], [], []
 
     def pixels(self):
         """Yield bands (rows, width, channels) uint8."""
         spans = even_spans(self.rows.height, max(1, 256 // self.reduction) * self.reduction)
         for (top, _), band in zip(spans, windows(self.rows, spans), strict=True):
             self._picture.append(np.asarray(Image.fromarray(band).reduce(self.reduction)))
+            self._held.append(band)
             pixels = to_image(band, self.channels)
             self._sample.append(pixels[-top % self.step::self.step, ::self.step].reshape(-1, self.channels))
             yield pixels
+
+    def take(self, count: int) -> np.ndarray:
+        """Return the next rows (count, width, 3) uint8 of those that were handed on, and let go of them."""
+        parts, left = [], count
+        while left:
+            parts.append(self._held[0][:left])
+            self._held[0] = self._held[0][left:]
+            left -= len(parts[-1])
+            if not len(self._held[0]):
+                del self._held[0]
+        return np.concatenate(parts)
 
     def overview(self) -> np.ndarray:
         """Return the reduced picture (h, w, 3) uint8."""

@@ -14,6 +14,7 @@ import numpy as np
 from images.dealing import deal_groups
 from images.files import ImageFileError, image_size, load_image
 from images.listing import has_suffix
+from images.recipe import CELL
 from images.splits import SHARES, SPLITS, DatasetError
 from preparation.choices import HERLEV_TARGETS
 from preparation.data_sets import PreparedData, Source, format_table, new_folder
@@ -180,4 +181,4 @@ def prepare(src: Path, out: Path, target: str = "nucleus", folds: int = 0, seed:
             extra += "\nTo use a fold, copy its file to splits.csv in the data set; without that the folders hold."
         if target == "both":
             extra += "\nMasks hold 0 background, 1 nucleus, 2 cytoplasm: train with --out_channels 2."
-        return data.finish(extra=extra)
+        return data.finish(extra=extra, classes=CELL if target == "both" else ())

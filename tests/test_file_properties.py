@@ -238,11 +238,12 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-9) -> bool:
 def test_nuclei_in_bands_measure_what_they_do_in_the_whole(pattern, numbers, times, cuts, top, seed):
     labels = np.array([0, *numbers])[np.kron(pattern, np.ones((times, 1), np.int32))]  # up to 320 rows
     probability = np.random.default_rng(seed).random(labels.shape, np.float32)
+    pixels = np.zeros((*labels.shape, 3), np.uint8)
     whole, parts, final = NucleusSums(), NucleusSums(), NucleusSums()
-    whole.add(labels, probability, top)
+    whole.add(labels, probability, pixels, top)
     cuts = [0, *sorted(cut for cut in cuts if cut < len(labels)), len(labels)]
     for a, b in zip(cuts, cuts[1:], strict=False):
-        parts.add(labels[a:b], probability[a:b], top + a)
+        parts.add(labels[a:b], probability[a:b], pixels[a:b], top + a)
     for name, values in whole.measures().items():
         exact = np.array_equal(parts.measures()[name], values)
         assert exact or name == "mean_probability" and close(parts.measures()[name], values)
@@ -259,8 +260,9 @@ def test_nuclei_in_bands_measure_what_they_do_in_the_whole(pattern, numbers, tim
     # Provisional labels of one nucleus are joined, and those of none are left out.
     merged = np.array([0, 1, 1, 2, 0, 3])
     provisional, joined = NucleusSums(), merged[pattern]
-    provisional.add(pattern, np.ones(pattern.shape))
-    final.add(joined, np.ones(joined.shape))
+    blank = np.zeros((*pattern.shape, 3), np.uint8)
+    provisional.add(pattern, np.ones(pattern.shape), blank)
+    final.add(joined, np.ones(joined.shape), blank)
     for name, values in provisional.joined(merged).measures().items():
         assert np.array_equal(values, final.measures()[name])
 

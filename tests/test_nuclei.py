@@ -3,15 +3,18 @@
     python -m pytest tests/test_nuclei.py
 """
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import ndimage
 from skimage.measure import regionprops_table
 from skimage.segmentation import find_boundaries
 
-from conftest import random_nuclei
+from conftest import disc, labelled, random_nuclei
+from nuclei import cells, shapes
 from nuclei.blocks import BlockSeparation
-from nuclei.measurement import NucleusSums
+from nuclei.measurement import DIGITS, NucleusSums, measure_nuclei, rounded_measures
 from nuclei.outlines import boundary
 from nuclei.separation import separate_nuclei
 from scoring.measures import instance_metrics
@@ -169,26 +172,140 @@ def test_disagreement_between_blocks_is_settled_by_overlap(min_area, nuclei):
 # ---- measurement
 
 
-def test_measures_are_those_of_scikit_image_however_the_image_is_divided():
+def measured(nuclei, probability, pixels, cuts=(), cytoplasm=None) -> dict[str, np.ndarray]:
+    """Measure nuclei in bands that end at these rows."""
+    sums, bounds = NucleusSums(), [0, *cuts, len(nuclei)]
+    spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    for rows in spans:
+        sums.add(nuclei[rows], probability[rows], pixels[rows], rows.start)
+    return measure_nuclei(sums, lambda: (nuclei[rows] for rows in spans), *nuclei.shape,
+                          None if cytoplasm is None else lambda: (cytoplasm[rows] for rows in spans))
+
+
+def of_one(mask) -> dict[str, float]:
+    """Measure one nucleus, a bool mask."""
+    found = measured(mask.astype(np.int32), mask.astype(np.float32), np.zeros((*mask.shape, 3), np.uint8))
+    return {name: float(value) for name, (value,) in found.items()}
+
+
+THEIRS = {"label": "label", "centroid_row": "centroid-0", "centroid_column": "centroid-1", "area": "area",
+          "eccentricity": "eccentricity", "mean_probability": "intensity_mean-3", "perimeter": "perimeter",
+          "solidity": "solidity", "major_axis": "axis_major_length", "minor_axis": "axis_minor_length",
+          "mean_red": "intensity_mean-0", "mean_green": "intensity_mean-1", "mean_blue": "intensity_mean-2"}
+
+
+@pytest.mark.parametrize("kind", ["discs", "noise"])
+def test_measures_are_those_of_scikit_image_however_the_image_is_divided(kind, monkeypatch):
     rng = np.random.default_rng(0)
-    nuclei = np.unique(random_nuclei(rng, 300, 90, 12), return_inverse=True)[1].reshape(300, 300)
+    if kind == "discs":
+        nuclei = np.unique(random_nuclei(rng, 300, 90, 12), return_inverse=True)[1].reshape(300, 300)
+    else:  # with holes, necks and parts that touch at corners
+        nuclei = ndimage.label(ndimage.gaussian_filter(rng.normal(size=(300, 300)), 2) > 0.05, np.ones((3, 3)))[0]
+        nuclei[0, 0] = nuclei[299, 290:] = nuclei[298, 290:] = 0
     nuclei[0, 0], nuclei[299, 290:] = nuclei.max() + 1, nuclei.max() + 2  # a pixel and a line
     probability = rng.random(nuclei.shape).astype(np.float32)
-    whole, parts = NucleusSums(), NucleusSums()
-    whole.add(nuclei, probability)
-    for top in range(0, 300, 70):
-        parts.add(nuclei[top:top + 70], probability[top:top + 70], top)
-    expected = regionprops_table(nuclei, probability, ("label", "centroid", "area", "eccentricity", "intensity_mean"))
-    for ours, again, theirs in zip(whole.measures().values(), parts.measures().values(), expected.values(),
-                                   strict=True):
-        assert np.abs(ours - theirs).max() < 1e-6
-        assert np.allclose(ours, again, rtol=1e-14)
+    pixels = rng.integers(0, 256, (*nuclei.shape, 3)).astype(np.uint8)
+    whole = measured(nuclei, probability, pixels)
+    monkeypatch.setattr(shapes, "ROWS", 37)
+    parts = measured(nuclei, probability, pixels, (70, 71, 140, 210, 280))
+    assert tuple(whole) == tuple(DIGITS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no convex hull of a pixel
+        expected = regionprops_table(nuclei, np.dstack([pixels.astype(float), probability]), (
+            "label", "centroid", "area", "eccentricity", "perimeter", "solidity", "axis_major_length",
+            "axis_minor_length", "intensity_mean"))
+    for ours, theirs in THEIRS.items():
+        assert np.abs(whole[ours] - expected[theirs]).max() < 1e-6, ours
+    for name, values in whole.items():
+        assert np.allclose(values, parts[name], rtol=1e-14, equal_nan=True), name
+    edge = np.unique(np.concatenate([nuclei[0], nuclei[-1], nuclei[:, 0], nuclei[:, -1]]))
+    assert np.array_equal(whole["cut_by_border"] == 1, np.isin(whole["label"], edge))
     final = np.arange(nuclei.max() + 1) // 2  # 1 to the background, 2 and 3 together ...
-    joined = NucleusSums()
-    joined.add(final[nuclei], probability)
-    for ours, direct in zip(whole.joined(final).measures().values(), joined.measures().values(), strict=True):
+    provisional, joined = NucleusSums(), NucleusSums()
+    provisional.add(nuclei, probability, pixels)
+    joined.add(final[nuclei], probability, pixels)
+    for ours, direct in zip(provisional.joined(final).measures().values(), joined.measures().values(), strict=True):
         assert np.allclose(ours, direct, rtol=1e-12)
     assert all(len(values) == 0 for values in NucleusSums().measures().values())
+
+
+def test_a_disc_is_round_and_whole():
+    found = of_one(disc(64, 20))
+    assert found["area"] == pytest.approx(np.pi * 400, rel=0.01)
+    assert found["perimeter"] == pytest.approx(2 * np.pi * 20, rel=0.06), "along the centres of its outermost pixels"
+    assert found["circularity"] == pytest.approx(4 * np.pi * found["area"] / found["perimeter"] ** 2)
+    assert 0.93 < found["circularity"] < 0.95, "pixels make the outline longer than that of the circle"
+    assert of_one(disc(64, 5))["circularity"] == 1.0, "no more, though 80 pixels have a perimeter below that of a disc"
+    assert found["solidity"] == pytest.approx(1, abs=0.03)
+    assert found["major_axis"] == pytest.approx(40, abs=0.2)
+    assert found["minor_axis"] == pytest.approx(40, abs=0.2)
+    assert found["cut_by_border"] == 0
+
+
+def test_a_square_at_the_border_is_flagged():
+    for top, left, cut in ((0, 5, 1), (5, 0, 1), (10, 5, 1), (5, 10, 1), (1, 1, 0), (9, 9, 0)):
+        mask = np.zeros((20, 20), bool)
+        mask[top:top + 10, left:left + 10] = True
+        found = of_one(mask)
+        assert found["cut_by_border"] == cut, (top, left)
+        assert (found["area"], found["perimeter"], found["solidity"]) == (100, 36, 1), "36 steps between 100 centres"
+        assert found["circularity"] == pytest.approx(4 * np.pi * 100 / 36 ** 2)
+        assert found["major_axis"] == found["minor_axis"] == pytest.approx(4 * (99 / 12) ** 0.5)
+
+
+def test_a_rotated_ellipse_has_its_axes():
+    y, x = np.mgrid[:120, :120] - 59.5
+    angle = np.radians(30)
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    found = of_one((along / 40) ** 2 + (across / 16) ** 2 <= 1)
+    assert found["major_axis"] == pytest.approx(80, abs=0.5)
+    assert found["minor_axis"] == pytest.approx(32, abs=0.5)
+    assert found["eccentricity"] == pytest.approx((1 - 0.4 ** 2) ** 0.5, abs=0.002)
+    assert found["perimeter"] == pytest.approx(184.6, rel=0.05), "Ramanujan's formula"
+    assert found["circularity"] == pytest.approx(4 * np.pi * found["area"] / found["perimeter"] ** 2)
+
+
+def test_a_pixel_has_no_circularity():
+    mask = np.zeros((5, 5), bool)
+    mask[2, 2] = True
+    found = of_one(mask)
+    assert (found["perimeter"], found["solidity"], found["major_axis"]) == (0, 1, 0)
+    assert np.isnan(found["circularity"])
+    (row,) = rounded_measures({name: np.array([value]) for name, value in found.items()}, None)
+    assert row["circularity"] is None
+
+
+# ---- cells
+
+
+def test_cytoplasm_belongs_to_the_nearest_nucleus(monkeypatch):
+    """Two nuclei in one field of cytoplasm, and some that is too far from both."""
+    nuclei = labelled((40, 100), (10, 30, 10, 20), (10, 30, 40, 50))
+    cytoplasm = np.zeros(nuclei.shape, bool)
+    cytoplasm[10:30, :60] = True  # the nuclei themselves too, which do not count
+    cytoplasm[10:30, 90:] = True
+    monkeypatch.setattr(cells, "REACH", 20)
+    areas = cells.cytoplasm_areas([nuclei], [cytoplasm], *nuclei.shape, 3)
+    assert areas.tolist() == [0, 20 * (10 + 10), 20 * (10 + 10)], "columns 20 to 29 and 30 to 39 lie between them"
+    found = measured(nuclei, nuclei > 0, np.zeros((40, 100, 3), np.uint8), cytoplasm=cytoplasm)
+    assert found["nucleus_to_cytoplasm"].tolist() == [200 / 400, 200 / 400]
+    alone = measured(nuclei, nuclei > 0, np.zeros((40, 100, 3), np.uint8), cytoplasm=np.zeros_like(cytoplasm))
+    assert alone["cytoplasm_area"].tolist() == [0, 0]
+    assert np.isnan(alone["nucleus_to_cytoplasm"]).all()
+
+
+def test_cytoplasm_in_blocks_is_that_of_the_whole(monkeypatch):
+    rng = np.random.default_rng(2)
+    nuclei = np.unique(random_nuclei(rng, 400, 25, 9), return_inverse=True)[1].reshape(400, 400)
+    cytoplasm = rng.random(nuclei.shape) > 0.3
+    monkeypatch.setattr(cells, "REACH", 40)
+    whole = cells.cytoplasm_areas([nuclei], [cytoplasm], 400, 400, nuclei.max() + 1)
+    monkeypatch.setattr(cells, "BLOCK", 70)
+    cuts = [slice(y, y + 90) for y in range(0, 400, 90)]
+    parts = cells.cytoplasm_areas([nuclei[rows] for rows in cuts], [cytoplasm[rows] for rows in cuts], 400, 400,
+                                  nuclei.max() + 1)
+    assert whole.sum() > 30_000
+    assert np.array_equal(whole, parts)
 
 
 # ---- outlines

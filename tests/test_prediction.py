@@ -23,7 +23,7 @@ from images.files import load_image, save_png
 from images.masks import load_instances
 from inference import Predictor
 from nuclei import blocks as block_separation
-from nuclei import streaming
+from nuclei import cells, streaming
 from nuclei.outlines import OUTLINE, boundary
 from progressive_trainer import ProgressiveTrainer
 from system import machine
@@ -203,6 +203,35 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(image_bands, "TILE", 128)
     monkeypatch.setattr(block_separation.BlockSeparation.__init__, "__defaults__", (200,))
     monkeypatch.setattr(streaming, "OVERVIEW_SIDE", 300)
+
+
+def test_cells_of_a_large_image_are_those_of_the_whole(small_parts, tmp_path, monkeypatch):
+    """Two classes of these names give nuclei.csv the cytoplasm of each nucleus, in bands as in one piece."""
+    monkeypatch.setattr(cells, "BLOCK", 150)
+    image = noisy_image(600, 510, 3)
+    tifffile.imwrite(tmp_path / "slide.tif", image, photometric="rgb", tile=(64, 64), compression="zlib")
+    checkpoint = str(write_checkpoint(tmp_path / "a.pth", lively_model(2, in_channels=3, out_channels=2), "tile",
+                                      class_names=("nucleus", "cytoplasm")))
+    probability = Predictor(checkpoint, "cpu", "float32", 512).predict(image)
+    threshold = f"{np.quantile(probability, 0.7):.4f}"
+    command = [checkpoint, str(tmp_path / "slide.tif"), "--threshold", threshold, "--min_area", "20", "--format",
+               "geojson,label-tiff", "--device", "cpu", "--precision", "float32", "--tile", "512", "--out"]
+    assert predict_papsmear.main([*command, str(tmp_path / "whole")]) == 0
+    assert predict_papsmear.main([*command, str(tmp_path / "bands"), "--stream_above", "0"]) == 0
+    rows = read_rows(tmp_path / "bands/nuclei.csv")
+    assert rows == read_rows(tmp_path / "whole/nuclei.csv")
+    for name in ("slide_nuclei.geojson", "images.csv"):
+        assert (tmp_path / "bands" / name).exists()
+    mask, labels = probability >= float(threshold), load_instances(tmp_path / "bands/slide_labels.tif")
+    areas = [int(row["cytoplasm_area"]) for row in rows]
+    assert 0 < sum(areas) <= (mask[..., 1] & (labels == 0)).sum()
+    for row, area in zip(rows, areas, strict=True):
+        assert row["nucleus_to_cytoplasm"] == (str(round(int(row["area"]) / area, 4)) if area else "")
+    of_images = [{key: value for key, value in row.items() if key not in ("seconds", "run")}
+                 for place in ("whole", "bands") for row in read_rows(tmp_path / place / "images.csv")]
+    assert of_images[0] == of_images[1]
+    assert int(of_images[0]["cut_by_border"]) == sum(row["cut_by_border"] == "1" for row in rows) > 0
+    assert of_images[0]["flags"] == "nuclei cut by border"
 
 
 @pytest.mark.parametrize("targets", [("mask",), ("mask", "boundary")])

@@ -257,6 +257,28 @@ def test_results_of_before_there_were_images_csv_are_replaced(command, tmp_path)
     assert [row for row in rows if row["image"] != "z.png"] == read_rows(tmp_path / "new/nuclei.csv")
 
 
+def test_a_table_of_another_version_is_refused_by_continue(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(command, out)
+    rows = read_rows(out / "nuclei.csv")
+    columns = [name for name in rows[0] if name not in ("perimeter", "solidity")] + ["colour"]
+    tables.write_table(out / "nuclei.csv", columns, ({name: row.get(name, "") for name in columns} for row in rows))
+    before = (out / "nuclei.csv").read_bytes()
+    predict(command, out, "--continue", code=2)
+    said = capsys.readouterr().err
+    assert f"--continue: {out / 'nuclei.csv'} lacks perimeter, solidity and has colour, so another version" in said
+    assert said.count("\n") == 1
+    assert (out / "nuclei.csv").read_bytes() == before
+    predict(command, out, "--overwrite")
+    assert read_rows(out / "nuclei.csv") == rows
+
+
+def test_an_image_without_nuclei_is_flagged(command, tmp_path):
+    predict(command, tmp_path / "out", "--threshold", "0.99999")
+    assert {(row["flags"], row["cut_by_border"]) for row in read_rows(tmp_path / "out/images.csv")} == \
+        {("none found", "0")}
+
+
 # ---- disks
 
 
