@@ -4,6 +4,7 @@
     python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data_monuseg --split test --instances
     python evaluate_papsmear.py outputs/A/best_stage_4.pth --data_root data --compare outputs/B/best_stage_4.pth
     python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data --all_scales
+    python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data_herlev_both --ratio
     torchrun --nproc_per_node=2 evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data
 
 Writes scores.csv (one row an image), summary.json and cases.png (the worst and the best images) into --out, by default
@@ -23,7 +24,8 @@ from system.options import Parser, checkpoint_list, command, flag, name_ending, 
 
 SHOWN_CASES = 3  # worst ones and best ones each
 SCORES, COMPARED = "scores.csv", "scores_compared.csv"
-RESULT_FILES = (SCORES, COMPARED, "summary.json", "cases.png")
+RATIOS, RATIO_PICTURE = "ratios.csv", "ratios.png"
+RESULT_FILES = (SCORES, COMPARED, "summary.json", "cases.png", RATIOS, RATIO_PICTURE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="white in images of more than 8 bit, e.g. 4095 for 12 bit (that of the checkpoint)")
     parser.add_argument("--instances", action="store_true", help="compare nucleus by nucleus too: AJI, PQ, DQ, SQ, F1")
     parser.add_argument("--all_scales", action="store_true", help="Dice and milliseconds at each scale of the decoder")
+    parser.add_argument("--ratio", action="store_true",
+                        help="compare the ratio of nucleus to cytoplasm cell by cell with the drawn one (ratios.csv, "
+                             "ratios.png); for a network of both classes")
     parser.add_argument("--compare", metavar="OTHER", type=checkpoint_list,
                         help="a second checkpoint, scored on the same images and tested")
     parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
@@ -77,6 +82,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if other and other.classes != predictor.classes:
         raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
+    if args.ratio and not predictor.has_cytoplasm:
+        raise UserError(f"--ratio: {joined(args.checkpoint)} has the classes "
+                        f"{', '.join(predictor.recipe.class_names) or 'without names'}; nucleus and cytoplasm are "
+                        f"needed. Train on a data set whose dataset.json says \"classes\": [\"nucleus\", "
+                        f"\"cytoplasm\"], as that of prepare_data.py herlev --target both does")
     settings = settings_of(args)
     kept = [UnfinishedScores(folder / name, settings) for name in (SCORES, COMPARED)]
     refuse_existing(args, folder, any(scores.exist() for scores in kept))
@@ -108,6 +118,7 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
     """
     from images.splits import SPLITS_FILE, find_data_root
     from images.targets import instance_file
+    from scoring.ratio import compare_ratios, score_ratios
     from scoring.scores import compare, score_pairs, summarise
     from system.processes import is_main_process
 
@@ -133,12 +144,17 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
         print_comparison(args, summary)
     if args.all_scales:
         summary["scales"] = score_scales(predictor, pairs)
+    cells = score_ratios(predictor, pairs) if args.ratio else []
+    if args.ratio:
+        summary["ratio"] = compare_ratios(cells)
+        print_ratios(summary["ratio"])
     if is_main_process():
-        write_results(folder, predictor, pairs, {SCORES: rows, COMPARED: others}, summary)
+        write_results(folder, predictor, pairs, {SCORES: rows, COMPARED: others, RATIOS: cells}, summary)
 
 
 def write_results(folder: Path, predictor, pairs: list, tables: dict[str, list[dict]], summary: dict) -> None:
     """Write the tables, the summary and the picture, each in the place of an earlier one when it is whole."""
+    from scoring.ratio import draw_ratios
     from training.run_folder import RunFolder
 
     results = RunFolder(folder)
@@ -148,6 +164,10 @@ def write_results(folder: Path, predictor, pairs: list, tables: dict[str, list[d
         else:
             (folder / name).unlink(missing_ok=True)
     results.write_json("summary.json", summary)
+    if summary.get("ratio", {}).get("factor"):
+        draw_ratios(tables[RATIOS], summary["ratio"], results.file(RATIO_PICTURE))
+    else:
+        (folder / RATIO_PICTURE).unlink(missing_ok=True)
     draw_cases(predictor, pairs, tables[SCORES], results.file("cases.png"))
     print(f"look at {folder}/: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
 
@@ -210,6 +230,19 @@ def print_scores(scores: dict) -> None:
     for name, value in scores.items():
         if isinstance(value, dict):
             print(f"{name:<14}{value['mean']:>9.4f}{value['std']:>9.4f}   {value['low']:.4f} ... {value['high']:.4f}")
+
+
+def print_ratios(agreement: dict) -> None:
+    """Print how predicted ratios of nucleus to cytoplasm agree with drawn ones."""
+    print(f"\nnucleus / cytoplasm of {agreement['compared']} of {agreement['cells']} drawn cells "
+          f"({agreement['not_found']} nuclei not found)", end="")
+    if agreement["factor"] is None:
+        print(": too few to compare")
+    else:
+        print(f": predicted is {agreement['factor']:.2f} times drawn, for 95 % of cells {agreement['low']:.2f} to "
+              f"{agreement['high']:.2f} times")
+        if agreement["spearman"] is not None:
+            print(f"correlation {agreement['pearson']:.3f} of the logarithms, {agreement['spearman']:.3f} of the ranks")
 
 
 def print_comparison(args: argparse.Namespace, summary: dict) -> None:
