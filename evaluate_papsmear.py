@@ -119,7 +119,7 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
     from images.splits import SPLITS_FILE, find_data_root
     from images.targets import instance_file
     from scoring.ratio import compare_ratios, score_ratios
-    from scoring.scores import compare, score_pairs, summarise
+    from scoring.scores import compare, score_pairs, summarise, trust_in_dice
     from system.processes import is_main_process
 
     table = find_data_root(args.data_root) / SPLITS_FILE
@@ -137,6 +137,9 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
                "split": args.split,
                "images": str(pairs[0].image.parent), "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
+    summary["trust_spearman"] = trust_in_dice(rows)
+    if summary["trust_spearman"] is not None:
+        print(f"trust in an image and its Dice: Spearman's correlation {summary['trust_spearman']:.2f}")
     others = score_pairs(other, pairs, args.instances, args.group_regex, kept[1]) if other else []
     if others:
         summary |= {"compared_with": joined(args.compare), "other_scores": summarise(others, args.seed),

@@ -23,6 +23,7 @@ from images.familiarity import describe, strangest
 from images.files import load_image, resize, to_image
 from images.resolutions import FINEST
 from nuclei.separation import separate_nuclei
+from nuclei.trust import Agreement
 from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
 from system.notebooks import Described
@@ -129,12 +130,13 @@ class Predictor(Described):
         return prediction_figure(pixels, probability, self.nuclei(probability, min_area), name,
                                  self.recipe.channel_names)
 
-    def predict(self, image) -> np.ndarray:
+    def predict(self, image, agreement: Agreement | None = None) -> np.ndarray:
         """Segment one image of any size.
 
         Args:
             image: a path, a Pillow image, or an array, grey or RGB, of bool, uint8, uint16 or floating point in [0, 1]
                 (see `images.files.to_image`); it is brought to the channels of the checkpoint.
+            agreement: is told how much the scales and views of the network agree (see `nuclei.trust`).
         Returns:
             (H, W, K) float32 probabilities in [0, 1] at the image's size: the classes, then the boundary of nuclei if
             the network was taught it.
@@ -143,10 +145,11 @@ class Predictor(Described):
         """
         pixels = self._pixels(image)
         if self.recipe.sizing == "tile":
-            return np.concatenate(list(self.predict_bands([pixels], *pixels.shape[:2])))
-        return self._predict_resized(pixels)
+            return np.concatenate(list(self.predict_bands([pixels], len(pixels), pixels.shape[1], agreement)))
+        return self._predict_resized(pixels, agreement)
 
-    def predict_bands(self, bands: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    def predict_bands(self, bands: Iterable[np.ndarray], height: int, width: int,
+                      agreement: Agreement | None = None) -> Iterator[np.ndarray]:
         """Segment an image that comes in bands of rows, at its own scale, one row of tiles after the other.
 
         Held are a row of tiles of the image and of the probabilities, so that memory grows with the width alone.
@@ -154,6 +157,7 @@ class Predictor(Described):
         Args:
             bands: (rows, width, in_channels) uint8 of any number of rows, from top to bottom.
             height, width: of the whole image, in pixels.
+            agreement: as for `predict`; what tiles share counts in each of them.
         Yields:
             (rows, width, K) float32 probabilities in [0, 1], finished ones, for each row of tiles.
         """
@@ -163,7 +167,7 @@ class Predictor(Described):
         total = np.zeros((len(weights[0]), width, self.recipe.target_channels), np.float32)
         source = windows(bands, spans)
         for y, row_weights, next_y in zip(offsets, weights, [*offsets[1:], padded_height], strict=True):
-            self._add_row_of_tiles(total, next(source), row_weights)
+            self._add_row_of_tiles(total, next(source), row_weights, agreement)
             finished = next_y - y  # the next row of tiles gives no weight to what lies above it
             yield total[:min(finished, height - y)].clip(0, 1)
             total[:-finished], total[-finished:] = total[finished:], 0
@@ -197,14 +201,15 @@ class Predictor(Described):
             return load_image(Path(image), self.in_channels, max_value=self.max_value)
         return to_image(image, self.in_channels, max_value=self.max_value)
 
-    def _predict_resized(self, pixels: np.ndarray) -> np.ndarray:
+    def _predict_resized(self, pixels: np.ndarray, agreement: Agreement | None) -> np.ndarray:
         height, width = pixels.shape[:2]
         small = torch.from_numpy(resize(pixels, FINEST).transpose(2, 0, 1).copy())[None]
         probability = self._mean_probability(small, lambda logits: F.interpolate(
-            logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True))
+            logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True), agreement)
         return probability[0].permute(1, 2, 0).contiguous().numpy()
 
-    def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, row_weights: np.ndarray) -> None:
+    def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, row_weights: np.ndarray,
+                          agreement: Agreement | None) -> None:
         """Add the weighted probabilities of a row of tiles to `total` (rows, W, K).
 
         Args:
@@ -217,14 +222,16 @@ class Predictor(Described):
         for start in range(0, len(places), self.batch_size):
             chosen = places[start:start + self.batch_size]
             tiles = np.stack([padded[:, x:x + len(column_weights)] for x, column_weights in chosen])
-            probability = self._mean_probability(torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous())
+            probability = self._mean_probability(torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous(),
+                                                 agreement=agreement)
             for (x, column_weights), tile in zip(chosen, probability.permute(0, 2, 3, 1).numpy(), strict=True):
                 inside = min(len(column_weights), width - x)
                 weights = (row_weights[:, None] * column_weights)[..., None]
                 total[:, x:x + inside] += (tile * weights)[:, :inside]
 
     @torch.inference_mode()
-    def _mean_probability(self, image: torch.Tensor, finish: Callable = lambda logits: logits) -> torch.Tensor:
+    def _mean_probability(self, image: torch.Tensor, finish: Callable = lambda logits: logits,
+                          agreement: Agreement | None = None) -> torch.Tensor:
         """Return (N, K, ...) float32 probabilities on the CPU, averaged over checkpoints and views.
 
         Args:
@@ -232,26 +239,41 @@ class Predictor(Described):
             finish: what becomes of logits (N, K, H, W) before the sigmoid.
         """
         views = [(turns, flip) for flip in (False, True) for turns in range(4)] if self.augment else [(0, False)]
-        total = torch.zeros(())
+        total, answers = torch.zeros(()), []
         for turns, flip in views:
             seen = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1)).contiguous()
             for model in self.models:
-                logits = torch.rot90(self._logits(model, seen), -turns, (-2, -1))
-                total = total + finish(logits.flip(-1) if flip else logits).sigmoid()
+                logits = torch.rot90(self._logits(model, seen, agreement), -turns, (-2, -1))
+                logits = logits.flip(-1) if flip else logits
+                total = total + finish(logits).sigmoid()
+                if agreement and len(views) * len(self.models) > 1:
+                    answers.append(logits[:, :self.classes].sigmoid().half())  # of eight views memory counts
         total = (total / (len(views) * len(self.models))).cpu()
         if not total.isfinite().all():
             raise UserError("the network answers with what is no number (NaN). Try --precision float32, and look at "
                             "the image")
+        if agreement and answers:
+            mean = torch.stack(answers).float().mean(dim=0)
+            for number, answer in enumerate(answers):
+                agreement.add("views", number, answer.float(), mean)
         return total
 
-    def _logits(self, model, image: torch.Tensor) -> torch.Tensor:
+    def _logits(self, model, image: torch.Tensor, agreement: Agreement | None) -> torch.Tensor:
         """Return float32 logits (N, K, H, W): the image is halved down to the stage, its logits doubled."""
         side = image.shape[-1]
         for _ in range(LAST_STAGE - self.stage):
             image = halve(image)
         image = image.to(self.device).float().div_(255).contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self.precision):
-            logits = (model(image, scale=self.scale) if self.scale else model(image)).float()
+            *coarser, logits = model(image, return_all_scales=True, scale=self.scale)
+        logits = logits.float()
+        if agreement and coarser:
+            finest = logits[:, :self.classes].sigmoid()
+            for number, scale in enumerate(coarser):
+                enlarged = scale[:, :self.classes].float()
+                while enlarged.shape[-1] < finest.shape[-1]:
+                    enlarged = upsample2x(enlarged)
+                agreement.add("scales", number, enlarged.sigmoid(), finest)
         while logits.shape[-1] < side:
             logits = upsample2x(logits)
         return logits

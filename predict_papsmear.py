@@ -122,6 +122,8 @@ def predict(args: argparse.Namespace) -> int:
     if len(failed) < len(paths):
         print(f"look at {folder}/: {', '.join(f'NAME_{FORMATS[name]}' for name in args.formats)}, "
               f"{results.images.name}, {results.nuclei.name}")
+        if first := results.least_trusted():
+            print(f"look at these first, in which the network agrees least with itself: {', '.join(first)}")
     for problem in failed:
         print(f"error: {problem}", file=sys.stderr)
     if failed:
@@ -249,10 +251,12 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     from nuclei.outlines import overlay
     from nuclei.results import class_endings
     from nuclei.streaming import Prediction
+    from nuclei.trust import Agreement
 
     image = load_image(path, 3, int(args.max_pixels), predictor.max_value)
     pixels = to_image(image, predictor.in_channels)
-    probability = predictor.predict(pixels)
+    agreement = Agreement()
+    probability = predictor.predict(pixels, agreement)
     nuclei = predictor.nuclei(probability, args.min_area)
     mask = probability[..., :predictor.classes] >= predictor.threshold
     if "png" in args.formats:
@@ -268,7 +272,7 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     measures = measure_nuclei(sums, result.labels, len(nuclei), nuclei.shape[1],
                               (lambda: [mask[..., 1]]) if predictor.has_cytoplasm else None)
     return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
-                      predictor.unlike_training(pixels, probability), measures)
+                      predictor.unlike_training(pixels, probability), agreement.trust(), measures)
 
 
 def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_bands: Callable[[], None]):

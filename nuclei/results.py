@@ -25,11 +25,12 @@ from system.text import cell
 
 IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "cut_by_border", "foreground", "mean_area")
 IMAGE_MICROMETRE_COLUMNS = ("mean_area_um2", "nuclei_per_mm2")
-LAST_COLUMNS = ("highest_probability", "flags", "unlike_training", "seconds", "run")
+LAST_COLUMNS = ("highest_probability", "trust", "flags", "unlike_training", "seconds", "run")
 MAY_DIFFER = ("checkpoint", "device", "precision")  # between a prediction and the one that goes on with it
 # A table into which rows are put in the place of others is written anew. Where that took longer than SHORT seconds, it
 # waits, and what is finished with it, for PATIENCE times as long.
 SHORT, PATIENCE = 0.02, 20
+FIRST_LOOKS = 5  # images that are named for a look
 OTHER_FILES = ("overlay.png", "nuclei.geojson", "labels.tif", "labels.ome.tif", "rois.zip")
 UNFINISHED = ".unfinished"
 LEFT = re.compile(rf"(?P<picture>.+){UNFINISHED}|\.(?P<file>.+?)({UNFINISHED})?\.\w{{8}}\.tmp",
@@ -162,6 +163,12 @@ class ResultsFolder:
         took = self._committed - begin
         self._took = took if replaced and took > SHORT else 0.0
 
+    def least_trusted(self) -> list[str]:
+        """Return FIRST_LOOKS images of this prediction with their trust, the lowest first; none of so few images."""
+        rows = [row for row in read_table(self.images) if row.get("run") == self._run and row.get("trust")]
+        rows.sort(key=lambda row: float(row["trust"]))
+        return [f"{row['image']} {row['trust']}" for row in rows[:FIRST_LOOKS]] if len(rows) > FIRST_LOOKS else []
+
     def __enter__(self) -> "ResultsFolder":
         return self
 
@@ -256,7 +263,8 @@ def image_row(prediction, size: tuple[int, int], pixel_size: float | None) -> di
     flags = ["none found"] * (not prediction.nuclei) + ["nuclei cut by border"] * bool(cut)
     row = {"height": size[0], "width": size[1], "nuclei": prediction.nuclei, "cut_by_border": cut,
            "foreground": round(prediction.foreground, 6), "mean_area": round(mean, 2),
-           "highest_probability": round(prediction.highest, 4), "flags": "; ".join(flags),
+           "highest_probability": round(prediction.highest, 4),
+           "trust": "" if prediction.trust is None else round(prediction.trust, 3), "flags": "; ".join(flags),
            "unlike_training": prediction.strange or ""}
     if pixel_size:
         row |= {"mean_area_um2": round(mean * pixel_size ** 2, 4),

@@ -17,6 +17,7 @@ from images.familiarity import describe_parts, part_areas, strangest
 from images.files import to_image
 from nuclei.blocks import BLOCK, BlockSeparation
 from nuclei.measurement import NucleusSums, measure_nuclei
+from nuclei.trust import Agreement
 from system.processes import progress
 
 OVERVIEW_SIDE = 4000       # pixels of the longer side at most
@@ -32,6 +33,7 @@ class Prediction:
         foreground: share of pixels of the first class.
         highest: the highest probability of any class.
         strange: what `Predictor.unlike_training` says.
+        trust: how much the answers of the network agree (see `nuclei.trust`).
         measures: of the nuclei (see `nuclei.measurement.measure_nuclei`).
     """
 
@@ -39,6 +41,7 @@ class Prediction:
     foreground: float
     highest: float
     strange: str | None
+    trust: float | None
     measures: dict[str, np.ndarray]
 
 
@@ -60,7 +63,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         ImageFileError: for damaged parts of the image.
         OSError: for a full disk.
     """
-    view = _View(rows, predictor.in_channels)
+    view, agreement = _View(rows, predictor.in_channels), Agreement()
     blocks = BlockSeparation(lambda probability: predictor.nuclei(probability, min_area), rows.height, rows.width,
                              min_area)
     provisional, top, count, highest, areas = NucleusSums(), 0, 0, 0.0, []
@@ -71,7 +74,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         bar = stack.enter_context(progress(None, rows.path.name, rows.height, unit=" rows"))
 
         def predicted():
-            for band in predictor.predict_bands(view.pixels(), rows.height, rows.width):
+            for band in predictor.predict_bands(view.pixels(), rows.height, rows.width, agreement):
                 done = len(band)
                 between_bands()
                 yield band
@@ -104,7 +107,7 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
         overview_labels = np.concatenate([final[part] for part in view.overview_labels(label_bands)])
     strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.recipe.training_ranges)
     prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,
-                            measures)
+                            agreement.trust(), measures)
     return prediction, view.overview(), overview_labels
 
 

@@ -3,7 +3,8 @@
 A row is a dictionary for one image: `image`, `group` (images of one group are not independent), `height`, `width`, the
 pixel metrics and `boundary_f1` as means over classes, with several classes `dice_1`, `dice_2`, ..., `empty` (whether
 the mask or one of its classes is empty), `foreground` (share of pixels predicted), for a network `highest` (its highest
-probability) and, where nuclei are compared, the instance metrics with `nuclei_drawn` and `nuclei_found`.
+probability), `trust` (see `nuclei.trust`) and, where nuclei are compared, the instance metrics with `nuclei_drawn` and
+`nuclei_found`.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ from images.masks import load_mask
 from images.pairs import Pair
 from images.splits import MANIFEST, SPLITS_FILE, find_data_root, groups_of_each, list_splits, with_origins
 from images.targets import drawn_nuclei
+from nuclei.trust import Agreement
 from scoring.cases import Case, KeptCases, to_bytes
 from scoring.measures import INSTANCE_METRICS, PIXEL_METRICS, boundary_f1, instance_metrics, pixel_metrics
 from scoring.unfinished import UnfinishedScores
@@ -79,10 +81,13 @@ def score_pair(predictor, pair: Pair, instances: bool = False) -> tuple[dict, np
 
     Nuclei are those of the first class, separated by `Predictor.nuclei`.
     """
-    channels = predictor.predict(pair.image)
+    agreement = Agreement()
+    channels = predictor.predict(pair.image, agreement)
     probability = channels[..., :predictor.classes]
     mask = load_mask(pair.mask, predictor.classes)
     row = _row(pair, probability >= predictor.threshold, mask) | {"highest": float(probability.max())}
+    if (trust := agreement.trust()) is not None:
+        row["trust"] = trust
     if instances:
         found = predictor.nuclei(channels)
         drawn = drawn_nuclei(pair, mask[..., 0])
@@ -142,6 +147,12 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
             low, high, _ = bootstrap_mean(values, seed, groups)
             summary[name] = {"mean": float(values.mean()), "std": float(values.std()), "low": low, "high": high}
     return summary
+
+
+def trust_in_dice(rows: list[dict]) -> float | None:
+    """Return Spearman's correlation of trust and Dice over images; None where one of them does not vary."""
+    values = np.array([(row["trust"], row["dice"]) for row in rows if "trust" in row]).reshape(-1, 2)
+    return float(stats.spearmanr(*values.T).statistic) if len(values) > 2 and np.ptp(values, axis=0).all() else None
 
 
 def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
