@@ -26,7 +26,8 @@ from preparation.data_sets import PreparedData, Source, images_by_stem, new_fold
 from system.errors import UserError
 from system.processes import progress
 
-LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask")  # what programs add to the name
+LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask", "_nuclei")  # what programs add
+OF_PREDICTION = re.compile(r"settings(_\d+_of_\d+)?\.json")  # lies beside the outlines that predict_papsmear.py writes
 BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?", re.DOTALL)  # of predictions
 FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
 
@@ -51,7 +52,8 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
     drawn, problems, read = {}, [], []
     suffixes = (".geojson", ".json") if kind == "geojson" else IMAGE_SUFFIXES
     files = sorted(annotations.iterdir()) if annotations.is_dir() else [annotations]
-    files = [p for p in files if has_suffix(p, suffixes)]
+    files = [p for p in files if has_suffix(p, suffixes)
+             and not (OF_PREDICTION.fullmatch(p.name) and p.stem not in images)]
     image_files = {place(image) for image in images.values()}  # both may lie in one folder
     predicted = {p.stem.removesuffix("_instances") for p in files if p.stem.endswith("_instances")}
     for path in files:
