@@ -106,6 +106,8 @@ def draw_ratios(rows: list[dict], agreement: dict, path: Path) -> None:
         right.annotate(f"{agreement[name]:.2f}", (1, agreement[name]), xycoords=("axes fraction", "data"),
                        ha="right", va="bottom", color="C1")
     right.set(xlabel="geometric mean of both", ylabel="predicted / drawn", title="Bland-Altman: mean and 95 % limits")
+    for formatted in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)

@@ -289,6 +289,9 @@ def test_herlev_targets(target, pixels, tmp_path):
     assert mask.sum(axis=(0, 1)).tolist() == pixels
     pyramids = open_pyramids(tmp_path / "data", in_channels=3, out_channels=len(pixels))
     assert pyramids["train"].foreground.shape[1] == len(pixels)
+    names = ("nucleus", "cytoplasm") if target == "both" else ()
+    assert pyramids["train"].recipe.class_names == names
+    assert json.loads((tmp_path / "data/dataset.json").read_text()).get("classes", []) == list(names)
 
 
 def test_herlev_refuses_and_names(tmp_path, capsys):
