@@ -4,7 +4,7 @@
     python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data_monuseg --split test --instances
     python evaluate_papsmear.py outputs/A/best_stage_4.pth --data_root data --compare outputs/B/best_stage_4.pth
     python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data --all_scales
-    python evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data_herlev_both --ratio
+    python evaluate_papsmear.py outputs/herlev_cells/best_stage_4.pth --data_root data_herlev_cells --ratio
     torchrun --nproc_per_node=2 evaluate_papsmear.py outputs/NAME/best_stage_4.pth --data_root data
 
 Writes scores.csv (one row an image), summary.json and cases.png (the worst and the best images) into --out, by default

@@ -243,40 +243,46 @@ class Predictor(Described):
         for turns, flip in views:
             seen = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1)).contiguous()
             for model in self.models:
-                logits = torch.rot90(self._logits(model, seen, agreement), -turns, (-2, -1))
-                logits = logits.flip(-1) if flip else logits
-                total = total + finish(logits).sigmoid()
-                if agreement and len(views) * len(self.models) > 1:
-                    answers.append(logits[:, :self.classes].sigmoid().half())  # of eight views memory counts
+                scales = [torch.rot90(scale, -turns, (-2, -1)) for scale in self._logits(model, seen, bool(agreement))]
+                scales = [scale.flip(-1) for scale in scales] if flip else scales
+                total = total + finish(scales[-1]).sigmoid()
+                if agreement:
+                    answers.append([scale[:, :self.classes].sigmoid().half() for scale in scales])  # of many views
         total = (total / (len(views) * len(self.models))).cpu()
         if not total.isfinite().all():
             raise UserError("the network answers with what is no number (NaN). Try --precision float32, and look at "
                             "the image")
-        if agreement and answers:
-            mean = torch.stack(answers).float().mean(dim=0)
-            for number, answer in enumerate(answers):
-                agreement.add("views", number, answer.float(), mean)
+        if agreement:
+            self._compare(answers, agreement)
         return total
 
-    def _logits(self, model, image: torch.Tensor, agreement: Agreement | None) -> torch.Tensor:
-        """Return float32 logits (N, K, H, W): the image is halved down to the stage, its logits doubled."""
+    def _compare(self, answers: list[list[torch.Tensor]], agreement: Agreement) -> None:
+        """Compare the scales (N, K, H, W) of every view, from coarse to fine, with the mask that the finest give."""
+        mask = torch.stack([scales[-1] for scales in answers]).float().mean(dim=0) >= self.threshold
+        for view, (*coarser, finest) in enumerate(answers):
+            agreement.add("views", view, finest, mask)
+            for number, scale in enumerate(coarser):
+                agreement.add("scales", view * len(coarser) + number, scale, mask)
+
+    def _logits(self, model, image: torch.Tensor, all_scales: bool) -> list[torch.Tensor]:
+        """Return float32 logits (N, K, H, W): the image is halved down to the stage, its logits doubled.
+
+        They are those of the finest scale, after those of the coarser ones if they are wanted.
+        """
         side = image.shape[-1]
         for _ in range(LAST_STAGE - self.stage):
             image = halve(image)
         image = image.to(self.device).float().div_(255).contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self.precision):
-            *coarser, logits = model(image, return_all_scales=True, scale=self.scale)
-        logits = logits.float()
-        if agreement and coarser:
-            finest = logits[:, :self.classes].sigmoid()
-            for number, scale in enumerate(coarser):
-                enlarged = scale[:, :self.classes].float()
-                while enlarged.shape[-1] < finest.shape[-1]:
-                    enlarged = upsample2x(enlarged)
-                agreement.add("scales", number, enlarged.sigmoid(), finest)
-        while logits.shape[-1] < side:
-            logits = upsample2x(logits)
-        return logits
+            scales = model(image, return_all_scales=True, scale=self.scale)
+        return [_doubled(scale.float(), side) for scale in (scales if all_scales else scales[-1:])]
+
+
+def _doubled(logits: torch.Tensor, width: int) -> torch.Tensor:
+    """Return logits (N, K, H, W) doubled until they are so wide."""
+    while logits.shape[-1] < width:
+        logits = upsample2x(logits)
+    return logits
 
 
 def tile_margin(model) -> int:

@@ -1,7 +1,8 @@
 """Tell from a network's own answers to an image how far it can be trusted: they agree where it is sure.
 
 The network answers at each scale of its decoder and, with flips and turns or several checkpoints, in several ways. A
-number near 1 says that all answers are alike, a low one that they are not; it is no probability of being right.
+number near 1 says that all answers give the predicted mask, and clearly; a low one that they waver or differ. Compared
+on Herlev, agreement of the scales alone went less with Dice (docs/experiments.md).
 """
 
 import numpy as np
@@ -9,34 +10,38 @@ import torch
 
 
 class Agreement:
-    """Add up how much pairs of answers agree, part of an image after part.
+    """Add up how much answers agree with the predicted mask, part of an image after part.
 
-    Agreement is 2 sum(p q) / (sum(p^2) + sum(q^2)), the soft Dice of Milletari et al. 2016 of two probability maps: 1
-    for equal ones, 0 for those that share nothing.
+    Agreement is 2 sum(p m) / (sum(p) + sum(m)) of probabilities p and the mask m, the Dice of the mask that is to be
+    expected if each probability is right: 1 for probabilities of 0 and 1 that are the mask, 0 for those that miss it.
     """
 
     def __init__(self):
-        self._sums: dict[str, dict[int, np.ndarray]] = {}  # kind -> which answer of it -> sums (2, K)
+        self._sums: dict[str, dict[int, np.ndarray]] = {}  # kind -> which answer of it -> sums (3, K)
 
-    def add(self, kind: str, number: int, one: torch.Tensor, other: torch.Tensor) -> None:
+    def add(self, kind: str, number: int, probability: torch.Tensor, mask: torch.Tensor) -> None:
         """Add a part of an image.
 
         Args:
             kind: of answers; all kinds count alike, however many answers of it there are.
             number: which answer of its kind.
-            one, other: (N, K, H, W) probabilities in [0, 1].
+            probability: (N, K, H, W) floating point in [0, 1].
+            mask: (N, K, H, W) bool, the same for all answers.
         """
-        both, squares = (one * other).sum((0, 2, 3)), (one.square() + other.square()).sum((0, 2, 3))
-        sums = torch.stack([2 * both, squares]).double().cpu().numpy()
+        probability, drawn = probability.float(), mask.float()
+        sums = torch.stack([part.sum((0, 2, 3)) for part in (probability * drawn, probability, drawn)])
         of_kind = self._sums.setdefault(kind, {})
-        of_kind[number] = of_kind.get(number, 0) + sums
+        of_kind[number] = of_kind.get(number, 0) + sums.double().cpu().numpy()
 
     def trust(self) -> float | None:
-        """Return the mean agreement in [0, 1] over answers and classes, then over kinds; None without two answers."""
-        if not self._sums:
-            return None
+        """Return the mean agreement in [0, 1] over answers and classes, then over kinds.
+
+        A class that is nowhere in the mask does not count; None if none is.
+        """
         kinds = []
         for answers in self._sums.values():
-            both, squares = np.stack(list(answers.values()), axis=1)
-            kinds.append(np.divide(both, squares, out=np.ones_like(both), where=squares > 0).mean())
-        return float(np.clip(np.mean(kinds), 0, 1))
+            both, probability, mask = np.stack(list(answers.values()), axis=1)
+            there = mask > 0
+            if there.any():
+                kinds.append((2 * both[there] / (probability + mask)[there]).mean())
+        return float(np.mean(kinds)) if kinds else None

@@ -218,6 +218,11 @@ def workplace(trained_run, tmp_path_factory) -> Path:
         shutil.move(source[1], place / drawn)
     write_images(place / "data_monuseg/whole/test/images", ["whole"])
     save_png(write_images(place / "data_monuseg/whole/test/masks", []) / "whole.png", np.eye(80, dtype=bool)[:64])
+    shutil.copytree(place / "exports", place / "predicted_to_correct")
+    prepare_herlev(place / "herlev", place / "data_herlev_cells", target="both")
+    (place / "outputs/herlev_cells").mkdir()
+    write_checkpoint(place / "outputs/herlev_cells/best_stage_4.pth", lively_model(in_channels=3, out_channels=2),
+                     class_names=("nucleus", "cytoplasm"))
     (place / "outputs/tiles").mkdir()
     write_checkpoint(place / "outputs/tiles/best_stage_4.pth", lively_model(), "tile")
     write_slide(place / "slide.svs", 300, 400)
