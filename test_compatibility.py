@@ -5,8 +5,10 @@
 """
 
 import ast
+import doctest
 import functools
 import graphlib
+import importlib
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -202,6 +204,18 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
     return found
+
+
+WITH_EXAMPLES = [path for path in sorted(PROJECT.rglob("*.py")) if not {".venv", "tests"} & set(
+    path.relative_to(PROJECT).parts) and not path.name.startswith("test_") and ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_examples_of_docstrings_hold(path):
+    name = ".".join(path.relative_to(PROJECT).with_suffix("").parts)
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed
 
 
 def test_modules_import_one_way():

@@ -1,8 +1,13 @@
-"""The outlines of nuclei, as pixels and drawn onto their image."""
+"""The outlines of nuclei, as pixels and drawn onto their image with their numbers."""
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 OUTLINE = (20, 230, 60)  # seen on grey smears and on pink and blue stains alike
+NUMBER, EDGE = (255, 255, 255), (0, 0, 0)  # of a label's digits
+NUMBER_SIZE = 11    # pixels of the digits
+NUMBERED_SIDE = 16  # a nucleus of at least this many pixels squared has its number; smaller ones would be hidden by it
 
 
 def boundary(labels: np.ndarray) -> np.ndarray:
@@ -19,7 +24,16 @@ def boundary(labels: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
-    """Draw the outlines of a label map (H, W) onto an image (H, W, 3) uint8 and return the copy."""
-    drawn = image.copy()
+    """Draw outlines and labels of a label map (H, W) onto an image (H, W, 3) uint8 and return the copy.
+
+    The labels are those of nuclei.csv, at the centres of nuclei of at least NUMBERED_SIDE pixels squared.
+    """
+    picture = Image.fromarray(image)
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(NUMBER_SIZE)
+    areas = np.bincount(nuclei.ravel())
+    large = [label for label in np.flatnonzero(areas >= NUMBERED_SIDE ** 2).tolist() if label]
+    for label, (row, column) in zip(large, ndimage.center_of_mass(nuclei > 0, nuclei, large), strict=True):
+        canvas.text((column, row), str(label), NUMBER, font, anchor="mm", stroke_width=1, stroke_fill=EDGE)
+    drawn = np.array(picture)
     drawn[boundary(nuclei)] = OUTLINE
     return drawn

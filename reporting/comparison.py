@@ -10,9 +10,10 @@ from reporting.charts import Chart, Curve
 from reporting.panels import Panels, predicted
 from reporting.report import settings_of, write_page
 from reporting.runs import Run, read_run
-from reporting.text import duration, number, score
+from reporting.text import number, score
 from scoring.cases import Case
 from scoring.scores import compare
+from system.text import duration
 
 DIFFERING = 6  # images that are shown
 # Settings that name a run, or the machine at that moment, and say nothing of how it was made; `resolved` has device and

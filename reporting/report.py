@@ -9,10 +9,11 @@ import numpy as np
 from reporting.charts import Chart, Curve, histogram
 from reporting.panels import case_panels, example_panels
 from reporting.runs import Run, read_run
-from reporting.text import duration, label, number, of, score
+from reporting.text import label, number, of, score
 from scoring.calibration import BINS, expected_calibration_error
 from scoring.measures import PIXEL_METRICS
 from system.atomic import atomic_write
+from system.text import duration
 
 REPORT = "report.html"
 SHOWN_CASES = 4  # worst ones and best ones each

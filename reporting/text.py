@@ -44,18 +44,3 @@ def of(count: int, noun: str) -> str:
     ('1 epoch', '12 epochs')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words.
-
-    >>> duration(4.25), duration(75), duration(7300)
-    ('4.2 s', '1 min 15 s', '2 h 2 min')
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

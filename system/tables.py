@@ -8,6 +8,17 @@ from pathlib import Path
 
 from system.atomic import atomic_write
 
+DIGITS = 7  # that numbers of 32 bit have
+
+
+def as_known(value):
+    """Return a floating point number with the DIGITS that are known of it, and anything else as it is.
+
+    >>> as_known(0.7955182072829131), as_known(1234567.8), as_known(12345678), as_known("a")
+    (0.7955182, 1234568.0, 12345678, 'a')
+    """
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the whole rows of a table as text, in their order; none where there is no table.

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import doctest
 import json
 import math
 
@@ -196,12 +195,6 @@ def test_processes_train_together(setting):
     seconds = call_in_processes("benchmarks.workloads.training_in_processes", str(setting.root), 2, "float32", 2,
                                 processes=2, threads=1)
     assert len(seconds) == 2
-
-
-def test_docstring_examples_hold():
-    for module, examples in ((timing, 2), (parts, 2)):
-        result = doctest.testmod(module)
-        assert (result.attempted, result.failed) == (examples, 0)
 
 
 def test_bars_from_below_and_from_above():

@@ -15,7 +15,7 @@ from conftest import disc, labelled, random_nuclei
 from nuclei import cells, shapes
 from nuclei.blocks import BlockSeparation
 from nuclei.measurement import DIGITS, NucleusSums, measure_nuclei, rounded_measures
-from nuclei.outlines import boundary
+from nuclei.outlines import OUTLINE, boundary, overlay
 from nuclei.separation import separate_nuclei
 from scoring.measures import instance_metrics
 
@@ -318,3 +318,23 @@ def test_boundary_is_that_of_scikit_image(dtype):
     framed = np.pad(nuclei, 1)
     assert boundary(nuclei)[0].any()
     assert np.array_equal(boundary(nuclei), find_boundaries(framed, connectivity=1, mode="inner")[1:-1, 1:-1])
+
+
+def test_an_overlay_carries_the_labels_of_nuclei_that_they_do_not_hide():
+    nuclei = np.zeros((100, 200), np.int32)
+    nuclei[:, :100][disc(100, 20)] = 7
+    nuclei[:, 100:][disc(100, 5)] = 8
+    image = np.full((100, 200, 3), 90, np.uint8)
+    drawn = overlay(image, nuclei)
+    assert (image == 90).all(), "a copy"
+    edge = boundary(nuclei)
+    assert (drawn[edge] == OUTLINE).all()
+    changed = (drawn != image).any(axis=2) & ~edge
+    rows, columns = np.nonzero(changed)
+    assert abs(rows.mean() - 50) < 3
+    assert abs(columns.mean() - 50) < 3
+    assert drawn[changed].max() > 200, "light digits"
+    assert drawn[changed].min() < 50, "with a dark edge"
+    another = np.where(nuclei == 7, 1, nuclei)
+    assert (overlay(image, another) != drawn).any(), "another number"
+    assert np.array_equal(overlay(image, np.zeros_like(nuclei)), image)

@@ -15,6 +15,8 @@ from system.devices import choose_device, choose_precision, set_up_process
 from system.errors import NonFiniteLossError, UserError
 from system.machine import nearest_existing
 from system.options import command
+from system.tables import as_known, read_table, write_table
+from training.run_folder import RunFolder
 from unet import ProgressiveUNet
 
 
@@ -123,3 +125,11 @@ def test_what_was_made_for_nothing_goes_and_all_else_stays(tmp_path):
     with pytest.raises(OSError, match="long"), folder_made(tmp_path / f"new/{'x' * 300}"):
         pass
     assert not (tmp_path / "new").exists()
+
+
+def test_tables_hold_the_digits_that_are_known(tmp_path):
+    RunFolder(tmp_path).write_csv("a.csv", [{"dice": 0.7955182072829131, "n": 12345678901}], ("dice", "n"))
+    assert list(read_table(tmp_path / "a.csv")) == [{"dice": "0.7955182", "n": "12345678901"}]
+    assert math.isnan(as_known(math.nan))
+    write_table(tmp_path / "b.csv", ("x",), [{"x": 1 / 3}])
+    assert next(read_table(tmp_path / "b.csv")) == {"x": str(1 / 3)}, "whoever writes it rounds"

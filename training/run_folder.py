@@ -25,7 +25,7 @@ from system.atomic import atomic_write
 from system.errors import UserError
 from system.locks import LOCK, take_lock
 from system.machine import nearest_existing
-from system.tables import append_rows, read_table, write_table
+from system.tables import append_rows, as_known, read_table, write_table
 from training.logs import Logs, clear_logs
 from training.survey import StageSurvey
 
@@ -158,7 +158,7 @@ class RunFolder:
             row: a number for each of COLUMNS.
             train: what `train_epoch` returned, for TensorBoard.
         """
-        self.history.append({name: repr(row[name]) for name in COLUMNS})
+        self.history.append({name: repr(as_known(row[name])) for name in COLUMNS})
         append_rows(self.file("metrics.csv"), COLUMNS, self.history[-1:])
         with said_and_passed_over("the logs for TensorBoard"):
             self.logs().add_epoch(row, train)
@@ -187,7 +187,7 @@ class RunFolder:
 
     def write_csv(self, name: str, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
         """Save rows as a CSV of these columns."""
-        write_table(self.file(name), columns, rows)
+        write_table(self.file(name), columns, ({key: as_known(value) for key, value in row.items()} for row in rows))
 
     def draw_curves(self) -> None:
         """Draw training_curves.png from metrics.csv."""
