@@ -80,16 +80,16 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, _no_connection()) as error:  # those of the Hub are of the first two
+    except (ValueError, *_refusals()) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"{what}: {' '.join(lines[:2]).rstrip('.')}. {remedy}") from None
 
 
-def _no_connection() -> type[Exception]:
-    """Return the error of the library by which the package talks to the Hub."""
-    import httpx
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return what the package's errors are of: OSError, and the errors of whichever library carries its requests."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return httpx.HTTPError
+    return (OSError, *HfHubHTTPError.__bases__)
 
 
 def _front_matter(licence: str) -> str:

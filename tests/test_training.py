@@ -475,7 +475,7 @@ def test_only_record_selects_and_writes(shared_root, tmp_path):
     assert (tmp_path / "run/config.json").exists(), "the settings, as after fit"
     with pytest.raises(UserError, match="recorded already"):
         trainer.record(train, valid)
-    assert [float(row["dice"]) for row in metric_rows(tmp_path / "run")] == [valid["dice"]]
+    assert [float(row["dice"]) for row in metric_rows(tmp_path / "run")] == [pytest.approx(valid["dice"])]
 
 
 # ---- the data recipe
