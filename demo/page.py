@@ -1,6 +1,5 @@
 """The page: what it shows of an image, made by the very code of predict_papsmear.py."""
 
-import csv
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from images.listing import IMAGE_SUFFIXES
 from inference import Predictor
 from nuclei.results import ResultsFolder, class_endings
 from system.errors import UserError
+from system.tables import read_table
 
 HOST = "127.0.0.1"
 FORMATS = ("png", "geojson")
@@ -38,14 +38,13 @@ def predict_image(predictor: Predictor, path: Path, folder: Path, threshold: flo
     args = predict_papsmear.build_parser().parse_args(["-", str(path), "--out", str(folder)])
     args.formats, args.min_area, args.pixel_size = FORMATS, int(min_area), pixel_size
     predictor.threshold = threshold
-    with ResultsFolder(folder, (1, 1), predictor.classes, {}, bool(pixel_size)) as results:
+    with ResultsFolder(folder, (1, 1), predictor.classes, {}, bool(pixel_size),
+                       predictor.has_cytoplasm) as results:
         results.begin([path])
         with results.image(path) as result:
             predict_papsmear.predict_one(predictor, path, result, args, lambda: None)
-    with open(results.nuclei, encoding="utf-8", newline="") as file:
-        areas = [int(row["area"]) for row in csv.DictReader(file)]
-    with open(results.images, encoding="utf-8", newline="") as file:
-        row = next(csv.DictReader(file))
+    areas = [int(row["area"]) for row in read_table(results.nuclei)]
+    row = next(read_table(results.images))
     summary = f"{path.name}, {row['height']}x{row['width']}: {row['nuclei']} nuclei, mean area {row['mean_area']} " \
               f"pixels, {float(row['foreground']):.1%} foreground, {row['seconds']} s"
     if row["unlike_training"]:

@@ -30,12 +30,11 @@ def write_comparison(folders: list[Path], out: Path) -> None:
     """
     runs = [read_run(folder) for folder in folders]
     names = display_names(runs)
+    found = [differences(run, runs[0], name, names[0]) for run, name in list(zip(runs, names, strict=True))[1:]]
     write_page(out, "comparison.html", {
         "names": names, "overview": [overview(run, name) for run, name in zip(runs, names, strict=True)],
         "settings": differing_settings(runs), "curves": comparison_charts(runs, names),
-        "differences": [differences(run, runs[0], name, names[0]) for run, name in
-                        list(zip(runs, names, strict=True))[1:]],
-        "sentences": sentences(runs, names), "panels": differing_panels(runs, names),
+        "differences": found, "sentences": sentences(found), "panels": differing_panels(runs, names),
         "missing": [f"{name}: {line}" for run, name in zip(runs, names, strict=True) for line in run.missing],
         "command": f"python report_runs.py {shlex.join(str(run.path) for run in runs)} --out {shlex.quote(str(out))}"})
 
@@ -56,22 +55,22 @@ def overview(run: Run, name: str) -> dict:
             "test": f"{score(dice['mean'])} ({score(dice['low'])} to {score(dice['high'])})" if dice else "not scored"}
 
 
-def sentences(runs: list[Run], names: list[str]) -> list[str]:
-    """Return what the page says, in a sentence a run that is compared with the first."""
+def sentences(compared: list[dict]) -> list[str]:
+    """Return what the page says, in a sentence a run that is compared with the first (see `differences`)."""
     result = []
-    for run, name in list(zip(runs, names, strict=True))[1:]:
-        found = differences(run, runs[0], name, names[0])
+    for found in compared:
+        name, first = found["name"], found["first"]
         if not found["rows"]:
-            result.append(f"{name} and {names[0]} cannot be compared on the test images: {found['why']}.")
+            result.append(f"{name} and {first} cannot be compared on the test images: {found['why']}.")
             continue
         dice = found["rows"]["dice"]
         interval = f"{dice['low']:+.3f} to {dice['high']:+.3f}"
         if dice["low"] <= 0 <= dice["high"]:
-            result.append(f"On the test images {name} and {names[0]} do not differ by more than chance: the difference "
+            result.append(f"On the test images {name} and {first} do not differ by more than chance: the difference "
                           f"of their Dice is {dice['difference']:+.3f} (95 % interval {interval}).")
         else:
             way = "ahead of" if dice["difference"] > 0 else "behind"
-            result.append(f"On the test images {name} is {way} {names[0]}: the difference of their Dice is "
+            result.append(f"On the test images {name} is {way} {first}: the difference of their Dice is "
                           f"{dice['difference']:+.3f} (95 % interval {interval}).")
     return result
 

@@ -58,6 +58,15 @@ def test_the_page_finds_what_the_command_finds(checkpoint, image, tmp_path):
     assert "0 nuclei" in few["summary"]
 
 
+def test_a_network_of_nucleus_and_cytoplasm_gives_both_on_the_page_too(image, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "cells.pth", lively_model(4, 1, 2), class_names=("nucleus", "cytoplasm"))
+    expected = prediction_of(checkpoint, image, tmp_path / "expected", min_area=5)
+    found = predict_image(Predictor(checkpoint, "cpu"), image, tmp_path / "found", 0.5, 5)
+    table = found["nuclei"].read_text()
+    assert "nucleus_to_cytoplasm" in table
+    assert table == (expected / "nuclei.csv").read_text()
+
+
 def test_no_nuclei_are_drawn_too():
     for areas in ([], [40], [40] * 500):
         bars = draw_areas(areas).axes[0].patches

@@ -77,7 +77,6 @@ def _seconds_per_image(trainer, network, batch: int) -> float:
     side = network.resolution
     if trainer.device.type == "cpu":
         batch, side = min(batch, TIMED), min(side, TIMED_SIDE)
-
     image = torch.zeros(batch, network.in_channels, side, side)
     mask = torch.zeros(batch, network.out_channels, side, side)
     times: list[float] = []
