@@ -4,9 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 import predict_papsmear
+from images.bands import overview_step, thinned, tiff_bands
+from images.files import image_size, save_png
 from images.listing import IMAGE_SUFFIXES
 from inference import Predictor
 from nuclei.results import ResultsFolder, class_endings
@@ -30,8 +33,9 @@ def predict_image(predictor: Predictor, path: Path, folder: Path, threshold: flo
         threshold: probability from which on a pixel is foreground.
         min_area: pixels of the smallest nucleus.
     Returns:
-        overlay, mask, nuclei, images and geojson (paths of files), areas (pixels, of each nucleus) and summary (one
-        line of text).
+        overlay, mask (pictures that a browser shows, at most OVERVIEW_SIDE pixels a side if the image was too large
+        to hold), nuclei, images and geojson (paths of files), areas (pixels, of each nucleus) and summary (one line
+        of text).
     Raises:
         UserError: for a file that is no image.
     """
@@ -49,10 +53,17 @@ def predict_image(predictor: Predictor, path: Path, folder: Path, threshold: flo
               f"pixels, {float(row['foreground']):.1%} foreground, {row['seconds']} s"
     if row["unlike_training"]:
         summary += f". Unlike the training images: {row['unlike_training']}"
-    files = {name: folder / f"{path.stem}_{ending}" for name, ending in (
-        ("overlay", "overlay.png"), ("mask", f"mask{class_endings(predictor.classes)[0]}.png"),
-        ("geojson", "nuclei.geojson"))}
-    return {"areas": areas, "summary": summary, "nuclei": results.nuclei, "images": results.images, **files}
+    return {"areas": areas, "summary": summary, "nuclei": results.nuclei, "images": results.images,
+            "overlay": folder / f"{path.stem}_overlay.png", "geojson": folder / f"{path.stem}_nuclei.geojson",
+            "mask": shown_mask(folder / f"{path.stem}_mask{class_endings(predictor.classes)[0]}")}
+
+
+def shown_mask(stem: Path) -> Path:
+    """Return the path of a mask as a browser shows it: the PNG, or one that is made of the TIFF of a large image."""
+    png, tiff = (stem.with_name(stem.name + suffix) for suffix in (".png", ".tif"))
+    if tiff.exists():
+        save_png(png, np.concatenate(list(thinned(tiff_bands(tiff), overview_step(*image_size(tiff, np.inf))))))
+    return png
 
 
 def draw_areas(areas: list[int]) -> Figure:

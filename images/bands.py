@@ -23,6 +23,7 @@ from images.files import MAX_PIXELS, ImageFileError, decode_image, image_size, l
 
 BAND_PIXELS = 8_000_000  # read at once, as far as the strips or tiles of a file allow
 TILE = 512               # side in pixels of the tiles that are written
+OVERVIEW_SIDE = 4000     # pixels of the longer side of a reduced picture at most
 
 # The tags of a TIFF that say how its strips or tiles are decoded.
 DECODING_TAGS = (258, 259, 262, 266, 277, 284, 292, 293, 317, 320, 322, 323, 332, 338, 339, 347, 529, 530, 531, 532)
@@ -197,6 +198,23 @@ def windows(bands: Iterable[np.ndarray], spans: Iterable[tuple[int, int]]) -> It
 def even_spans(length: int, rows: int) -> list[tuple[int, int]]:
     """Divide `length` rows into spans of `rows`, the last of which may be shorter."""
     return [(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+
+def overview_step(height: int, width: int) -> int:
+    """Return by what whole number to reduce an image so that no side exceeds OVERVIEW_SIDE."""
+    return -(-max(height, width) // OVERVIEW_SIDE)
+
+
+def thinned(bands: Iterable[np.ndarray], step: int) -> Iterator[np.ndarray]:
+    """Yield of consecutive bands (rows, width) the pixels of every `step`-th row and column, from the first on.
+
+    >>> [band.tolist() for band in thinned([np.arange(6).reshape(3, 2), np.arange(6, 12).reshape(3, 2)], 2)]
+    [[[0], [4]], [[8]]]
+    """
+    top = 0
+    for band in bands:
+        yield band[-top % step::step, ::step]
+        top += len(band)
 
 
 class BandStore:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from images.bands import BandStore, ImageRows, even_spans, windows, write_tiff
+from images.bands import BandStore, ImageRows, even_spans, overview_step, thinned, windows, write_tiff
 from images.familiarity import describe_parts, part_areas, strangest
 from images.files import to_image
 from nuclei.blocks import BLOCK, BlockSeparation
@@ -20,7 +20,6 @@ from nuclei.measurement import NucleusSums, measure_nuclei
 from nuclei.trust import Agreement
 from system.processes import progress
 
-OVERVIEW_SIDE = 4000       # pixels of the longer side at most
 SAMPLE_PIXELS = 1_000_000  # tell enough of an image's brightness and colours
 
 
@@ -66,11 +65,9 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
     view, agreement = _View(rows, predictor.in_channels), Agreement()
     blocks = BlockSeparation(lambda probability: predictor.nuclei(probability, min_area), rows.height, rows.width,
                              min_area)
-    provisional, top, count, highest, areas = NucleusSums(), 0, 0, 0.0, []
+    sums, top = NucleusSums(), 0
     with ExitStack() as stack:
-        label_bands, cytoplasm_bands, *others = (stack.enter_context(BandStore(instances.parent))
-                                                 for _ in (instances, instances, *masks, *probabilities))
-        mask_bands, deep_bands = others[:len(masks)], others[len(masks):]
+        waiting = _Waiting(stack, predictor, instances, masks, probabilities)
         bar = stack.enter_context(progress(None, rows.path.name, rows.height, unit=" rows"))
 
         def predicted():
@@ -82,33 +79,61 @@ def stream_prediction(predictor, rows: ImageRows, min_area: int, instances: Path
                 bar.update(done)
 
         for labels, probability in blocks.bands(predicted()):
-            provisional.add(labels, probability[..., 0], view.take(len(labels)), top)
-            label_bands.append(labels)
-            foreground = probability[..., :predictor.classes] >= predictor.threshold
-            for k, store in enumerate(mask_bands):
-                store.append(foreground[..., k].astype(np.uint8) * 255)
-            if predictor.has_cytoplasm:
-                cytoplasm_bands.append(foreground[..., 1])
-            count += int(foreground[..., 0].sum())
-            areas += [part_areas(foreground[:, left:right, 0]) for left, right in even_spans(rows.width, BLOCK)]
-            for k, store in enumerate(deep_bands):
-                store.append(np.round(probability[..., k] * 65535).astype(np.uint16))
-            highest = max(highest, float(probability[..., :predictor.classes].max()))
+            sums.add(labels, probability[..., 0], view.take(len(labels)), top)
+            waiting.append(labels, probability)
             top += len(labels)
-            del labels, probability, foreground  # before the next rows are predicted
-        final = blocks.final_labels()
-        size = rows.height, rows.width
-        write_tiff(instances, (final[band] for band in label_bands), *size, np.uint32)
-        for paths, stores, dtype in ((masks, mask_bands, np.uint8), (probabilities, deep_bands, np.uint16)):
-            for path, store in zip(paths, stores, strict=True):
-                write_tiff(path, store, *size, dtype)
-        measures = measure_nuclei(provisional.joined(final), lambda: (final[band] for band in label_bands), *size,
-                                  (lambda: cytoplasm_bands) if predictor.has_cytoplasm else None)
-        overview_labels = np.concatenate([final[part] for part in view.overview_labels(label_bands)])
-    strange = strangest(describe_parts(view.sample(), np.concatenate(areas)), predictor.recipe.training_ranges)
-    prediction = Prediction(int(final.max()), count / (rows.height * rows.width), highest, strange,
+            del labels, probability  # before the next rows are predicted
+        final, size = blocks.final_labels(), (rows.height, rows.width)
+        waiting.write(final, size)
+        measures = measure_nuclei(sums.joined(final), lambda: (final[band] for band in waiting.labels), *size,
+                                  (lambda: waiting.cytoplasm) if predictor.has_cytoplasm else None)
+        overview_labels = np.concatenate([final[part] for part in thinned(waiting.labels, view.reduction)])
+    strange = strangest(describe_parts(view.sample(), np.concatenate(waiting.areas)), predictor.recipe.training_ranges)
+    prediction = Prediction(int(final.max()), waiting.foreground / (rows.height * rows.width), waiting.highest, strange,
                             agreement.trust(), measures)
     return prediction, view.overview(), overview_labels
+
+
+class _Waiting:
+    """What waits in files without a name until the numbers of the nuclei are known, and what is counted on the way.
+
+    Attributes:
+        labels: the provisional labels, band after band.
+        cytoplasm: the mask of the second class, of a network of cells.
+        foreground: pixels of the first class.
+        highest: the highest probability of any class.
+        areas: what `images.familiarity.part_areas` says of each block.
+    """
+
+    def __init__(self, stack: ExitStack, predictor, instances: Path, masks: list[Path], probabilities: list[Path]):
+        self._predictor, self._instances, self._masks, self._probabilities = predictor, instances, masks, probabilities
+        self.labels, self.cytoplasm, *others = (stack.enter_context(BandStore(instances.parent))
+                                                for _ in (instances, instances, *masks, *probabilities))
+        self._mask_bands, self._deep_bands = others[:len(masks)], others[len(masks):]
+        self.foreground, self.highest, self.areas = 0, 0.0, []
+
+    def append(self, labels: np.ndarray, probability: np.ndarray) -> None:
+        """Take labels (rows, W) and probabilities (rows, W, C)."""
+        self.labels.append(labels)
+        classes = probability[..., :self._predictor.classes]
+        foreground = classes >= self._predictor.threshold
+        for k, store in enumerate(self._mask_bands):
+            store.append(foreground[..., k].astype(np.uint8) * 255)
+        if self._predictor.has_cytoplasm:
+            self.cytoplasm.append(foreground[..., 1])
+        for k, store in enumerate(self._deep_bands):
+            store.append(np.round(probability[..., k] * 65535).astype(np.uint16))
+        self.foreground += int(foreground[..., 0].sum())
+        self.highest = max(self.highest, float(classes.max()))
+        self.areas += [part_areas(foreground[:, left:right, 0]) for left, right in even_spans(labels.shape[1], BLOCK)]
+
+    def write(self, final: np.ndarray, size: tuple[int, int]) -> None:
+        """Write the files: labels by what `BlockSeparation.final_labels` says, masks, probabilities."""
+        write_tiff(self._instances, (final[band] for band in self.labels), *size, np.uint32)
+        for paths, stores, dtype in ((self._masks, self._mask_bands, np.uint8),
+                                     (self._probabilities, self._deep_bands, np.uint16)):
+            for path, store in zip(paths, stores, strict=True):
+                write_tiff(path, store, *size, dtype)
 
 
 class _View:
@@ -116,7 +141,7 @@ class _View:
 
     def __init__(self, rows: ImageRows, channels: int):
         self.rows, self.channels = rows, channels
-        self.reduction = -(-max(rows.height, rows.width) // OVERVIEW_SIDE)
+        self.reduction = overview_step(rows.height, rows.width)
         self.step = int(np.ceil(np.sqrt(rows.height * rows.width / SAMPLE_PIXELS)))
         self._picture, self._sample, self._held = [], [], []
 
@@ -148,10 +173,3 @@ class _View:
     def sample(self) -> np.ndarray:
         """Return pixels (N, channels) uint8 of a regular grid."""
         return np.concatenate(self._sample)
-
-    def overview_labels(self, bands):
-        """Yield the labels (rows, w) at the top left corners of the overview's pixels, band after band."""
-        top = 0
-        for band in bands:
-            yield band[-top % self.reduction::self.reduction, ::self.reduction]
-            top += len(band)

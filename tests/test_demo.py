@@ -19,6 +19,7 @@ import predict_papsmear
 from conftest import PROJECT, lively_model, noisy_image, write_checkpoint
 from demo import __main__ as command
 from demo.page import draw_areas, predict_image
+from images import bands
 from images.files import load_image, save_png
 from inference import Predictor
 from system.errors import UserError
@@ -65,6 +66,19 @@ def test_a_network_of_nucleus_and_cytoplasm_gives_both_on_the_page_too(image, tm
     table = found["nuclei"].read_text()
     assert "nucleus_to_cytoplasm" in table
     assert table == (expected / "nuclei.csv").read_text()
+
+
+def test_the_mask_of_a_large_image_is_one_that_a_browser_shows(image, tmp_path, monkeypatch):
+    """Prediction writes it as TIFF, which browsers do not know."""
+    checkpoint = write_checkpoint(tmp_path / "tiles.pth", lively_model(4, 1, 1), "tile")
+    expected = prediction_of(checkpoint, image, tmp_path / "expected", min_area=5)
+    parser = predict_papsmear.build_parser()
+    parser.set_defaults(stream_above=0)
+    monkeypatch.setattr(predict_papsmear, "build_parser", lambda: parser)
+    monkeypatch.setattr(bands, "OVERVIEW_SIDE", 40)
+    found = predict_image(Predictor(checkpoint, "cpu"), image, tmp_path / "found", 0.5, 5)
+    assert found["overlay"].exists()
+    assert np.array_equal(load_image(found["mask"], 1), load_image(expected / "field_mask.png", 1)[::3, ::3])
 
 
 def test_no_nuclei_are_drawn_too():

@@ -202,7 +202,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(image_bands, "BAND_PIXELS", 20_000)
     monkeypatch.setattr(image_bands, "TILE", 128)
     monkeypatch.setattr(block_separation.BlockSeparation.__init__, "__defaults__", (200,))
-    monkeypatch.setattr(streaming, "OVERVIEW_SIDE", 300)
+    monkeypatch.setattr(image_bands, "OVERVIEW_SIDE", 300)
 
 
 def test_cells_of_a_large_image_are_those_of_the_whole(small_parts, tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ import pytest
 import evaluate_papsmear
 import predict_papsmear
 from conftest import PROJECT, lively_model, noisy_image, read_rows, write_checkpoint
-from images import files
+from images import bands, files
 from images.files import save_png
-from nuclei import results, streaming
+from nuclei import results
 from scoring import scores, unfinished
 from system import tables
 from system.tables import append_rows, columns_of, read_table
@@ -132,7 +132,7 @@ def test_overwriting_replaces_an_image_when_its_new_results_are_whole(n, command
 
 
 def test_large_images_leave_nothing_half_written(command, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "OVERVIEW_SIDE", 40)
+    monkeypatch.setattr(bands, "OVERVIEW_SIDE", 40)
     whole, out = tmp_path / "whole", tmp_path / "out"
     checkpoint = str(write_checkpoint(tmp_path / "t.pth", lively_model(1), "tile"))
     streamed = [checkpoint, *command[1:], "--stream_above", "0"]
