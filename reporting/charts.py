@@ -33,6 +33,7 @@ class Chart:
         x_range, y_range: where they do not follow from the curves.
         bars: width of the bars that begin at the points; 0 draws curves.
         diagonal: whether the line of equal x and y is drawn.
+        counts: whether x counts something, such as epochs, and has whole numbers alone.
         note: below it.
     """
 
@@ -45,13 +46,14 @@ class Chart:
     y_range: tuple[float, float] | None = None
     bars: float = 0.0
     diagonal: bool = False
+    counts: bool = False
     note: str = ""
 
     def svg(self) -> Markup:
         """Return the drawing."""
         plane = _Plane(_range(self.x_range, [curve.x for curve in self.curves]),
                        _range(self.y_range, [curve.y for curve in self.curves]))
-        parts = [*_axes(plane, self.x_label)]
+        parts = [*_axes(plane, self.x_label, self.counts)]
         for i, (at, words) in enumerate(self.growths):
             x, y = plane.x(at), TOP - 5 - 11 * (i % 2)
             parts.append(f'<line class="growth" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 14}" y2="{HEIGHT - BOTTOM}"/>'
@@ -90,13 +92,13 @@ def _range(given: tuple[float, float] | None, values: list[Sequence[float]]) -> 
     return (0.0 if 0 <= low < high / 3 else low - margin), high + margin
 
 
-def _axes(plane: _Plane, x_label: str) -> list[str]:
+def _axes(plane: _Plane, x_label: str, counts: bool) -> list[str]:
     bottom, parts = HEIGHT - BOTTOM, []
     for value in _ticks(*plane.y_range, 5):
         y = plane.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in _ticks(*plane.x_range, 6):
+    for value in _ticks(*plane.x_range, 6, counts):
         x = plane.x(value)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
                      f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
@@ -106,8 +108,8 @@ def _axes(plane: _Plane, x_label: str) -> list[str]:
     return parts
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    values = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    values = MaxNLocator(count, steps=[1, 2, 4 if whole else 2.5, 5, 10], integer=whole).tick_values(low, high)
     return [round(float(v), 10) for v in values if low - 1e-9 <= v <= high + 1e-9]
 
 

@@ -98,7 +98,7 @@ def comparison_charts(runs: list[Run], names: list[str]) -> list[Chart]:
         reached = ", ".join(f"{curve.label} {score(curve.y[max(int(np.searchsorted(curve.x, end, 'right')) - 1, 0)])}"
                             for curve in curves)
         charts.append(Chart(f"Dice over {title}", f"Where the shortest run ends, at {number(end)} {unit}: {reached}.",
-                            unit, curves, y_range=(0, 1)))
+                            unit, curves, y_range=(0, 1), counts=title == "epochs"))
     return charts
 
 

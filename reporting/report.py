@@ -18,7 +18,7 @@ from system.text import duration
 REPORT = "report.html"
 SHOWN_CASES = 4  # worst ones and best ones each
 FEW_PIXELS = 20  # in a bin of the reliability diagram, below which it says nothing
-STILL_RISING = 0.9  # of a stage, from which on its best epoch says that more may help
+STILL_FALLING = 0.9  # of a stage, from which on its best epoch or its lowest loss says that more may help
 
 
 def refresh_report(folder: Path) -> None:
@@ -115,13 +115,20 @@ def _what_next(run: Run) -> str:
     if not run.finished:
         return "The training is under way or was cut off; this page shows it as it was at the end of its last stage."
     stage = run.stages()[-1]
-    late = stage["best_epoch"] >= STILL_RISING * stage["epochs"]
-    where = f"the best epoch was number {stage['best_epoch']} of {stage['epochs']} at {stage['side']} pixels"
-    return f"Longer training may help: {where}." if late else f"Longer training is unlikely to help much: {where}."
+    where = f"of {stage['epochs']} at {stage['side']} pixels"
+    late = STILL_FALLING * stage["epochs"]
+    if stage["lowest_loss_epoch"] >= late:
+        return (f"Longer training may help: the validation loss was lowest in epoch {stage['lowest_loss_epoch']} "
+                f"{where}.")
+    best = f"the best epoch was number {stage['best_epoch']} {where}"
+    if stage["best_epoch"] >= late:
+        return f"Longer training may help: {best}."
+    return (f"Longer training is unlikely to help much: {best}, and the validation loss was lowest in epoch "
+            f"{stage['lowest_loss_epoch']}.")
 
 
 def training_charts(run: Run) -> list[Chart]:
-    """Return Dice at 256 pixels, loss, seconds and learning rate over the epochs of the run."""
+    """Return Dice at 256 pixels, loss, precision and recall over the epochs of the run."""
     x = list(range(1, len(run.rows) + 1))
     growths = [(before + 0.5, f"{side} px") for before, side in run.growths()]
     x_range = (0.5, len(x) + 0.5)
@@ -130,16 +137,20 @@ def training_charts(run: Run) -> list[Chart]:
         return [row[name] for row in run.rows]
 
     steps = ", ".join(f"{score(row['dice'])} at best at {row['side']} pixels" for row in run.stages())
-    dice = Chart("Dice of the validation images, at 256 pixels", f"Stage by stage: {steps}.", "epoch of the run",
+    dice = Chart("Dice of the validation images, at 256 pixels", f"Stage by stage: {steps}. Soft Dice counts "
+                 f"probabilities instead of pixels, so it is lower as long as the network is unsure.",
+                 "epoch of the run",
                  [Curve("validation, at 256 pixels", x, values("dice")),
                   Curve("training, soft Dice at the size of the stage", x, values("train_soft_dice"))],
-                 growths, x_range, (0, 1))
+                 growths, x_range, (0, 1), counts=True)
     loss = Chart("Loss, summed over scales", f"From {values('loss')[0]:.2f} to {values('loss')[-1]:.2f} on the "
                  f"validation images. It steps up at a growth, where a scale is added.", "epoch of the run",
-                 [Curve("validation", x, values("loss")), Curve("training", x, values("train_loss"))], growths, x_range)
+                 [Curve("validation", x, values("loss")), Curve("training", x, values("train_loss"))], growths, x_range,
+                 counts=True)
     parts = Chart("Precision and recall of the validation images", f"At the end precision is "
                   f"{score(values('precision')[-1])} and recall {score(values('recall')[-1])}.", "epoch of the run",
-                  [Curve(name, x, values(name)) for name in ("precision", "recall")], growths, x_range, (0, 1))
+                  [Curve(name, x, values(name)) for name in ("precision", "recall")], growths, x_range, (0, 1),
+                  counts=True)
     return [dice, loss, parts]
 
 
@@ -179,7 +190,7 @@ def calibration_charts(survey) -> list[Chart]:
     used = int(np.abs(survey.tables["thresholds"] - survey.threshold).argmin())
     sentence = (f"The best threshold on validation is {thresholds[best]:g}, with a Dice of {score(at['dice'][best])}; "
                 f"at {thresholds[used]:g}, which is used, it is {score(at['dice'][used])}.")
-    over = Chart("Precision and recall over the threshold", sentence, "threshold",
+    over = Chart("Dice, precision and recall over the threshold", sentence, "threshold",
                  [Curve(label(name), thresholds, values) for name, values in at.items()], [(thresholds[best], "best")],
                  (0, 1), (0, 1), note=sentence)
     return [reliability, over]

@@ -92,6 +92,13 @@ class Run:
         return next(iter(self.test_scores.values()), {})
 
     @property
+    def scored_weights(self) -> str:
+        """Return the file of the weights that the test scores are of, with their epoch where it is known."""
+        name = next(iter(self.test_scores), "")
+        survey = self.surveys.get(int(name[-1]) if name[-1:].isdigit() else 0)
+        return f"{name}.pth" + (f" (epoch {survey.epoch} of stage {survey.stage})" if survey else "")
+
+    @property
     def threshold(self) -> float:
         """Return the probability from which a pixel is foreground."""
         return float(self.config.get("resolved", {}).get("threshold", 0.5))
@@ -112,13 +119,15 @@ class Run:
         return [(int(match[1]), int(match[2]), match[3], match[4]) for match in found]
 
     def stages(self) -> list[dict]:
-        """Return a row a stage: resolution, epochs, the best epoch with its Dice, seconds, images a second."""
+        """Return a row a stage: resolution, epochs, the best epoch with its Dice, that of the lowest validation loss,
+        seconds, images a second."""
         result = []
         for stage in sorted({int(row["stage"]) for row in self.rows}):
             rows = [row for row in self.rows if row["stage"] == stage]
-            best = max(rows, key=lambda row: row["dice"])
+            best, lowest = max(rows, key=lambda row: row["dice"]), min(rows, key=lambda row: row["loss"])
             result.append({"stage": stage, "side": STAGE_RESOLUTIONS[stage], "epochs": len(rows),
-                           "best_epoch": int(best["epoch"]), "dice": best["dice"], "first": rows[0]["dice"],
+                           "best_epoch": int(best["epoch"]), "lowest_loss_epoch": int(lowest["epoch"]),
+                           "dice": best["dice"], "first": rows[0]["dice"],
                            "seconds": float(np.nansum([row["seconds"] for row in rows])),
                            "speed": float(np.nanmean([row["images_per_second"] for row in rows]))})
         return result

@@ -25,7 +25,7 @@ from reporting import report
 from reporting.charts import Chart, Curve, histogram
 from reporting.pictures import error_map, outline_path
 from reporting.report import report_context, settings_of, write_report
-from reporting.runs import read_run
+from reporting.runs import Run, read_run
 from scoring.calibration import BINS, expected_calibration_error, reliability_counts, threshold_scores
 from scoring.cases import LARGEST, Case, KeptCases, extremes, load_cases, save_cases, spread
 from scoring.pictures import curves_figure
@@ -221,6 +221,14 @@ def test_a_chart_escapes_what_it_is_given_and_leaves_gaps():
     assert str(histogram([0.1, 0.11, 0.9, 1.0], "t", "w", "x").svg()).count("<rect") == 3
 
 
+def test_epochs_on_an_axis_are_whole():
+    """Of 14 epochs the usual ticks would be 2.5, 5, 7.5, ..."""
+    curve = Curve("a", range(1, 15), [0.5] * 14)
+    ticks = re.findall(r'text-anchor="middle">([\d.]+)<', str(Chart("t", "w", "x", [curve], counts=True).svg()))
+    assert ticks == ["0", "4", "8", "12"]
+    assert "2.5" in str(Chart("t", "w", "x", [curve]).svg())
+
+
 # ---- the page of a run
 
 
@@ -266,9 +274,25 @@ def test_the_report_of_a_run_says_what_its_files_say(trained_run):
     for stage in range(1, 5):
         assert sum(f"valid_1 at stage {stage}," in alt for alt in alts) == 1
     assert sum(alt.startswith("Error map of test_") for alt in alts) == 3
+    assert page.all("pre")[-1][1].startswith("python ")
     assert "train_papsmear.py --data_root" in page.all("pre")[-1][1]
+    assert "3 images at their own size, with the weights of best_stage_4.pth (epoch 1 of stage 4)." in \
+        [t for _, t in page.all("p")]
     assert "0 of 3 source images of test are in train." in [t for _, t in page.all("li")]
     assert any("The best threshold on validation is" in t for _, t in page.all("figcaption"))
+
+
+@pytest.mark.parametrize(("losses", "dice", "words"), [
+    ([5, 4, 3, 2], [1, 2, 4, 3], "may help: the validation loss was lowest in epoch 4 of 4 at 256 pixels."),
+    ([2, 3, 4, 5], [1, 2, 3, 4], "may help: the best epoch was number 4 of 4 at 256 pixels."),
+    ([3, 2, 4, 5], [1, 4, 3, 2], "unlikely to help much: the best epoch was number 2 of 4 at 256 pixels, and the "
+                                 "validation loss was lowest in epoch 2.")])
+def test_longer_training_is_advised_by_loss_and_dice(losses, dice, words):
+    """Dice of a rate that fell to nothing stands still; the loss tells whether more was to be had."""
+    run = Run(Path("a"), {"resolved": {"epochs": {"4": 4}}}, [
+        {"stage": 4, "epoch": i + 1, "loss": losses[i], "dice": dice[i] / 10, "seconds": 1.0, "images_per_second": 1.0}
+        for i in range(4)])
+    assert report.sentences(run)[2] == f"Longer training {'is ' if 'unlikely' in words else ''}{words}"
 
 
 def test_a_report_warns_of_leakage(run):
