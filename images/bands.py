@@ -23,6 +23,7 @@ from images.files import MAX_PIXELS, ImageFileError, decode_image, image_size, l
 
 BAND_PIXELS = 8_000_000  # read at once, as far as the strips or tiles of a file allow
 TILE = 512               # side in pixels of the tiles that are written
+STRIP = 64               # rows of the strips that are written for ImageJ
 OVERVIEW_SIDE = 4000     # pixels of the longer side of a reduced picture at most
 
 # The tags of a TIFF that say how its strips or tiles are decoded.
@@ -258,12 +259,13 @@ def tiff_bands(path: Path) -> Iterator[np.ndarray]:
 
 
 def write_tiff(path: Path, bands: Iterable[np.ndarray], height: int, width: int, dtype, pixel_size: float = 0.0,
-               ome: bool = False) -> None:
+               ome: bool = False, imagej: bool = False) -> None:
     """Write consecutive bands (rows, width) as TIFF: one channel, tiles of 512x512, deflate; BigTIFF beyond 4 GB.
 
     Args:
         pixel_size: micrometres, as the resolution of the file; 0 where it is not known.
         ome: describe it by OME-XML.
+        imagej: write strips, as ImageJ opens no tiles, and its description, without which it counts in centimetres.
     """
     size = {"PhysicalSizeX": pixel_size, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": pixel_size,
             "PhysicalSizeYUnit": "µm"} if pixel_size else {}
@@ -275,6 +277,12 @@ def write_tiff(path: Path, bands: Iterable[np.ndarray], height: int, width: int,
             for left in range(0, width, TILE):
                 yield rows[:, left:left + TILE]
 
+    def strips():
+        for rows in windows(bands, even_spans(height, STRIP)):
+            yield zlib.compress(np.ascontiguousarray(rows, dtype).data)  # tifffile takes strips that are packed
+
+    layout = {"rowsperstrip": STRIP, "description": "ImageJ=1.53k\n" + "unit=um\n" * bool(pixel_size)} if imagej else {
+        "tile": (TILE, TILE)}
     with tifffile.TiffWriter(path, bigtiff=large, ome=ome) as file:
-        file.write(tiles(), shape=(height, width), dtype=dtype, tile=(TILE, TILE), photometric="minisblack",
-                   compression="adobe_deflate", metadata={"axes": "YX"} | size if ome else None, **resolution)
+        file.write(strips() if imagej else tiles(), shape=(height, width), dtype=dtype, photometric="minisblack",
+                   compression="adobe_deflate", metadata={"axes": "YX"} | size if ome else None, **layout, **resolution)

@@ -81,7 +81,9 @@ def strangest(description: dict[str, float], ranges: Mapping[str, tuple[float, f
         return None
     digits = 0 if name.split()[0] in LEAST_MARGIN else 2
     low, value, high = (f"{v:.{digits}f}" for v in (ranges[name][0], description[name], ranges[name][1]))
-    found = f"{name} {value}, in training {low} to {high}"
-    return found if name != "side" else (
-        f"{value} pixels a side, in training {low} to {high}, so all that it shows is resized to another scale. Cut "
-        f"it into parts of that size, or train on tiles")
+    training = f"in training {low}" + (f" to {high}" if high != low else "")
+    if name != "side":
+        return f"{name} {value}, {training}"
+    remedy = "Cut it into parts of that size" if description[name] > ranges[name][1] else "Pad it to that size"
+    return f"{value} pixels a side, {training}, so all that it shows is resized to another scale. {remedy}, or train " \
+        f"on tiles"

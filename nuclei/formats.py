@@ -54,7 +54,7 @@ def write_formats(result, formats: tuple[str, ...], size: tuple[int, int], measu
     for name, suffix in (("label-tiff", ".tif"), ("ome-tiff", ".ome.tif")):
         if name in formats:
             write_tiff(result.file("labels", suffix), (band.astype(dtype) for band in result.labels()), *size,
-                       dtype, pixel_size or 0.0, ome=name == "ome-tiff")
+                       dtype, pixel_size or 0.0, ome=name == "ome-tiff", imagej=name == "label-tiff")
     if "imagej-rois" in formats:
         write_rois(result.file("rois", ".zip"), traced(result.labels()))
     if "png" not in formats:

@@ -190,9 +190,9 @@ def test_an_image_at_another_scale_is_said(tmp_path, capsys):
         assert predict_papsmear.main([str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"),
                                       "--overwrite"]) == 0
         said = capsys.readouterr().out
-        sentence = (f"UNLIKE THE TRAINING IMAGES: {np.sqrt(height * width):.0f} pixels a side, in training 512 to "
-                    f"512, so all that it shows is resized to another scale. Cut it into parts of that size, or train "
-                    f"on tiles")
+        remedy = "Pad it to that size" if width < 512 else "Cut it into parts of that size"
+        sentence = (f"UNLIKE THE TRAINING IMAGES: {np.sqrt(height * width):.0f} pixels a side, in training 512, so all "
+                    f"that it shows is resized to another scale. {remedy}, or train on tiles")
         assert (sentence in said) == strange
 
 

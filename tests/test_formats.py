@@ -127,6 +127,8 @@ def test_label_images_carry_the_pixel_size(how, predicted):
         numerator, denominator = page.tags["XResolution"].value
         assert numerator / denominator == pytest.approx(1e4 / 0.5), "pixels in a centimetre"
         assert page.tags["ResolutionUnit"].value == 3
+        assert not page.is_tiled, "ImageJ opens no tiles"
+        assert file.imagej_metadata == {"ImageJ": "1.53k", "unit": "um"}, "else ImageJ counts in centimetres"
     with tifffile.TiffFile(predicted[1] / how / "a_labels.ome.tif") as file:
         assert np.array_equal(file.series[0].asarray(), drawn)
         assert file.is_ome
