@@ -170,7 +170,7 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     config = {key: value for key, value in vars(args).items() if key not in no_settings} | {
         "data_fingerprint": fingerprint, "data_report": report, "command": began, "resolved": {
             "device": str(device), "precision": precision, "num_workers": workers, "images_kept": kept,
-            "batch_sizes": batch_sizes}}
+            "batch_sizes": batch_sizes, "class_names": list(pyramids["train"].recipe.class_names)}}
     together = f" in each of {world_size()} processes" if world_size() > 1 else ""
     print(f"{args.model}, {count_parameters(model) / 1e6:.1f} M parameters; device {device}, precision {precision}, "
           f"{torch.get_num_threads()} threads{together}; images {kept}, {workers} workers; seed {args.seed}")

@@ -125,9 +125,11 @@ def differing_panels(runs: list[Run], names: list[str]) -> list[dict]:
             for name in common}
     result = []
     for name in sorted(common, key=lambda name: -gaps[name])[:DIFFERING]:
-        predictions = [predicted(of_one[name], run.threshold, title)
-                       for of_one, run, title in zip(kept, runs, names, strict=True)]
-        result.append({"gap": gaps[name], "panels": Panels.of_case(kept[0][name], predictions)})
+        for channel in range(len(kept[0][name].masks)):
+            predictions = [predicted(of_one[name], run.threshold, title, channel)
+                           for of_one, run, title in zip(kept, runs, names, strict=True)]
+            result.append({"gap": gaps[name], "panels": Panels.of_case(kept[0][name], predictions, channel,
+                                                                       runs[0].class_names)})
     return result
 
 

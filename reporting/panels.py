@@ -1,10 +1,12 @@
 """Images with their predictions, as the templates show them: photographs once, and over them what differs."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reporting.pictures import error_map, grey, outline_path, photo, pixel_errors
 from reporting.runs import Survey
+from reporting.text import class_name, score
 from scoring.cases import Case
 from system.text import shown
 from unet import STAGE_RESOLUTIONS
@@ -16,7 +18,7 @@ class Prediction:
 
     Attributes:
         title: which weights.
-        dice: of the whole image.
+        dice: of the whole image; of several classes that of this one, in the part that is shown.
         probability, errors: data URIs.
         path: outlines, the `d` of an SVG path.
         missed, extra: pixels.
@@ -40,6 +42,7 @@ class Panels:
         width, height: in pixels.
         photo: data URI.
         path: what was drawn, the `d` of an SVG path.
+        of_classes: what its Dice is the mean of, in words; empty where there is one class.
     """
 
     name: str
@@ -49,15 +52,18 @@ class Panels:
     photo: str
     path: str
     predictions: list[Prediction]
+    of_classes: str = ""
 
     @classmethod
-    def of_case(cls, case: Case, predictions: list[Prediction], channel: int = 0) -> "Panels":
-        """Return the panels of one class of an image."""
-        uri = photo(case.image)
-        name = shown(case.name) + (f", class {channel + 1}" if len(case.masks) > 1 else "")
+    def of_case(cls, case: Case, predictions: list[Prediction], channel: int = 0,
+                names: Sequence[str] = ()) -> "Panels":
+        """Return the panels of one class of an image; `names` are those of the classes, where they are known."""
+        uri, several = photo(case.image), len(case.masks) > 1
+        name = shown(case.name) + (f", {class_name(channel, names)}" if several else "")
         key = hashlib.blake2b(f"{name} {uri}".encode(), digest_size=6).hexdigest()
         height, width = case.image.shape[:2]
-        return cls(name, f"photo-{key}", width, height, uri, outline_path(case.masks[channel]), predictions)
+        return cls(name, f"photo-{key}", width, height, uri, outline_path(case.masks[channel]), predictions,
+                   f"mean of the classes {score(case.dice)}" if several else "")
 
     @property
     def last(self) -> Prediction:
@@ -65,8 +71,8 @@ class Panels:
         return self.predictions[-1]
 
 
-def example_panels(surveys: dict[int, Survey]) -> list[Panels]:
-    """Return the examples of the validation images, each with a prediction a stage."""
+def example_panels(surveys: dict[int, Survey], names: Sequence[str] = ()) -> list[Panels]:
+    """Return the examples of the validation images, each (and each of its classes) with a prediction a stage."""
     if not surveys:
         return []
     result = []
@@ -77,17 +83,19 @@ def example_panels(surveys: dict[int, Survey]) -> list[Panels]:
             side = {stage: f"{STAGE_RESOLUTIONS[stage]}×{STAGE_RESOLUTIONS[stage]}" for stage in same}
             result.append(Panels.of_case(case, [
                 predicted(found, surveys[stage].threshold, f"stage {stage}, {side[stage]}", channel)
-                for stage, found in same.items()], channel))
+                for stage, found in same.items()], channel, names))
     return result
 
 
-def case_panels(case: Case, threshold: float) -> Panels:
-    """Return an image with its prediction, of several classes the first."""
-    return Panels.of_case(case, [predicted(case, threshold, "probability")])
+def case_panels(cases: Sequence[Case], threshold: float, names: Sequence[str] = ()) -> list[Panels]:
+    """Return images, and each of their classes, with their predictions."""
+    return [Panels.of_case(case, [predicted(case, threshold, "probability", channel)], channel, names)
+            for case in cases for channel in range(len(case.masks))]
 
 
 def predicted(case: Case, threshold: float, title: str, channel: int = 0) -> Prediction:
     """Return what weights made of one class of an image."""
     found = case.found(threshold)[channel]
-    return Prediction(title, case.dice, grey(case.probability[channel]), error_map(case.masks[channel], found),
-                      outline_path(found), *pixel_errors(case, threshold, channel))
+    return Prediction(title, case.dice_of(channel, threshold), grey(case.probability[channel]),
+                      error_map(case.masks[channel], found), outline_path(found),
+                      *pixel_errors(case, threshold, channel))

@@ -60,10 +60,11 @@ def report_context(run: Run) -> dict:
     best = worst[::-1][:min(SHOWN_CASES, len(worst) // 2)]
     return {
         "run": run, "last": last, "command": f"python report_runs.py {shlex.quote(str(run.path))}",
-         "sentences": sentences(run), "leaks": [leak for leak in run.leakage() if leak[0]],
-        "curves": training_charts(run), "stages": run.stages(), "examples": example_panels(run.surveys),
-        "worst": [case_panels(case, run.threshold) for case in worst[:min(SHOWN_CASES, -(-len(worst) // 2))]],
-        "best": [case_panels(case, run.threshold) for case in best],
+        "sentences": sentences(run), "leaks": [leak for leak in run.leakage() if leak[0]],
+        "curves": training_charts(run), "stages": run.stages(),
+        "examples": example_panels(run.surveys, run.class_names),
+        "worst": case_panels(worst[:min(SHOWN_CASES, -(-len(worst) // 2))], run.threshold, run.class_names),
+        "best": case_panels(best, run.threshold, run.class_names),
         "measures": test_table(run), "histogram": dice_histogram(run),
         "calibration": calibration_charts(last) if last else [],
         "settings": settings_of(run.config), "warnings": [line.removeprefix("warning: ") for line in run.data_report
@@ -157,7 +158,7 @@ def training_charts(run: Run) -> list[Chart]:
 def test_table(run: Run) -> list[dict]:
     """Return a row a measure of the test images: mean, deviation, interval, and the mean of Otsu's threshold."""
     otsu = run.test_scores.get("Otsu threshold", {})
-    return [{"name": label(name), "otsu": otsu.get(name, {}).get("mean"), **value}
+    return [{"name": label(name, run.class_names), "otsu": otsu.get(name, {}).get("mean"), **value}
             for name, value in run.scores.items() if isinstance(value, dict)]
 
 

@@ -74,6 +74,11 @@ class Run:
         return self.config.get("resolved", {}).get("model_args", {})
 
     @property
+    def class_names(self) -> list[str]:
+        """Return what the classes are called, [] where the run does not tell."""
+        return list(self.config.get("resolved", {}).get("class_names", ()))
+
+    @property
     def parameters(self) -> int:
         """Return how many numbers the network has."""
         return count_parameters(build_model(self.model_args)) if self.model_args else 0

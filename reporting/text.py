@@ -1,19 +1,29 @@
 """Numbers in words."""
 
 import math
+from collections.abc import Sequence
 
 LABELS = {"dice": "Dice", "iou": "IoU", "boundary_f1": "boundary F1", "aji": "AJI", "pq": "PQ", "dq": "DQ", "sq": "SQ",
           "f1": "F1"}
 
 
-def label(name: str) -> str:
-    """Return the name of a measure as one writes it.
+def class_name(channel: int, names: Sequence[str] = ()) -> str:
+    """Return what a class is called, counted from 0; `names` may be empty.
 
-    >>> label("dice"), label("dice_2"), label("recall")
-    ('Dice', 'Dice of class 2', 'recall')
+    >>> class_name(1, ("nucleus", "cytoplasm")), class_name(1)
+    ('cytoplasm', 'class 2')
+    """
+    return names[channel] if channel < len(names) else f"class {channel + 1}"
+
+
+def label(name: str, names: Sequence[str] = ()) -> str:
+    """Return the name of a measure as one writes it; `names` are those of the classes, where they are known.
+
+    >>> label("dice"), label("dice_2"), label("dice_2", ("nucleus", "cytoplasm")), label("recall")
+    ('Dice', 'Dice of class 2', 'Dice of cytoplasm', 'recall')
     """
     if name.startswith("dice_"):
-        return f"Dice of class {name.removeprefix('dice_')}"
+        return f"Dice of {class_name(int(name.removeprefix('dice_')) - 1, names)}"
     return LABELS.get(name, name)
 
 

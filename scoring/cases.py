@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
 
 from nuclei.outlines import boundary
+from scoring.measures import pixel_metrics
 from system.atomic import atomic_write
 
 LARGEST = 384  # pixels of a side, above which a part is kept
@@ -30,7 +32,7 @@ class Case:
         image: (H, W, C) uint8, C 1 or 3.
         masks: (K, H, W) bool, drawn.
         probability: (K, H, W) uint8, 255 for 1.
-        dice: of the whole image.
+        dice: of the whole image, the mean of its classes.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Case:
     def found(self, threshold: float) -> np.ndarray:
         """Return the predicted masks (K, H, W) bool."""
         return self.probability >= round(threshold * 255)  # to the same side as the probability, see `to_bytes`
+
+    def dice_of(self, channel: int, threshold: float) -> float:
+        """Return Dice of one class: of the whole image where there is one class, else of the pixels that are here."""
+        if len(self.masks) == 1:
+            return self.dice
+        found, drawn = (torch.from_numpy(masks[None, [channel]]) for masks in (self.found(threshold), self.masks))
+        return float(pixel_metrics(found, drawn)["dice"])
 
     def part(self) -> "Case":
         """Return the part of at most LARGEST x LARGEST pixels with most outlines drawn; small images as they are."""

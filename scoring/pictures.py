@@ -86,9 +86,9 @@ def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title
         name = shown(case.name)
         row[0].set_ylabel(name if len(name) < 32 else f"{name[:29]}...", fontsize=7,
                           parse_math=False)
-        for axis, words in zip(row, ("image", "mask" + (f", channel {k + 1}" if len(case.masks) > 1 else ""),
-                                     "predicted probability", f"blue: mask, orange: found, Dice {case.dice:.3f}"),
-                               strict=True):
+        for axis, words in zip(row, ("image", "mask" + (f", class {k + 1}" if len(case.masks) > 1 else ""),
+                                     "predicted probability",
+                                     f"blue: mask, orange: found, Dice {case.dice_of(k, threshold):.3f}"), strict=True):
             axis.set_title(words, fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from images.files import load_image, save_png
 from pap_smear_dataset import create_progressive_dataloaders
 from reporting import report
 from reporting.charts import Chart, Curve, histogram
+from reporting.panels import case_panels, predicted
 from reporting.pictures import error_map, outline_path
 from reporting.report import report_context, settings_of, write_report
 from reporting.runs import Run, read_run
@@ -131,6 +133,19 @@ def test_cases_come_back_from_their_file(tmp_path):
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:500])
     with pytest.raises(ValueError, match="not a file of images and predictions"):
         load_cases(tmp_path / "a.npz")
+
+
+def test_of_several_classes_each_has_its_own_dice():
+    one = case("cell", dice=0.75)
+    both = replace(one, masks=np.stack([one.masks[0], one.masks[0]]), probability=np.concatenate([
+        one.probability, np.where(np.arange(32) < 16, one.probability, 0)]))
+    assert [prediction.dice for prediction in (predicted(both, 0.5, "now", k) for k in (0, 1))] == pytest.approx(
+        [1, 2 / 3], abs=0.03), "of the second half is missed"
+    nucleus, cytoplasm = case_panels([both], 0.5, ["nucleus", "cytoplasm"])
+    assert (nucleus.name, cytoplasm.name) == ("cell, nucleus", "cell, cytoplasm")
+    assert cytoplasm.of_classes == "mean of the classes 0.750"
+    assert predicted(one, 0.5, "now").dice == 0.75, "of one class it is that of the whole image"
+    assert case_panels([one], 0.5)[0].of_classes == ""
 
 
 def test_of_a_large_image_the_part_with_most_outlines_is_kept():
@@ -370,6 +385,7 @@ def test_two_classes_and_a_run_in_colour_have_a_page(tmp_path):
     page = Page(text)
     check_page(page, text)
     assert {"valid_0, class 1", "valid_0, class 2"} <= {t for _, t in page.all("h3")}
+    assert sum(t.startswith("test_0, class 2: Dice ") and ", mean of the classes " in t for _, t in page.all("h4")) == 1
     assert "A classic U-Net" in text
     assert "was trained at 256 pixels on 3 colour images" in text
 
