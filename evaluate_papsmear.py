@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from reporting.text import probability
 from system.errors import UserError
 from system.options import Parser, checkpoint_list, command, flag, name_ending, regex, results_folder, whole
 
@@ -255,7 +256,7 @@ def print_comparison(args: argparse.Namespace, summary: dict) -> None:
     for name, value in summary["comparison"].items():
         print(f"{name:<14}{summary['scores'][name]['mean']:>9.4f}{summary['other_scores'][name]['mean']:>9.4f}"
               f"{value['difference']:>+12.4f}   {value['low']:+.4f} ... {value['high']:+.4f}"
-              f"{value['p_bootstrap']:>13.4f}{value['p_wilcoxon']:>12.4f}")
+              f"{probability(value['p_bootstrap']):>13}{probability(value['p_wilcoxon']):>12}")
 
 
 def score_scales(predictor, pairs: list) -> dict:

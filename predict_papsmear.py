@@ -24,6 +24,7 @@ from pathlib import Path
 
 from system.errors import FULL, DiskError, UserError, lacks_memory
 from system.options import Parser, checkpoint_list, command, number, results_folder, whole
+from system.text import of
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -210,7 +211,8 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
     write_formats(result, args.formats, (height, width), prediction.measures, pixel_size)
     result.nuclei = nucleus_rows(result.name, prediction.measures, pixel_size)
     result.row = image_row(prediction, (height, width), pixel_size) | {"seconds": round(seconds, 2)}
-    print(f"{path.name}: {height}x{width}, {prediction.nuclei} nuclei, {prediction.foreground:.1%} foreground, "
+    print(f"{path.name}: {height}x{width}, {of(prediction.nuclei, 'nucleus', 'nuclei')}, "
+          f"{prediction.foreground:.1%} foreground, "
           f"{seconds:.1f} s"
           + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
           + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)

@@ -188,7 +188,7 @@ def test_a_system_that_tells_nothing_is_no_error(monkeypatch, tmp_path):
 # The stations, each a module of the root or a folder: one imports from lines above its own and from itself alone.
 LAYERS = (
     ("system",), ("images",), ("preparation",), ("unet_parts",), ("unet",), ("checkpoints",), ("nuclei",),
-    ("scoring",), ("inference",), ("exporting",), ("training",), ("reporting",), ("pap_smear_dataset",),
+    ("scoring",), ("inference",), ("training",), ("reporting",), ("exporting",), ("pap_smear_dataset",),
     ("progressive_trainer",),
     ("train_papsmear", "evaluate_papsmear", "predict_papsmear", "prepare_data", "export_model", "report_runs",
      "example_usage"),

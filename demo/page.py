@@ -15,6 +15,7 @@ from inference import Predictor
 from nuclei.results import ResultsFolder, class_endings
 from system.errors import UserError
 from system.tables import read_table
+from system.text import of
 
 HOST = "127.0.0.1"
 FORMATS = ("png", "geojson")
@@ -49,8 +50,9 @@ def predict_image(predictor: Predictor, path: Path, folder: Path, threshold: flo
             predict_papsmear.predict_one(predictor, path, result, args, lambda: None)
     areas = [int(row["area"]) for row in read_table(results.nuclei)]
     row = next(read_table(results.images))
-    summary = f"{path.name}, {row['height']}x{row['width']}: {row['nuclei']} nuclei, mean area {row['mean_area']} " \
-              f"pixels, {float(row['foreground']):.1%} foreground, {row['seconds']} s"
+    count = of(len(areas), "nucleus", "nuclei")
+    summary = f"{path.name}, {row['height']}x{row['width']}: {count}, mean area {row['mean_area']} pixels, " \
+              f"{float(row['foreground']):.1%} foreground, {row['seconds']} s"
     if row["unlike_training"]:
         summary += f". Unlike the training images: {row['unlike_training']}"
     return {"areas": areas, "summary": summary, "nuclei": results.nuclei, "images": results.images,
@@ -70,7 +72,7 @@ def draw_areas(areas: list[int]) -> Figure:
     """Draw how many nuclei have which area, in pixels."""
     figure = Figure(figsize=(5, 2.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist(areas, bins=min(30, max(5, len(areas) // 3)))
+    axes.hist(areas, bins=min(30, max(5, len(areas) // 3)), range=(0, 1.05 * max(areas, default=1)))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="area of a nucleus (pixels)", ylabel="nuclei")
     return figure

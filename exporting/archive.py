@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from images.resolutions import RESOLUTIONS
+from reporting.text import label
 from system.archives import digest_of
 from unet import build_model, count_parameters
 
@@ -52,7 +53,7 @@ def _what(checkpoint: dict) -> str:
         if recipe.sizing == "resize" else "images at their own scale, in tiles"
     if recipe.microns_per_pixel:
         seen += f", {recipe.microns_per_pixel:g} micrometres a pixel"
-    classes = "one class" if recipe.classes == 1 else f"{recipe.classes} classes"
+    classes = " and ".join(recipe.class_names) or ("one class" if recipe.classes == 1 else f"{recipe.classes} classes")
     rims = " and the rims of nuclei" if "boundary" in recipe.targets else ""
     parameters = count_parameters(build_model(args)) / 1e6
     return (f"A {name} (stage {stage}, {parameters:.1f} M parameters, {args['base_channels']} base channels) that "
@@ -73,10 +74,11 @@ def _scores(checkpoint: dict, path: Path) -> str:
                      f"chose this epoch, so it is no test score.")
     try:
         scores = json.loads((path.parent / "test_scores.json").read_text(encoding="utf-8"))[path.stem]
-        rows = [(name, *(f"{value[key]:.4f}" for key in ("mean", "std", "low", "high")))
+        classes = checkpoint["data"].class_names
+        rows = [(label(name, classes), *(f"{value[key]:.4f}" for key in ("mean", "std", "low", "high")))
                 for name, value in scores.items() if isinstance(value, dict)]
         lines += [f"On {scores['images']} test images at their own size, with the 95 % interval of the mean:",
-                  _table(("", "mean", "deviation", "from", "to"), rows)]
+                  _table(("", "mean", "standard deviation", "from", "to"), rows)]
     except (OSError, ValueError, KeyError, TypeError):  # there are none, or they are of another checkpoint
         lines.append("No test scores lay beside the checkpoint.")
     return "\n\n".join(lines)
@@ -84,7 +86,7 @@ def _scores(checkpoint: dict, path: Path) -> str:
 
 def _training(checkpoint: dict, config: dict) -> str:
     rows = [(name, json.dumps(config[name])) for name in OF_RECIPE if config.get(name) not in (None, "")]
-    text = f"Command: `{config['command']}`\n\n" if config.get("command") else ""
+    text = f"Command: `python {config['command']}`\n\n" if config.get("command") else ""
     return text + (_table(("setting", "value"), rows) if rows else "No settings are known.")
 
 

@@ -17,10 +17,11 @@ from system.text import duration
 
 DIFFERING = 6  # images that are shown
 # Settings that name a run, or the machine at that moment, and say nothing of how it was made; `resolved` has device and
-# precision, the first table the epochs.
+# precision, the first table the epochs. The names of classes come with the data.
 OF_NO_INTEREST = ("experiment_name", "output_dir", "overwrite", "save_every", "save_minutes", "keep", "num_workers",
                   "cache_images", "device", "precision", "resolved.num_workers", "resolved.images_kept",
-                  "environment.cpu_count", "environment.torch_threads", "environment.git_commit")
+                  "resolved.class_names", "environment.cpu_count", "environment.torch_threads",
+                  "environment.git_commit")
 
 
 def write_comparison(folders: list[Path], out: Path) -> None:

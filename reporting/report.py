@@ -9,11 +9,11 @@ import numpy as np
 from reporting.charts import Chart, Curve, histogram
 from reporting.panels import case_panels, example_panels
 from reporting.runs import Run, read_run
-from reporting.text import label, number, of, score
+from reporting.text import label, number, probability, score
 from scoring.calibration import BINS, expected_calibration_error
 from scoring.measures import PIXEL_METRICS
 from system.atomic import atomic_write
-from system.text import duration
+from system.text import duration, of
 
 REPORT = "report.html"
 SHOWN_CASES = 4  # worst ones and best ones each
@@ -47,7 +47,8 @@ def write_page(path: Path, template: str, context: dict) -> None:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
                                      autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "score": score, "duration": duration, "label": label}
+    environment.filters |= {"number": number, "score": score, "duration": duration, "label": label,
+                            "probability": probability}
     page = environment.get_template(template).render(context)
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "backslashreplace"))

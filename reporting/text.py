@@ -36,6 +36,15 @@ def score(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
+def probability(value: float) -> str:
+    """Return a probability, such as that of a test, with four digits; what is smaller is not called nothing.
+
+    >>> probability(0.04217), probability(0.00001)
+    ('0.0422', '< 0.0001')
+    """
+    return f"{value:.4f}" if not value < 0.0001 else "< 0.0001"
+
+
 def number(value: float) -> str:
     """Return a number with three significant digits and no exponent where it can be read without.
 
@@ -45,12 +54,3 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def of(count: int, noun: str) -> str:
-    """Return a count with its noun.
-
-    >>> of(1, "epoch"), of(12, "epoch")
-    ('1 epoch', '12 epochs')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"

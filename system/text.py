@@ -58,6 +58,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.{1 if seconds < 36_000 else 0}f} hours"
 
 
+def of(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun, whose plural has an s where none is given.
+
+    >>> of(1, "epoch"), of(12, "epoch"), of(1, "nucleus", "nuclei"), of(0, "nucleus", "nuclei")
+    ('1 epoch', '12 epochs', '1 nucleus', '0 nuclei')
+    """
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def _escaped(match: re.Match) -> str:
     return match[0].encode("unicode_escape").decode()
 

@@ -23,6 +23,7 @@ from images import bands
 from images.files import load_image, save_png
 from inference import Predictor
 from system.errors import UserError
+from system.text import of
 from tests.browser import CHROMIUM, Browser
 
 GRADIO = importlib.util.find_spec("gradio")
@@ -53,9 +54,10 @@ def test_the_page_finds_what_the_command_finds(checkpoint, image, tmp_path):
     assert found["nuclei"].read_text() == (expected / "nuclei.csv").read_text()
     rows = (expected / "nuclei.csv").read_text().splitlines()
     assert len(found["areas"]) == len(rows) - 1 > 0
-    assert found["summary"].startswith(f"field.png, 90x70: {len(rows) - 1} nuclei, mean area ")
+    assert found["summary"].startswith(f"field.png, 90x70: {of(len(rows) - 1, 'nucleus', 'nuclei')}, mean area ")
     few = predict_image(Predictor(checkpoint, "cpu"), image, tmp_path / "few", 0.5, max(found["areas"]) + 1)
     assert few["areas"] == []
+    assert ": 0 nuclei, mean area " in few["summary"]
     assert "0 nuclei" in few["summary"]
 
 
@@ -83,7 +85,9 @@ def test_the_mask_of_a_large_image_is_one_that_a_browser_shows(image, tmp_path, 
 
 def test_no_nuclei_are_drawn_too():
     for areas in ([], [40], [40] * 500):
-        bars = draw_areas(areas).axes[0].patches
+        axes = draw_areas(areas).axes[0]
+        bars = axes.patches
+        assert axes.get_xlim()[0] < 1, "areas are drawn from 0 on, so that those of one nucleus have a scale"
         assert sum(bar.get_height() for bar in bars) == len(areas)
 
 
@@ -120,13 +124,13 @@ def test_an_image_is_dropped_in_a_browser(checkpoint, image, tmp_path):
             browser.open(f"http://127.0.0.1:{port}")
             browser.wait_for("!!document.querySelector('#image input[type=file]')")
             browser.choose_file("#image input[type=file]", image)
-            found = browser.wait_for("document.querySelector('#found textarea').value")
+            found = browser.wait_for("document.querySelector('#found textarea')?.value")
             links = browser.wait_for("(a => a.length == 3 && a)([...document.querySelectorAll('#downloads a')]"
                                      ".map(link => link.href))")
             shown = browser.wait_for("(n => n >= 2 && n)([...document.images].filter(i => i.naturalWidth == 70)"
                                      ".length)")
             browser.run("document.querySelector('#image button[aria-label=Clear]').click()")
-            browser.wait_for("document.querySelector('#found textarea').value == ''")
+            browser.wait_for("document.querySelector('#found textarea')?.value == ''")
             (tmp_path / "b.png").write_text("no image")
             browser.wait_for("!!document.querySelector('#image input[type=file]')")
             browser.choose_file("#image input[type=file]", tmp_path / "b.png")
@@ -137,7 +141,7 @@ def test_an_image_is_dropped_in_a_browser(checkpoint, image, tmp_path):
     count = len((expected / "nuclei.csv").read_text().splitlines()) - 1
     assert shown == 2
     assert count
-    assert found.startswith(f"field.png, 90x70: {count} nuclei, ")
+    assert found.startswith(f"field.png, 90x70: {of(count, 'nucleus', 'nuclei')}, ")
     assert not browser.errors
     assert {url for url in browser.requested if not url.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:"))} \
         == set(), "nothing comes from elsewhere"

@@ -144,9 +144,9 @@ def test_the_card_tells_what_the_file_is(trained_run, tmp_path):
     card = (tmp_path / "a.md").read_text()
     assert card.startswith("# Nuclei\n")
     scores = json.loads((trained_run[0] / "test_scores.json").read_text())["best_stage_4"]
-    assert f"| dice | {scores['dice']['mean']:.4f} |" in card
+    assert f"| Dice | {scores['dice']['mean']:.4f} |" in card
     for words in ("## Licence\n\nCC BY 4.0", digest_of(best), "leakage: 0 of 3 source images of test",
-                  "no medical device", "| seed | 0 |", "grey images", "train_papsmear.py"):
+                  "no medical device", "| seed | 0 |", "grey images", "Command: `python ", "train_papsmear.py"):
         assert words in card
     export(trained_run[0] / "best_stage_3.pth", "card", tmp_path / "b.md")
     card = (tmp_path / "b.md").read_text()
