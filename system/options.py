@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from system.errors import DiskError, NonFiniteLossError, UserError, is_for_user, lacks_memory
+from system.machine import share_cores
 from system.signals import terminated_as_interrupted
 from system.text import compiled, plain_output
 
@@ -47,6 +48,7 @@ def command(interrupted: str = "") -> Callable:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show ends no run
                     stream.reconfigure(errors="backslashreplace")
+            share_cores()
             with plain_output(), terminated_as_interrupted():
                 return _exit_code(main, argv, interrupted)
         return run

@@ -133,3 +133,25 @@ def test_tables_hold_the_digits_that_are_known(tmp_path):
     assert math.isnan(as_known(math.nan))
     write_table(tmp_path / "b.csv", ("x",), [{"x": 1 / 3}])
     assert next(read_table(tmp_path / "b.csv")) == {"x": str(1 / 3)}, "whoever writes it rounds"
+
+
+def test_threads_of_a_busy_machine_wait_for_a_short_time_alone(monkeypatch):
+    for load, given, expected in ((0.1, {}, None), (1.2, {}, "3000"), (1.2, {"GOMP_SPINCOUNT": "7"}, "7"),
+                                  (1.2, {"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        environment = dict(given)
+        monkeypatch.setattr(machine.os, "environ", environment)
+        monkeypatch.setattr(machine.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        machine.share_cores()
+        assert environment.get("GOMP_SPINCOUNT") == expected
+    monkeypatch.delattr(machine.os, "getloadavg")
+    machine.share_cores()  # as on Windows
+
+
+def test_commands_decide_before_torch_is_loaded():
+    """OpenMP reads its settings when it is loaded."""
+    script = ("import os, sys; os.environ.pop('OMP_WAIT_POLICY', 0); os.environ.pop('GOMP_SPINCOUNT', 0)\n"
+              "os.getloadavg = lambda: (2.0, 0, 0); from system.options import command\n"
+              "assert 'torch' not in sys.modules\n"
+              "command()(lambda argv: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules))()")
+    done = run_script("-c", script)
+    assert done.stdout.split() == ["3000", "False"], done.stderr
