@@ -175,7 +175,7 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     print(f"{args.model}, {count_parameters(model) / 1e6:.1f} M parameters; device {device}, precision {precision}, "
           f"{torch.get_num_threads()} threads{together}; images {kept}, {workers} workers; seed {args.seed}")
     if args.dry_run:
-        print(json.dumps(config, indent=2))
+        print(json.dumps({key: value for key, value in config.items() if key != "data_report"}, indent=2))
     loaders = create_progressive_dataloaders(
         batch_sizes=batch_sizes, augment_probability=0.0 if args.overfit else args.augment_probability,
         num_workers=workers, seed=args.seed, device=device, pyramids=pyramids, augment_strength=args.augment_strength)

@@ -160,6 +160,7 @@ def test_dry_run_writes_nothing(shared_root, tmp_path, capsys, monkeypatch):
     assert train_papsmear.main(["--data_root", str(shared_root), "--dry_run", *TINY]) == 0
     printed = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+    assert printed.count("source images in all") == 1, "the report on the data is not said twice"
     assert all(words in printed for words in ("source images", '"base_channels": 4', "MiB", "nothing written"))
 
 
