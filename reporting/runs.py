@@ -1,16 +1,19 @@
 """What a run folder holds, read for a page: whatever is missing or damaged is left out."""
 
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from checkpoints import RULES
 from scoring.cases import Case, load_cases
 from system.errors import UserError
 from system.tables import read_table
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, number_in
 from training.schedule import CLASSIC_WORK, WORK
 from unet import STAGE_RESOLUTIONS, build_model, count_parameters
 
@@ -139,7 +142,7 @@ class Run:
 
     def growths(self) -> list[tuple[int, int]]:
         """Return (epochs of the run before, resolution) of every stage that began, the first included."""
-        return [(i, int(row["resolution"])) for i, row in enumerate(self.rows)
+        return [(i, STAGE_RESOLUTIONS[int(row["stage"])]) for i, row in enumerate(self.rows)
                 if i == 0 or row["stage"] != self.rows[i - 1]["stage"]]
 
     def minutes(self) -> np.ndarray:
@@ -169,9 +172,14 @@ def read_run(path: Path) -> Run:
     run.rows = RunFolder(run.path).rows()
     if not run.rows:
         raise UserError(f"{path}: its metrics.csv has no row: no epoch was finished. Go on with --resume {path}")
-    run.config, run.test_scores = _json(run, "config.json"), _json(run, "test_scores.json")
-    run.test_rows = [{name: value if name in ("image", "group") else float(value or "nan")
-                      for name, value in row.items()} for row in read_table(run.path / "test_scores.csv")]
+    run.config = _json(run, "config.json", _is_config)
+    run.test_scores = _json(run, "test_scores.json", _are_scores)
+    rows = [{name: value if name in ("image", "group") else number_in(value) for name, value in row.items()}
+            for row in read_table(run.path / "test_scores.csv")]
+    run.test_rows = [row for row in rows if "image" in row and math.isfinite(row.get("dice", math.nan))]
+    if len(run.test_rows) < len(rows):
+        run.missing.append(f"test_scores.csv: {len(rows) - len(run.test_rows)} of {len(rows)} rows have no image or no "
+                           f"Dice, and are left out.")
     for stage in STAGE_RESOLUTIONS:
         if found := _cases(run, f"validation_stage_{stage}.npz"):
             run.surveys[stage] = Survey(*found)
@@ -180,14 +188,37 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def _json(run: Run, name: str) -> dict:
+def _json(run: Run, name: str, holds: Callable[[dict], bool]) -> dict:
     path = run.path / name
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         run.missing.append(f"{name} cannot be read ({error}).")
         return {}
+    if isinstance(found, dict) and (not found or holds(found)):
+        return found
+    run.missing.append(f"{name} is left out: it does not hold what a training writes. Was it edited?")
+    return {}
+
+
+def _is_config(found: dict) -> bool:
+    """Tell whether what the page reads of a config.json is of the right types; all of it may be missing."""
+    resolved = found.get("resolved", {})
+    if not isinstance(resolved, dict) or not isinstance(found.get("data_report") or [], list):
+        return False
+    args, epochs, threshold = resolved.get("model_args", {}), resolved.get("epochs", {}), resolved.get("threshold", 0.5)
+    return (args == {} or RULES["model_args"][0](args)) and RULES["threshold"][0](threshold) \
+        and isinstance(epochs, dict) and all(stage in ("1", "2", "3", "4") and type(n) is int
+                                             for stage, n in epochs.items())
+
+
+def _are_scores(found: dict) -> bool:
+    """Tell whether a test_scores.json holds, by name of the weights, measures with their figures."""
+    def measured(value) -> bool:
+        return not isinstance(value, dict) or all(type(value.get(key)) in (int, float)
+                                                  for key in ("mean", "std", "low", "high"))
+    return all(isinstance(scores, dict) and type(scores.get("images")) is int and isinstance(scores.get("dice"), dict)
+               and all(map(measured, scores.values())) for scores in found.values())
 
 
 def _cases(run: Run, name: str):

@@ -9,6 +9,7 @@ from pathlib import Path
 from system.atomic import atomic_write
 
 DIGITS = 7  # that numbers of 32 bit have
+READ_AS = "utf-8-sig"  # spreadsheets put a mark before UTF-8
 
 
 def as_known(value):
@@ -23,19 +24,29 @@ def as_known(value):
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the whole rows of a table as text, in their order; none where there is no table.
 
-    A last row that was cut off by a kill, and rows of another length than the header, are left out.
+    A last row that was cut off by a kill, rows of another length than the header, and what is no CSV are left out.
     """
     if not path.exists():
         return
-    with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
-        for row in csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line):
+    with open(path, newline="", encoding=READ_AS, errors="backslashreplace") as file:
+        reader = csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line)
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error:  # a cell that is longer than any of ours
+                continue
+            if row is None:
+                return
             if None not in row and None not in row.values():
                 yield row
 
 
 def columns_of(path: Path) -> list[str]:
     """Return the names of a table's columns; none where there is no table, or no header."""
-    return next(csv.reader([_first_line(path)]), []) if path.exists() else []
+    try:
+        return next(csv.reader([_first_line(path)]), []) if path.exists() else []
+    except csv.Error:
+        return []
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -69,7 +80,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict], sync: 
 
 
 def _first_line(path: Path) -> str:
-    with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, newline="", encoding=READ_AS, errors="backslashreplace") as file:
         return file.readline()
 
 

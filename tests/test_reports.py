@@ -343,6 +343,34 @@ def test_a_damaged_or_missing_file_costs_its_part_of_the_page_alone(name, run):
     assert "cannot be read" not in text
 
 
+@pytest.mark.parametrize(("name", "keys", "value"), [
+    ("config.json", ["resolved"], [1]), ("config.json", ["resolved", "model_args"], 5),
+    ("config.json", ["resolved", "model_args", "base_channels"], 100000), ("config.json", ["data_report"], 5),
+    ("config.json", ["resolved", "epochs"], {"x": 1}), ("config.json", ["resolved", "threshold"], float("nan")),
+    ("test_scores.json", ["best_stage_4"], 1), ("test_scores.json", ["best_stage_4", "dice"], {"mean": None}),
+    ("test_scores.json", ["Otsu threshold"], 3)])
+def test_fields_of_odd_types_cost_their_file_alone(name, keys, value, run):
+    found = inner = json.loads((run / name).read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (run / name).write_text(json.dumps(found))
+    assert f"{name} is left out" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "test_scores.csv"])
+@pytest.mark.parametrize("row", ["x" * 200_000 + "\n", "9{rest}", "{first},nan{rest}", "{first},abc{rest}"])
+def test_odd_rows_of_a_table_end_no_page(row, name, run):
+    table = run / name
+    head, first, *others = table.read_text().splitlines()
+    cells = first.split(",")
+    odd = row.format(first=cells[0], rest="," + ",".join(cells[row.count("{first}") + 1:])).rstrip("\n") + "\n"
+    table.write_text("\ufeff" + "\n".join([head, first, *others]) + "\n" + odd)
+    text = write_report(run).read_text()
+    check_page(Page(text), text)
+    assert len(read_metrics(run / "metrics.csv")) >= 4
+
+
 def test_a_report_that_cannot_be_written_ends_no_training(shared_root, tmp_path, capsys, monkeypatch):
     (tmp_path / "run/report.html").mkdir(parents=True)
     trainer, loaders = make_trainer(shared_root, tmp_path / "run", epochs_per_stage=[0, 0, 0, 1], overwrite=True)

@@ -408,6 +408,15 @@ def test_scores_that_cannot_be_kept_end_it(evaluation, capsys, monkeypatch):
 # ---- tables and names
 
 
+def test_a_table_from_a_spreadsheet_or_with_an_endless_cell_is_read(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("\ufeffa,b\n1,2\n" + "x" * 200_000 + ",3\n4,5\n", encoding="utf-8")
+    assert columns_of(path) == ["a", "b"]
+    assert list(read_table(path)) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+    path.write_text("x" * 200_000 + "\n")
+    assert columns_of(path) == []
+
+
 def test_what_a_kill_leaves_of_a_table_is_cut_off(tmp_path):
     path = tmp_path / "t.csv"
     assert (list(read_table(path)), columns_of(path)) == ([], [])

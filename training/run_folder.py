@@ -6,6 +6,7 @@ It is created by the first write, so a run that is refused leaves nothing behind
 import contextlib
 import errno
 import json
+import math
 import os
 import platform
 import re
@@ -258,12 +259,20 @@ class RunFolder:
 def read_metrics(path: Path) -> list[dict]:
     """Return the whole rows of a metrics.csv as text, [] where there is none; a torn end is left out."""
     return [row for row in read_table(path)
-            if all(re.fullmatch(r"\d+", row.get(name, "")) for name in ("stage", "epoch"))]
+            if re.fullmatch(r"[1-4]", row.get("stage", "")) and re.fullmatch(r"[0-9]{1,9}", row.get("epoch", ""))]
 
 
 def numbers(rows: list[dict[str, str]]) -> list[dict[str, float]]:
-    """Return rows of metrics.csv, which are text, as numbers; NaN for a column that older ones lack."""
-    return [{name: float(row.get(name) or "nan") for name in COLUMNS} for row in rows]
+    """Return rows of metrics.csv, which are text, as numbers; NaN for a column that older ones lack, and for words."""
+    return [{name: number_in(row.get(name, "")) for name in COLUMNS} for row in rows]
+
+
+def number_in(text: str) -> float:
+    """Return the number that a cell of a table holds; NaN where it is empty or holds something else."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 @contextlib.contextmanager
