@@ -16,9 +16,9 @@ from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, count_parameters
 
+torch.manual_seed(0)
 DATA_ROOT = "data"
 OUTPUT = Path(tempfile.mkdtemp())  # figures and checkpoints, to be looked at and thrown away
-torch.manual_seed(0)
 
 # %% [markdown]
 # ## The data
@@ -50,6 +50,7 @@ for stage in STAGE_RESOLUTIONS:
     print(f"stage {stage}: trained at {model.resolution}; a 256x256 image gives logits at "
           f"{[scale.shape[-1] for scale in scales]}")
 print(model)
+model  # noqa: B018 (the table of a notebook)
 
 # %% [markdown]
 # ## Training
@@ -68,6 +69,7 @@ for stage, resolution in STAGE_RESOLUTIONS.items():
     trainer.record(train_metrics, valid_metrics)  # selects the best epoch, and writes as there is an output_dir
     print(f"stage {stage}: train loss {train_metrics['loss']:.3f}, valid Dice {valid_metrics['dice']:.3f}")
 print(trainer)
+trainer  # noqa: B018 (the table of a notebook)
 
 # %% [markdown]
 # ## Prediction

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
 from nuclei.outlines import boundary
@@ -58,6 +59,7 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
         axis.legend(fontsize=8)
     for axis in (dice, parts):
         axis.set_ylim(0, 1.02)
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))  # of all four, which share it
     for axis in axes[1]:
         axis.set_xlabel("epoch of the run (dotted: a stage begins, with its resolution)")
     return figure

@@ -289,5 +289,7 @@ def test_the_example_is_a_script_and_a_notebook(tmp_path):
                          f"import tempfile\ntempfile.tempdir = {str(tmp_path)!r}")
     assert "stage 4: train loss" in "".join(outputs(notebook, "stdout"))
     assert len(outputs(notebook, "image/png")) == 3, "a sample, the curves, a prediction"
+    assert len(outputs(notebook, "text/html")) == 2, "the tables of network and trainer"
+    assert not [text for text in outputs(notebook, "text/plain") if " at 0x" in text]
     (run,) = tmp_path.glob("*/run")
     assert {f"best_stage_{stage}.pth" for stage in STAGE_RESOLUTIONS} <= {path.name for path in run.iterdir()}

@@ -614,6 +614,7 @@ def test_the_context_of_a_report_has_the_worst_and_the_best(trained_run):
 
 def test_the_first_line_of_the_curves_is_dice_at_256_pixels(trained_run):
     figure = curves_figure(RunFolder(trained_run[0]).rows())
+    assert all(tick == int(tick) for axis in figure.axes for tick in axis.get_xticks()), "epochs are whole"
     line = figure.axes[0].get_lines()[0]
     assert line.get_label() == "valid, at 256 pixels"
     assert line.get_ydata().tolist() == [row["dice"] for row in RunFolder(trained_run[0]).rows()]
