@@ -273,7 +273,7 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     sums.add(nuclei, probability[..., 0], image)
     measures = measure_nuclei(sums, result.labels, len(nuclei), nuclei.shape[1],
                               (lambda: [mask[..., 1]]) if predictor.has_cytoplasm else None)
-    return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., :predictor.classes].max()),
+    return Prediction(int(nuclei.max()), float(mask[..., 0].mean()), float(probability[..., 0].max()),
                       predictor.unlike_training(pixels, probability), agreement.trust(), measures)
 
 

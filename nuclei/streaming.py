@@ -30,7 +30,7 @@ class Prediction:
     Attributes:
         nuclei: how many there are.
         foreground: share of pixels of the first class.
-        highest: the highest probability of any class.
+        highest: the highest probability of the first class.
         strange: what `Predictor.unlike_training` says.
         trust: how much the answers of the network agree (see `nuclei.trust`).
         measures: of the nuclei (see `nuclei.measurement.measure_nuclei`).
@@ -101,7 +101,7 @@ class _Waiting:
         labels: the provisional labels, band after band.
         cytoplasm: the mask of the second class, of a network of cells.
         foreground: pixels of the first class.
-        highest: the highest probability of any class.
+        highest: the highest probability of the first class.
         areas: what `images.familiarity.part_areas` says of each block.
     """
 
@@ -124,7 +124,7 @@ class _Waiting:
         for k, store in enumerate(self._deep_bands):
             store.append(np.round(probability[..., k] * 65535).astype(np.uint16))
         self.foreground += int(foreground[..., 0].sum())
-        self.highest = max(self.highest, float(classes.max()))
+        self.highest = max(self.highest, float(classes[..., 0].max()))
         self.areas += [part_areas(foreground[:, left:right, 0]) for left, right in even_spans(labels.shape[1], BLOCK)]
 
     def write(self, final: np.ndarray, size: tuple[int, int]) -> None:

@@ -64,8 +64,8 @@ class Chart:
                 *ends[0], *ends[1]))
         for i, curve in enumerate(self.curves):
             parts.append(_bars(plane, curve, self.bars) if self.bars else _line(plane, curve, i))
-        return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}. '
-                      f'{escape(self.words)}">{"".join(parts)}</svg>')
+        return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}'
+                      f'{"" if self.title.endswith("?") else "."} {escape(self.words)}">{"".join(parts)}</svg>')
 
 
 class _Plane:

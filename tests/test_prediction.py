@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -28,6 +29,7 @@ from nuclei.outlines import OUTLINE, boundary
 from progressive_trainer import ProgressiveTrainer
 from system import machine
 from unet import ProgressiveUNet
+from unet_parts import ToLogits
 
 TABLES = ("nuclei.csv", "images.csv", "settings.json")
 
@@ -88,6 +90,22 @@ def test_one_bad_file_does_not_stop_a_folder_and_black_is_said(tmp_path, capsys)
     assert f"ALL BLACK, highest probability {highest:.3f}" in said.out
     assert "1 of 3 images came out all black" in said.out
     assert (tmp_path / "out/a_mask.png").exists()
+
+
+@pytest.mark.parametrize("how", [[], ["--stream_above", "0"]])
+def test_a_mask_of_nuclei_that_is_black_is_said_though_the_other_class_is_there(how, tmp_path, capsys):
+    """The second class is found everywhere, the first nowhere."""
+    model = lively_model(out_channels=2)
+    for part in model.modules():
+        if isinstance(part, ToLogits):
+            part.linear.weight.data.zero_()
+            part.linear.bias.data = torch.tensor([-9.0, 9.0])
+    checkpoint = write_checkpoint(tmp_path / "a.pth", model, "tile")
+    save_png(tmp_path / "a.png", noisy_image(64, 64))
+    assert predict_papsmear.main([str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "o"), *how]) == 0
+    said = capsys.readouterr().out
+    assert "0 nuclei, 0.0% foreground" in said
+    assert "ALL BLACK, highest probability 0.000" in said
 
 
 def test_results_of_other_images_stay(tmp_path, capsys):

@@ -242,6 +242,7 @@ def test_epochs_on_an_axis_are_whole():
     ticks = re.findall(r'text-anchor="middle">([\d.]+)<', str(Chart("t", "w", "x", [curve], counts=True).svg()))
     assert ticks == ["0", "4", "8", "12"]
     assert "2.5" in str(Chart("t", "w", "x", [curve]).svg())
+    assert 'aria-label="Is it so? It is."' in str(Chart("Is it so?", "It is.", "x", [curve]).svg())
 
 
 # ---- the page of a run
