@@ -74,7 +74,8 @@ def _model_args(value) -> bool:
 def _plan(value) -> bool:
     return isinstance(value, dict) and set(value) == {"epochs", "lr", "schedule", "old_lr_scale"} and \
         isinstance(value["epochs"], dict) and bool(value["epochs"]) and all(
-            _whole(stage, 1, LAST_STAGE) and _whole(n, 0) for stage, n in value["epochs"].items())
+            _whole(stage, 1, LAST_STAGE) and _whole(n, 0) for stage, n in value["epochs"].items()) and \
+        _number(value["lr"], 0) and _number(value["old_lr_scale"], 0) and isinstance(value["schedule"], str)
 
 
 # Field -> what it must be, and that in words. None stands in all but the first ones for what is not there.

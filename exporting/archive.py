@@ -79,7 +79,7 @@ def _scores(checkpoint: dict, path: Path) -> str:
                 for name, value in scores.items() if isinstance(value, dict)]
         lines += [f"On {scores['images']} test images at their own size, with the 95 % interval of the mean:",
                   _table(("", "mean", "standard deviation", "from", "to"), rows)]
-    except (OSError, ValueError, KeyError, TypeError):  # there are none, or they are of another checkpoint
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or of another checkpoint
         lines.append("No test scores lay beside the checkpoint.")
     return "\n\n".join(lines)
 

@@ -7,6 +7,7 @@ row is taken away by the next one. Earlier results of an image stay until its ne
 
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -20,7 +21,7 @@ from nuclei.measurement import CELL_COLUMNS, COLUMNS, MICROMETRE_COLUMNS
 from system.atomic import atomic_write
 from system.errors import UserError, check_continued
 from system.locks import LOCK, held_lock
-from system.tables import append_rows, columns_of, read_table, write_table
+from system.tables import append_rows, columns_of, number_in, read_table, write_table
 from system.text import cell
 
 IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "cut_by_border", "foreground", "mean_area")
@@ -165,8 +166,9 @@ class ResultsFolder:
 
     def least_trusted(self) -> list[str]:
         """Return FIRST_LOOKS images of this prediction with their trust, the lowest first; none of so few images."""
-        rows = [row for row in read_table(self.images) if row.get("run") == self._run and row.get("trust")]
-        rows.sort(key=lambda row: float(row["trust"]))
+        rows = [row for row in read_table(self.images)
+                if row.get("run") == self._run and math.isfinite(number_in(row.get("trust", "")))]
+        rows.sort(key=lambda row: number_in(row["trust"]))
         return [f"{row['image']} {row['trust']}" for row in rows[:FIRST_LOOKS]] if len(rows) > FIRST_LOOKS else []
 
     def __enter__(self) -> "ResultsFolder":

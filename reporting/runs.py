@@ -12,8 +12,8 @@ import numpy as np
 from checkpoints import RULES
 from scoring.cases import Case, load_cases
 from system.errors import UserError
-from system.tables import read_table
-from training.run_folder import RunFolder, number_in
+from system.tables import number_in, read_table
+from training.run_folder import RunFolder
 from training.schedule import CLASSIC_WORK, WORK
 from unet import STAGE_RESOLUTIONS, build_model, count_parameters
 
@@ -171,7 +171,8 @@ def read_run(path: Path) -> Run:
                         f"folder that train_papsmear.py wrote, e.g. outputs/NAME")
     run.rows = RunFolder(run.path).rows()
     if not run.rows:
-        raise UserError(f"{path}: its metrics.csv has no row: no epoch was finished. Go on with --resume {path}")
+        raise UserError(f"{path}: its metrics.csv has no row that names stage and epoch: no epoch was finished, or "
+                        f"its header was lost. Go on with --resume {path}, which writes it anew")
     run.config = _json(run, "config.json", _is_config)
     run.test_scores = _json(run, "test_scores.json", _are_scores)
     rows = [{name: value if name in ("image", "group") else number_in(value) for name, value in row.items()}
@@ -180,6 +181,10 @@ def read_run(path: Path) -> Run:
     if len(run.test_rows) < len(rows):
         run.missing.append(f"test_scores.csv: {len(rows) - len(run.test_rows)} of {len(rows)} rows have no image or no "
                            f"Dice, and are left out.")
+    if rows and len(rows) < run.scores.get("images", 0):
+        run.missing.append(f"test_scores.csv has {len(rows)} of {run.scores['images']} rows.")
+    if left_out := sum(1 for _ in read_table(run.path / "metrics.csv")) - len(run.rows):
+        run.missing.append(f"metrics.csv: rows that name no stage or no epoch are left out, {left_out} in all.")
     for stage in STAGE_RESOLUTIONS:
         if found := _cases(run, f"validation_stage_{stage}.npz"):
             run.surveys[stage] = Survey(*found)

@@ -1,6 +1,7 @@
 """Tables in CSV that grow row by row and that a killed process leaves readable."""
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from io import TextIOWrapper
@@ -39,6 +40,18 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
                 return
             if None not in row and None not in row.values():
                 yield row
+
+
+def number_in(text: str) -> float:
+    """Return the number that a cell of a table holds; NaN where it is empty or holds something else.
+
+    >>> [number_in(text) for text in ("0.5", "1e3", "", "abc")]
+    [0.5, 1000.0, nan, nan]
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def columns_of(path: Path) -> list[str]:

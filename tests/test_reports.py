@@ -372,6 +372,27 @@ def test_odd_rows_of_a_table_end_no_page(row, name, run):
     assert len(read_metrics(run / "metrics.csv")) >= 4
 
 
+def test_tables_that_lost_rows_are_said(run):
+    """Scores of some images would pass for those of all."""
+    for name in ("metrics.csv", "test_scores.csv"):
+        head, *rows = (run / name).read_text().splitlines()
+        rows = [*rows, "9" + rows[-1][1:]] if name == "metrics.csv" else rows[:-1]
+        (run / name).write_text("".join(f"{row}\n" for row in [head, *rows]))
+    text = write_report(run).read_text()
+    assert "test_scores.csv has 2 of 3 rows" in text
+    assert "metrics.csv: rows that name no stage or no epoch are left out, 1 in all" in text
+
+
+def test_tables_that_a_spreadsheet_saved_are_read(run):
+    """Excel puts a byte order mark before a table in UTF-8, and ends lines by CR and LF."""
+    before = read_run(run)
+    for name in ("metrics.csv", "test_scores.csv"):
+        path = run / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    after = read_run(run)
+    assert (after.rows, after.test_rows, after.missing) == (before.rows, before.test_rows, [])
+
+
 def test_a_report_that_cannot_be_written_ends_no_training(shared_root, tmp_path, capsys, monkeypatch):
     (tmp_path / "run/report.html").mkdir(parents=True)
     trainer, loaders = make_trainer(shared_root, tmp_path / "run", epochs_per_stage=[0, 0, 0, 1], overwrite=True)

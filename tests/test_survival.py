@@ -199,6 +199,7 @@ EDITS = {
     "channels": ({"data": {"in_channels": 3}}, "its network has 1 channels in and 1 out, its data recipe 3 and 1"),
     "ranges": ({"data": {"training_ranges": {"area": (1,)}}}, "training_ranges is .*; it must be two finite numbers"),
     "plan": ({"plan": {"epochs": {}}}, "plan is .*; it must be epochs by stage"),
+    "rate": ({"plan": {"epochs": {4: 1}, "lr": "x", "schedule": "run", "old_lr_scale": 1.0}}, "plan is .*; it must be"),
     "model": ({"model": {"a": 3}}, "model is .*; it must be tensors by name"),
     "config": ({"config": [1]}, r"config is \[1\]; it must be a dictionary"),
 }

@@ -6,7 +6,6 @@ It is created by the first write, so a run that is refused leaves nothing behind
 import contextlib
 import errno
 import json
-import math
 import os
 import platform
 import re
@@ -26,7 +25,7 @@ from system.atomic import atomic_write
 from system.errors import UserError
 from system.locks import LOCK, take_lock
 from system.machine import nearest_existing
-from system.tables import append_rows, as_known, read_table, write_table
+from system.tables import append_rows, as_known, number_in, read_table, write_table
 from training.logs import Logs, clear_logs
 from training.survey import StageSurvey
 
@@ -265,14 +264,6 @@ def read_metrics(path: Path) -> list[dict]:
 def numbers(rows: list[dict[str, str]]) -> list[dict[str, float]]:
     """Return rows of metrics.csv, which are text, as numbers; NaN for a column that older ones lack, and for words."""
     return [{name: number_in(row.get(name, "")) for name in COLUMNS} for row in rows]
-
-
-def number_in(text: str) -> float:
-    """Return the number that a cell of a table holds; NaN where it is empty or holds something else."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 @contextlib.contextmanager
