@@ -79,6 +79,7 @@ def test_traced_nuclei_drawn_again_are_the_label_map(seed):
 @pytest.fixture(scope="module")
 def predicted(tmp_path_factory):
     """One image predicted into all formats, as a whole and from file to file: checkpoint, folder of both."""
+    pytest.importorskip("roifile")
     place = tmp_path_factory.mktemp("formats")
     save_png(place / "a.png", noisy_image(300, 260, seed=3))
     checkpoint = str(write_checkpoint(place / "t.pth", lively_model(1), "tile"))
