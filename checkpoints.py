@@ -78,6 +78,19 @@ def _plan(value) -> bool:
         _number(value["lr"], 0) and _number(value["old_lr_scale"], 0) and isinstance(value["schedule"], str)
 
 
+def _position(value) -> bool:
+    return isinstance(value, dict) and {"batches", "done", "begun_with", "sums", "steps", "seconds",
+                                        "processor_seconds"} <= set(value) and \
+        _whole(value["batches"], 1) and _whole(value["done"], 0, value["batches"]) and \
+        _tensors(value["begun_with"]) and isinstance(value["steps"], dict) and \
+        isinstance(value["sums"], list) and all(isinstance(part, dict) for part in value["sums"]) and \
+        _number(value["seconds"], 0) and _number(value["processor_seconds"], 0)
+
+
+def _by_stage(value) -> bool:
+    return isinstance(value, dict) and all(_whole(stage, 1, LAST_STAGE) and _number(n, 0) for stage, n in value.items())
+
+
 # Field -> what it must be, and that in words. None stands in all but the first ones for what is not there.
 RULES = {
     "model_args": (_model_args, f"the arguments of unet.build_model, at most {WIDEST} base channels"),
@@ -90,13 +103,14 @@ RULES = {
     "best_scores": (lambda v: isinstance(v, dict) and all(_whole(s, 1, LAST_STAGE) and _number(d, 0, 1)
                                                           for s, d in v.items()), "a Dice from 0 to 1 by stage"),
     "plan": (_plan, "epochs by stage, lr, schedule and old_lr_scale"),
-    "position": (lambda v: isinstance(v, dict), "a dictionary"),
+    "position": (_position, "where an epoch stands, as training/position.py writes it"),
     "history": (lambda v: isinstance(v, list) and all(isinstance(row, dict) for row in v), "a list of rows"),
     "time_limit": (lambda v: isinstance(v, dict) and {"elapsed", "spent"} <= set(v) and _number(v["elapsed"], 0)
-                   and isinstance(v["spent"], dict), "'elapsed' and 'spent'"),
+                   and _by_stage(v["spent"]), "'elapsed' and, by stage, 'spent'"),
     "optimizer": (lambda v: isinstance(v, dict), "a dictionary"),
     "scaler": (lambda v: isinstance(v, dict), "a dictionary"),
-    "averaged": (lambda v: isinstance(v, dict) and _tensors(v.get("model")), "a dictionary with 'model'"),
+    "averaged": (lambda v: isinstance(v, dict) and _tensors(v.get("model")) and _by_stage(v.get("updates", {})),
+                 "a dictionary with 'model' and, by stage, 'updates'"),
     "random_states": (_tensors, "tensors by name"),
     "config": (lambda v: isinstance(v, dict), "a dictionary"),
     "card": (lambda v: isinstance(v, str), "text"),

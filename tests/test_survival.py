@@ -45,6 +45,7 @@ from system.signals import StoppedBySignal, noted_signals
 from tests import kill
 from tests.kill import differences, killed_run
 from training.run_folder import RunFolder
+from unet import build_model
 
 
 def stop_after(count: int):
@@ -218,6 +219,33 @@ def test_an_edited_checkpoint_is_refused_by_field_and_rule(kind, tmp_path):
         load_model(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(("keys", "value", "said"), [
+    (["optimizer", "param_groups"], [], "its optimizer cannot be of this network"),
+    (["optimizer", "param_groups", 0, "born"], 3, "its optimizer cannot be of this network"),
+    (["optimizer", "param_groups", 0, "weight_decay"], "x", "its optimizer cannot be of this network"),
+    (["optimizer", "state"], 5, "its optimizer cannot be of this network"),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(3), r"exp_avg of parameter 0 is \(3,\)"),
+    (["optimizer", "state", 0], {}, "its optimizer cannot be of this network"),
+    (["optimizer", "state", 1000], {"exp_avg": torch.zeros(1)}, "its optimizer cannot be of this network"),
+    (["position"], {"done": 1}, "position is .*; it must be where an epoch stands"),
+    (["time_limit"], {"elapsed": 1.0, "spent": {"a": 1}}, "time_limit is .*; it must be 'elapsed' and, by stage"),
+    (["averaged"], {"model": {}, "updates": {1: "x"}}, "averaged is .*; it must be a dictionary with 'model'"),
+    (["averaged"], {"model": {"a": torch.zeros(1)}, "updates": {}}, "its averaged weights cannot be of this network"),
+])
+def test_what_a_run_goes_on_with_is_of_its_network(keys, value, said, trained_run, tmp_path):
+    path = tmp_path / "last.pth"
+    stored = inner = torch.load(trained_run[0] / "last.pth", weights_only=True)
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    torch.save(stored, path)
+    trainer = ProgressiveTrainer(build_model(stored["model_args"]), "cpu", average=0.9 if keys == ["averaged"] else 0.0)
+    with pytest.raises(UserError, match=said) as caught:
+        trainer.resume(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_last_is_replaced_by_the_one_before(root, trained_run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Parameter groups of a network's parts, and statistics of batch normalisation."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
                               (0.0, [p for p in parameters if p.ndim <= 1])):
             groups.append({"params": chosen, "weight_decay": decay, "part": part, "born": born})
     return [group for group in groups if group["params"]]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Go on with the state of an optimizer of the same parameters.
+
+    Raises ValueError, KeyError, TypeError, IndexError or AttributeError where it is not of these; torch itself looks at
+    how many there are alone, and fails in the first step.
+    """
+    for own, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        numbers = (other["weight_decay"], other["eps"], *other["betas"])
+        if not all(map(math.isfinite, numbers)) or (other["part"], other["born"]) != (own["part"], own["born"]):
+            raise ValueError(f"the group of {own['part']} is one of {other['part']!r}, with {numbers}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, state in saved["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameters[i].shape:
+                raise ValueError(f"{name} of parameter {i} is {tuple(state[name].shape)}, "
+                                 f"not {tuple(parameters[i].shape)}")
+        if not state["step"].isfinite():
+            raise ValueError(f"step of parameter {i} is {state['step']}")
+    optimizer.load_state_dict(saved)
 
 
 def live_batchnorms(model: nn.Module) -> list[_BatchNorm]:

@@ -1,9 +1,13 @@
 """What a training saves, and how it goes on from that."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import FORMAT, load_resumable, load_weights
 from system.devices import random_states, set_random_states
+from system.errors import UserError
+from training.optimization import load_optimizer
 
 
 def snapshot(trainer, score: float | None) -> dict:
@@ -33,6 +37,17 @@ def resumable(trainer, score: float | None, position: dict | None = None) -> dic
         "averaged": trainer.averaged.state() if trainer.averaged else None}
 
 
+@contextlib.contextmanager
+def _of_this_network(path: Path, what: str) -> Iterator[None]:
+    """Say of what a file holds that it is not of the network that it names."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{path}: its {what} cannot be of this network ({type(error).__name__}: {first}). Resume from "
+                        f"another file of the run, e.g. previous.pth, or start anew with --init_from {path}") from None
+
+
 def restore(trainer, path: Path) -> dict:
     """Bring a trainer to where a last.pth was written: weights, optimizer, course, time, random states.
 
@@ -46,11 +61,14 @@ def restore(trainer, path: Path) -> dict:
         network.set_stage(saved["stage"])
     load_weights(trainer.model, saved["model"], path)
     trainer.model.transfer_weights(saved["unborn"])
-    if trainer.averaged:
-        trainer.averaged.load(saved["averaged"] or trainer.averaged.state() | {"model": trainer.model.state_dict()})
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"] and trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(saved["scaler"])
+    with _of_this_network(path, "averaged weights"):
+        if trainer.averaged:
+            trainer.averaged.load(saved["averaged"] or trainer.averaged.state() | {"model": trainer.model.state_dict()})
+    with _of_this_network(path, "optimizer"):
+        load_optimizer(trainer.optimizer, saved["optimizer"])
+    with _of_this_network(path, "scaler"):
+        if saved["scaler"] and trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(saved["scaler"])
     trainer.course.load(saved)
     if trainer.time_limit and saved["time_limit"]:
         trainer.time_limit.resume(saved["time_limit"])
