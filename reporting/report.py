@@ -179,10 +179,12 @@ def calibration_charts(survey) -> list[Chart]:
     enough = pixels >= FEW_PIXELS
     x, y = probabilities[enough] / pixels[enough], foreground[enough] / pixels[enough]
     error = expected_calibration_error(survey.tables["reliability"])
-    side = "too sure of foreground" if (x - y)[x > 0.5].mean() > 0 else "not sure enough of foreground"
+    excess = (x - y)[x > 0.5]
+    side = "no pixel says more than one half" if not len(excess) else "above one half the network is " + (
+        "too sure of foreground" if excess.mean() > 0 else "not sure enough of foreground")
     reliability = Chart(
         "Is a probability what it says?", f"Of the pixels with a given probability, the share that is foreground. The "
-        f"expected calibration error is {error:.3f}; above one half the network is {side}.",
+        f"expected calibration error is {error:.3f}; {side}.",
         "predicted probability", [Curve("share of foreground", x.tolist(), y.tolist())], x_range=(0, 1),
         y_range=(0, 1), diagonal=True, note=f"On the dotted line they agree. Expected calibration error {error:.3f} "
         f"({BINS} bins). Bins of fewer than {FEW_PIXELS} pixels are left out.")

@@ -372,6 +372,17 @@ def test_odd_rows_of_a_table_end_no_page(row, name, run):
     assert len(read_metrics(run / "metrics.csv")) >= 4
 
 
+def test_a_network_that_is_sure_of_no_pixel_is_not_said_to_lean_to_a_side(run):
+    survey = next(iter(read_run(run).surveys.values()))
+    pixels = np.zeros(BINS)
+    pixels[1] = 10_000
+    survey.tables["reliability"] = np.stack([pixels, 0.1 * pixels, 0.05 * pixels])
+    assert "no pixel says more than one half" in report.calibration_charts(survey)[0].words
+    pixels[-1] = 10_000
+    survey.tables["reliability"] = np.stack([pixels, 0.95 * pixels, 0.5 * pixels])
+    assert "above one half the network is too sure of foreground" in report.calibration_charts(survey)[0].words
+
+
 def test_tables_that_lost_rows_are_said(run):
     """Scores of some images would pass for those of all."""
     for name in ("metrics.csv", "test_scores.csv"):
