@@ -31,6 +31,7 @@ import errno
 import math
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,10 +72,13 @@ def _model_args(value) -> bool:
         _whole(value["out_channels"], 1, MOST_CHANNELS) and _whole(value["base_channels"], 1, WIDEST)
 
 
+def _by_stage(value, holds: Callable = lambda n: _number(n, 0)) -> bool:
+    return isinstance(value, dict) and all(_whole(stage, 1, LAST_STAGE) and holds(n) for stage, n in value.items())
+
+
 def _plan(value) -> bool:
     return isinstance(value, dict) and set(value) == {"epochs", "lr", "schedule", "old_lr_scale"} and \
-        isinstance(value["epochs"], dict) and bool(value["epochs"]) and all(
-            _whole(stage, 1, LAST_STAGE) and _whole(n, 0) for stage, n in value["epochs"].items()) and \
+        bool(value["epochs"]) and _by_stage(value["epochs"], lambda n: _whole(n, 0)) and \
         _number(value["lr"], 0) and _number(value["old_lr_scale"], 0) and isinstance(value["schedule"], str)
 
 
@@ -87,10 +91,6 @@ def _position(value) -> bool:
         _number(value["seconds"], 0) and _number(value["processor_seconds"], 0)
 
 
-def _by_stage(value) -> bool:
-    return isinstance(value, dict) and all(_whole(stage, 1, LAST_STAGE) and _number(n, 0) for stage, n in value.items())
-
-
 # Field -> what it must be, and that in words. None stands in all but the first ones for what is not there.
 RULES = {
     "model_args": (_model_args, f"the arguments of unet.build_model, at most {WIDEST} base channels"),
@@ -100,8 +100,7 @@ RULES = {
     "unborn": (_tensors, "tensors by name"),
     "epoch": (lambda v: _whole(v, 0), "a whole number of at least 0"),
     "score": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-    "best_scores": (lambda v: isinstance(v, dict) and all(_whole(s, 1, LAST_STAGE) and _number(d, 0, 1)
-                                                          for s, d in v.items()), "a Dice from 0 to 1 by stage"),
+    "best_scores": (lambda v: _by_stage(v, lambda dice: _number(dice, 0, 1)), "a Dice from 0 to 1 by stage"),
     "plan": (_plan, "epochs by stage, lr, schedule and old_lr_scale"),
     "position": (_position, "where an epoch stands, as training/position.py writes it"),
     "history": (lambda v: isinstance(v, list) and all(isinstance(row, dict) for row in v), "a list of rows"),

@@ -19,11 +19,12 @@ def class_name(channel: int, names: Sequence[str] = ()) -> str:
 def label(name: str, names: Sequence[str] = ()) -> str:
     """Return the name of a measure as one writes it; `names` are those of the classes, where they are known.
 
-    >>> label("dice"), label("dice_2"), label("dice_2", ("nucleus", "cytoplasm")), label("recall")
-    ('Dice', 'Dice of class 2', 'Dice of cytoplasm', 'recall')
+    >>> label("dice"), label("dice_2"), label("dice_2", ("nucleus", "cytoplasm")), label("recall"), label("dice_x")
+    ('Dice', 'Dice of class 2', 'Dice of cytoplasm', 'recall', 'dice_x')
     """
-    if name.startswith("dice_"):
-        return f"Dice of {class_name(int(name.removeprefix('dice_')) - 1, names)}"
+    channel = name.removeprefix("dice_")
+    if channel != name and channel.isdecimal():
+        return f"Dice of {class_name(int(channel) - 1, names)}"
     return LABELS.get(name, name)
 
 
