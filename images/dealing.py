@@ -1,6 +1,7 @@
 """Deal the images of a data set to train, valid and test, whole groups at a time, and write splits.csv."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from images.pairs import Pair, originals
 from images.splits import SHARES, SPLITS, SPLITS_FILE, DatasetError, groups_of, read_folders
-from system.errors import UserError
+from system.atomic import atomic_write
+from system.errors import DISK_ENDS, UserError
 from system.text import guarded
 
 FEW_GROUPS = 5  # of valid or test, below which their scores depend on chance
@@ -105,9 +107,13 @@ def write_splits(data_root: Path, group_regex: str | None = None, seed: int = 0,
     dealt, odd = split_by_group(data_root, group_regex, seed, shares, mask_suffix)
     rows = [(guarded(pair.image.relative_to(data_root).as_posix()), split) for split in SPLITS for pair in dealt[split]]
     try:
-        with open(path, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([("path", "split"), *sorted(rows)])
+        with atomic_write(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+            csv.writer(text).writerows([("path", "split"), *sorted(rows)])
+            text.detach()
     except OSError as error:
+        if error.errno in DISK_ENDS:
+            raise
         raise UserError(f"{path}: cannot be written ({error.strerror}). Copy the data set to a folder of "
                          f"yours") from None
     return path, odd

@@ -27,7 +27,7 @@ from images.masks import load_instances
 from images.resolutions import FINEST
 from images.splits import MANIFEST, SPLITS, grouped
 from system.atomic import folder_made
-from system.errors import UserError
+from system.errors import DISK_ENDS, UserError
 from system.text import guarded, shown
 
 FORMAT = 1
@@ -213,12 +213,18 @@ def new_folder(out: Path, *sources: Path):
             stack.enter_context(folder_made(out.parent))
             temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         except OSError as error:
+            if error.errno in DISK_ENDS:
+                raise
             raise UserError(f"{out}: cannot be made ({error.strerror}). Choose an --out that you may write "
                             f"to") from None
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         made = temporary / "made"  # below, so that it has the permissions of any new folder
         made.mkdir()
-        yield made
+        try:
+            yield made
+        except OSError as error:  # those of an open file name none
+            error.filename = error.filename or str(out)
+            raise
         if out.exists():
             out.rmdir()
         shutil.move(made, out)

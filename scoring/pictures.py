@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from nuclei.outlines import boundary
 from scoring.cases import Case
+from system.atomic import atomic_write
 from system.figures import ShownFigure
 from system.text import shown
 
@@ -20,7 +21,8 @@ THIN = 0.6  # points, so that a nucleus of six pixels is still seen within its o
 
 def training_curves(rows: list[dict], path: Path) -> None:
     """Save the figure of `curves_figure`."""
-    curves_figure(rows).savefig(path, dpi=110)
+    with atomic_write(path, sync=False) as file:
+        curves_figure(rows).savefig(file, format="png", dpi=110)
 
 
 def curves_figure(rows: list[dict]) -> ShownFigure:
@@ -94,7 +96,8 @@ def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title
             axis.set_title(words, fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, sync=False) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def outline(axis, mask: np.ndarray, color: str, style) -> None:

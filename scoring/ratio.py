@@ -13,6 +13,7 @@ from images.targets import drawn_nuclei
 from nuclei.cells import cytoplasm_areas
 from nuclei.overlaps import overlaps
 from scoring.measures import MATCH_IOU
+from system.atomic import atomic_write
 from system.processes import progress, shard, unshard
 from system.text import cell
 
@@ -110,4 +111,5 @@ def draw_ratios(rows: list[dict], agreement: dict, path: Path) -> None:
         formatted("{x:g}")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
+    with atomic_write(path, sync=False) as file:
+        figure.savefig(file, format="png", dpi=90)

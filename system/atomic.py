@@ -26,13 +26,18 @@ def folder_made(folder: Path) -> Iterator[None]:
 def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on leaving without an error it takes the place of `path`.
 
-    A link of that name is replaced, and what it points to stays as it is.
+    A link of that name is replaced, and what it points to stays as it is. What the disk refuses is an OSError that
+    names `path`.
 
     Args:
         sync: wait until the disk has it, so that it survives a power cut; for one of many small files that takes long.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -41,6 +46,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename, error.filename2 = str(path), None
         raise

@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """The disk refused what a training wanted to save; a command line ends with code 3."""
+    """The disk refused what a command wanted to save; a command line ends with code 3."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -22,6 +22,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a disk that takes nothing more
+DISK_ENDS = FULL | {errno.EIO}  # with which any command line ends with code 3
 
 # What the operating system refuses and a user can mend: rights, space, quotas, damaged disks, paths that are no folder.
 DISK_ERRORS = frozenset({

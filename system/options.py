@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from system.errors import DiskError, NonFiniteLossError, UserError, is_for_user, lacks_memory
+from system.errors import DISK_ENDS, DiskError, NonFiniteLossError, UserError, is_for_user, lacks_memory
 from system.machine import share_cores
 from system.signals import terminated_as_interrupted
 from system.text import compiled, plain_output
@@ -35,8 +35,9 @@ def command(interrupted: str = "") -> Callable:
     """Return a decorator for `main(argv=None)` that turns what goes wrong into a line on stderr and an exit code.
 
     The code is what `main` returns, 0 for None; 2 for what a user can mend (see `system.errors.is_for_user`); 1 for a
-    training whose numbers overflow; 3 where the disk ended it; 130 for Ctrl-C, 143 and 129 for the signals TERM and
-    HUP. All else is a fault of ours and keeps its traceback. What goes wrong in all processes of torchrun is said by
+    training whose numbers overflow; 3 where the disk ended it (see `system.errors.DISK_ENDS`); 130 for Ctrl-C, 143 and
+    129 for the signals TERM and HUP. All else is a fault of ours and keeps its traceback. What goes wrong in all
+    processes of torchrun is said by
     the first. What is printed meanwhile cannot steer the terminal.
 
     Args:
@@ -64,6 +65,9 @@ def _exit_code(main: Callable[[list[str] | None], int | None], argv: list[str] |
             raise
         if not is_first_of_launch():
             time.sleep(PATIENCE)
+        if isinstance(error, OSError) and error.errno in DISK_ENDS:
+            error = DiskError(f"{error.filename or 'the disk'}: {error.strerror}; "
+                              f"{interrupted or 'what is whole stays'}. Make room, mend the disk or write elsewhere")
         print(f"error: {error}", file=sys.stderr)
         return 1 if overflow else 3 if isinstance(error, DiskError) else 2
     except (MemoryError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """Tests of what the machine and the shell give: exit codes, help, devices, files that are whole."""
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from conftest import run_script
 from progressive_trainer import ProgressiveTrainer
 from system import machine, processes
-from system.atomic import folder_made
+from system.atomic import atomic_write, folder_made
 from system.devices import choose_device, choose_precision, set_up_process
 from system.errors import NonFiniteLossError, UserError
 from system.machine import nearest_existing
@@ -35,7 +36,7 @@ def test_device_and_precision_errors():
 
 
 @pytest.mark.parametrize(("error", "code", "said"), [
-    (UserError("seed is x"), 2, "error: seed is x\n"), (OSError(28, "full"), 2, "error: [Errno 28] full\n"),
+    (UserError("seed is x"), 2, "error: seed is x\n"), (OSError(13, "mine"), 2, "error: [Errno 13] mine\n"),
     (NonFiniteLossError("nan found"), 1, "error: nan found\n"),
     (KeyboardInterrupt(), 130, "\ninterrupted; nothing was written\n")])
 def test_what_goes_wrong_becomes_an_exit_code(error, code, said, capsys):
@@ -155,3 +156,20 @@ def test_commands_decide_before_torch_is_loaded():
               "command()(lambda argv: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules))()")
     done = run_script("-c", script)
     assert done.stdout.split() == ["3000", "False"], done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO])
+def test_a_disk_that_takes_nothing_ends_any_command_with_code_3(number, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    @command(interrupted="nothing was written")
+    def main(argv=None):
+        with atomic_write(tmp_path / "page.html") as file:
+            file.write(b"a")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert main([]) == 3
+    assert capsys.readouterr().err == (f"error: {tmp_path / 'page.html'}: {os.strerror(number)}; nothing was written. "
+                                       f"Make room, mend the disk or write elsewhere\n")
+    assert not list(tmp_path.iterdir())
