@@ -63,12 +63,34 @@ def _number(value, low: float, high: float = math.inf) -> bool:
 
 def _tensors(value) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+        and not tensor.is_complex() for name, tensor in value.items())
+
+
+def _weights(value) -> bool:
+    return _tensors(value) and not any((tensor < 0).any() for name, tensor in value.items()
+                                       if name.endswith(("running_var", "image_std")))
+
+
+def _random_states(value) -> bool:
+    if not _tensors(value) or "cpu" not in value or any(state.dtype != torch.uint8 for state in value.values()):
+        return False
+    try:
+        torch.Generator().set_state(value["cpu"])
+    except RuntimeError:  # of another length, or no state of this generator
+        return False
+    return True
+
+
+def _history(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(text, str) for item in row.items() for text in item)
+        and row.get("stage", "") in tuple("1234") and row.get("epoch", "").isdecimal() for row in value)
 
 
 def _model_args(value) -> bool:
     return isinstance(value, dict) and set(value) == {"model", "in_channels", "out_channels", "base_channels"} and \
-        value["model"] in MODELS and _whole(value["in_channels"], 1, 64) and \
+        isinstance(value["model"], str) and value["model"] in MODELS and _whole(value["in_channels"], 1, 64) and \
         _whole(value["out_channels"], 1, MOST_CHANNELS) and _whole(value["base_channels"], 1, WIDEST)
 
 
@@ -86,7 +108,7 @@ def _position(value) -> bool:
     return isinstance(value, dict) and {"batches", "done", "begun_with", "sums", "steps", "seconds",
                                         "processor_seconds"} <= set(value) and \
         _whole(value["batches"], 1) and _whole(value["done"], 0, value["batches"]) and \
-        _tensors(value["begun_with"]) and isinstance(value["steps"], dict) and \
+        _random_states(value["begun_with"]) and isinstance(value["steps"], dict) and \
         isinstance(value["sums"], list) and all(isinstance(part, dict) for part in value["sums"]) and \
         _number(value["seconds"], 0) and _number(value["processor_seconds"], 0)
 
@@ -95,7 +117,7 @@ def _position(value) -> bool:
 RULES = {
     "model_args": (_model_args, f"the arguments of unet.build_model, at most {WIDEST} base channels"),
     "stage": (lambda v: _whole(v, 1, LAST_STAGE), f"a whole number from 1 to {LAST_STAGE}"),
-    "model": (_tensors, "tensors by name"),
+    "model": (_weights, "tensors by name, dense and real, of which no variance is below 0"),
     "threshold": (lambda v: _number(v, 0, 1) and 0 < v < 1, "a number between 0 and 1"),
     "unborn": (_tensors, "tensors by name"),
     "epoch": (lambda v: _whole(v, 0), "a whole number of at least 0"),
@@ -103,18 +125,19 @@ RULES = {
     "best_scores": (lambda v: _by_stage(v, lambda dice: _number(dice, 0, 1)), "a Dice from 0 to 1 by stage"),
     "plan": (_plan, "epochs by stage, lr, schedule and old_lr_scale"),
     "position": (_position, "where an epoch stands, as training/position.py writes it"),
-    "history": (lambda v: isinstance(v, list) and all(isinstance(row, dict) for row in v), "a list of rows"),
+    "history": (_history, "the rows of metrics.csv as text, each with its stage and epoch"),
     "time_limit": (lambda v: isinstance(v, dict) and {"elapsed", "spent"} <= set(v) and _number(v["elapsed"], 0)
                    and _by_stage(v["spent"]), "'elapsed' and, by stage, 'spent'"),
     "optimizer": (lambda v: isinstance(v, dict), "a dictionary"),
     "scaler": (lambda v: isinstance(v, dict), "a dictionary"),
     "averaged": (lambda v: isinstance(v, dict) and _tensors(v.get("model")) and _by_stage(v.get("updates", {})),
                  "a dictionary with 'model' and, by stage, 'updates'"),
-    "random_states": (_tensors, "tensors by name"),
+    "random_states": (_random_states, "states of torch's random generators, that of 'cpu' among them"),
     "config": (lambda v: isinstance(v, dict), "a dictionary"),
     "card": (lambda v: isinstance(v, str), "text"),
 }
 NEEDED = ("model_args", "stage", "model", "threshold")
+OF_RUNS = ("unborn", "epoch", "best_scores", "plan", "history", "random_states")  # that a run needs to go on
 
 
 def untrained_checkpoint(model, **fields) -> dict:
@@ -222,6 +245,9 @@ def load_resumable(path: Path, model_args: dict) -> dict:
     if not saved["optimizer"]:
         raise UserError(f"{path}: it holds no optimizer, as files that are made to hand on do, so no run goes on from "
                         f"it. Start another with --init_from {path}")
+    if lacking := [name for name in OF_RUNS if saved[name] is None]:
+        raise UserError(f"{path}: it holds no {', '.join(lacking)}, so no run goes on from it. Resume from another "
+                        f"file of the run, e.g. previous.pth, or start another with --init_from {path}")
     if saved["stage"] < LAST_STAGE and not saved["unborn"]:
         raise UserError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
                          f"it as it was. Resume from last.pth, or start another run with --init_from")
@@ -244,10 +270,10 @@ def model_of(checkpoint: dict, path: Path):
     with torch.device("meta"):  # without memory, which a file may ask for that has other weights
         plan = build_model(checkpoint["model_args"])
         plan.set_stage(checkpoint["stage"])
-    shapes = {name: tensor.shape for name, tensor in plan.live_state().items()}
-    if {name: tensor.shape for name, tensor in checkpoint["model"].items()} != shapes:
-        wrong = sorted(name for name in shapes.keys() | checkpoint["model"].keys()
-                       if name not in checkpoint["model"] or shapes.get(name) != checkpoint["model"][name].shape)
+    planned, found = ({name: (tensor.shape, tensor.is_floating_point()) for name, tensor in state.items()}
+                      for state in (plan.live_state(), checkpoint["model"]))
+    if found != planned:
+        wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
         raise UserError(f"{path}: its weights do not fit the network they say they are for ({', '.join(wrong[:3])}). "
                         f"The file is damaged or was edited")
     if bad := non_finite(checkpoint["model"], "model"):

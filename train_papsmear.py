@@ -115,7 +115,7 @@ def resumed_settings(args: argparse.Namespace) -> tuple[Path, Path, argparse.Nam
     folder = Path(args.resume)
     folder = folder.parent if folder.name == "last.pth" else folder
     last, config = resumable_file(folder)
-    if "resolved" not in config:
+    if "precision" not in (config.get("resolved") or {}):
         raise UserError(f"{folder}: this run was started from Python, so its settings are there. Build the trainer as "
                         f"it was and call trainer.resume('{folder / 'last.pth'}')")
     config["precision"] = config["resolved"]["precision"]  # unless given: 'auto' could mean another one on this machine
@@ -134,11 +134,11 @@ def resumable_file(folder: Path) -> tuple[Path, dict]:
         raise UserError(f"{folder}: no last.pth in it, so nothing of that run was saved. Start it again with "
                         f"--overwrite")
     try:
-        return last, load_checkpoint(last)["config"]
+        return last, load_checkpoint(last)["config"] or {}
     except UserError as error:
         if not previous.exists():
             raise
-        config = load_checkpoint(previous)["config"]
+        config = load_checkpoint(previous)["config"] or {}
         print(f"warning: {error}\nwarning: going on from {previous}, which was saved before it")
         return previous, config
 

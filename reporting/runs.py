@@ -212,7 +212,8 @@ def _is_config(found: dict) -> bool:
     if not isinstance(resolved, dict) or not isinstance(found.get("data_report") or [], list):
         return False
     args, epochs, threshold = resolved.get("model_args", {}), resolved.get("epochs", {}), resolved.get("threshold", 0.5)
-    return (args == {} or RULES["model_args"][0](args)) and RULES["threshold"][0](threshold) \
+    return isinstance(resolved.get("class_names", []), list) \
+        and (args == {} or RULES["model_args"][0](args)) and RULES["threshold"][0](threshold) \
         and isinstance(epochs, dict) and all(stage in ("1", "2", "3", "4") and type(n) is int
                                              for stage, n in epochs.items())
 

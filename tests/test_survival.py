@@ -202,6 +202,12 @@ EDITS = {
     "plan": ({"plan": {"epochs": {}}}, "plan is .*; it must be epochs by stage"),
     "rate": ({"plan": {"epochs": {4: 1}, "lr": "x", "schedule": "run", "old_lr_scale": 1.0}}, "plan is .*; it must be"),
     "model": ({"model": {"a": 3}}, "model is .*; it must be tensors by name"),
+    "kind of network": ({"model_args": {"model": []}}, "model_args is {.*; it must be the arguments of"),
+    "sparse tensor": ({"model": {"a": torch.zeros(1).to_sparse()}}, "model is .*; it must be tensors by name, dense"),
+    "variance": ({"model": {"a.running_var": -torch.ones(1)}}, "of which no variance is below 0"),
+    "random states": ({"random_states": {"cpu": torch.zeros(5056, dtype=torch.uint8)}}, "random_states is .*; it must"),
+    "row of nothing": ({"history": [{}]}, "history is .*; it must be the rows of metrics.csv"),
+    "row of numbers": ({"history": [{"stage": 1, "epoch": 1}]}, "history is .*; it must be the rows of metrics.csv"),
     "config": ({"config": [1]}, r"config is \[1\]; it must be a dictionary"),
 }
 
@@ -212,7 +218,7 @@ def test_an_edited_checkpoint_is_refused_by_field_and_rule(kind, tmp_path):
     path = write_checkpoint(tmp_path / "a.pth", lively_model())
     stored = torch.load(path, weights_only=True)
     for name, change in changes.items():
-        whole = name in ("plan", "model", "config") or not isinstance(change, dict)
+        whole = name in ("plan", "model", "config", "random_states") or not isinstance(change, dict)
         stored[name] = change if whole else stored[name] | change
     torch.save(stored, path)
     with pytest.raises(UserError, match=message) as caught:
