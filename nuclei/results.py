@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from system.atomic import atomic_write
 from system.errors import UserError, check_continued
 from system.locks import LOCK, held_lock
 from system.tables import append_rows, columns_of, number_in, read_table, write_table
-from system.text import cell
+from system.text import cell, shown
 
 IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "cut_by_border", "foreground", "mean_area")
 IMAGE_MICROMETRE_COLUMNS = ("mean_area_um2", "nuclei_per_mm2")
@@ -120,6 +121,7 @@ class ResultsFolder:
             UserError: for results that are there unasked, or made with other settings than those to go on with.
         """
         runs = self._earlier_runs()
+        self._refuse_other_tables()
         if go_on:
             self._check_settings(runs)
             self._check_columns()
@@ -127,7 +129,9 @@ class ResultsFolder:
             self._refuse_existing(paths)
         self._lock.enter_context(held_lock(self._lock_file, "this folder", "choose another --out"))
         self._run = list(runs)[-1] if go_on else datetime.now(UTC).isoformat(timespec="microseconds")
-        recorded = {row.get("image", ""): row.get("run") for row in read_table(self.images)}
+        measured = Counter(row["image"] for row in read_table(self.nuclei))
+        recorded = {row["image"]: row.get("run") if row.get("nuclei") == str(measured[row["image"]]) else ""
+                    for row in read_table(self.images)}  # an image whose nuclei were lost is not finished
         if not go_on:
             with atomic_write(self._settings_file) as file:
                 file.write(json.dumps({"runs": runs | {self._run: self.settings}}, indent=2).encode() + b"\n")
@@ -200,7 +204,8 @@ class ResultsFolder:
         if not self._settings_file.exists():
             return {}
         try:
-            return dict(json.loads(self._settings_file.read_text(encoding="utf-8"))["runs"])
+            runs = dict(json.loads(self._settings_file.read_text(encoding="utf-8"))["runs"])
+            return {time: dict(settings) for time, settings in runs.items()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self._settings_file}: cannot be read ({error}). Remove it and pass --overwrite, or "
                             f"choose another --out") from None
@@ -224,6 +229,15 @@ class ResultsFolder:
                 raise UserError(f"--continue: {table} {' and '.join(other) or 'has its columns in another order'}, so "
                                 f"another version wrote it. Replace everything with --overwrite, or choose another "
                                 f"--out")
+
+    def _refuse_other_tables(self) -> None:
+        """Raise UserError for a table that no prediction wrote, or whose first line is damaged: what it holds would be
+        lost."""
+        for table in self._columns:
+            there = columns_of(table)
+            if there and there[0] != "image" or "\0" in "".join(there):
+                raise UserError(f"{table}: its first line is {shown(','.join(there))[:80]!r}, so it is no table of a "
+                                f"prediction, or it is damaged. Move it away, or choose another --out")
 
     def _refuse_existing(self, paths: list[Path]) -> None:
         there = [file for path in paths for file in picture_files(self.path, path.stem, self.classes) if file.exists()]

@@ -1,6 +1,9 @@
 """Scores of an evaluation that is under way, kept image by image so that a killed one can go on."""
 
 import json
+import math
+import re
+from collections import Counter
 from pathlib import Path
 
 from system.errors import DiskError, check_continued
@@ -21,22 +24,27 @@ class UnfinishedScores:
 
     def exist(self) -> bool:
         """Tell whether an evaluation was interrupted here."""
-        return any(self._folder.glob(self._files))
+        return bool(self._kept())
 
     def read(self) -> int:
         """Read what an interrupted evaluation scored; return how many images that are.
 
         Raises UserError if it had other settings.
         """
-        for path in sorted(self._folder.glob(self._files)):
+        for path in self._kept():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    settings, name, row = entry["settings"], entry["image"], dict(entry["row"])
+                    settings, name, row = dict(entry["settings"]), entry["image"], dict(entry["row"])
+                    whole = isinstance(name, str) and isinstance(row["image"], str) and 0 <= row["dice"] <= 1
                 except (ValueError, KeyError, TypeError, RecursionError):  # cut off by the kill
+                    continue
+                if not whole or any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
                     continue
                 check_continued(settings, self.settings, path, "or start anew with --overwrite")
                 self._rows[name] = row
+        kinds = Counter(map(tuple, self._rows.values()))  # names of the measures; those of a damaged row are others
+        self._rows = {name: row for name, row in self._rows.items() if tuple(row) == kinds.most_common(1)[0][0]}
         return len(self._rows)
 
     def row(self, image: str) -> dict | None:
@@ -56,5 +64,10 @@ class UnfinishedScores:
     def remove(self) -> None:
         """Remove what all processes kept; the first one does it."""
         if is_main_process():
-            for path in self._folder.glob(self._files):
+            for path in self._kept():
                 path.unlink()
+
+    def _kept(self) -> list[Path]:
+        """Return the files of all processes; one that a user gave a like name is none of them."""
+        written = re.compile(re.escape(self._files).replace(r"\*", r"\d+"))
+        return sorted(path for path in self._folder.glob(self._files) if written.fullmatch(path.name))

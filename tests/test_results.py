@@ -257,6 +257,38 @@ def test_results_of_before_there_were_images_csv_are_replaced(command, tmp_path)
     assert [row for row in rows if row["image"] != "z.png"] == read_rows(tmp_path / "new/nuclei.csv")
 
 
+def test_an_image_whose_nuclei_were_lost_is_predicted_again(command, tmp_path):
+    out = tmp_path / "out"
+    predict(command, out)
+    whole, lines = content(out), (out / "nuclei.csv").read_bytes().splitlines(keepends=True)
+    for left in (b"", lines[0], b"".join(lines)[:-5], b"".join(lines[:1] + lines[2:])):
+        (out / "nuclei.csv").write_bytes(left)
+        predict(command, out, "--continue")
+        assert content(out) == whole
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--continue"])
+@pytest.mark.parametrize("name", ["nuclei.csv", "images.csv"])
+def test_a_table_that_no_prediction_wrote_stays(name, option, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(command, out)
+    right = (out / name).read_bytes()
+    for first in (b"patient,stain\n1,2\n", right.replace(b",", b",\0", 1), right.partition(b"\n")[2]):
+        (out / name).write_bytes(first)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        predict(command, out, option, code=2)
+        assert f"{out / name}: its first line is" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_settings_that_are_none_are_refused(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(command, out)
+    (out / "settings.json").write_text('{"runs": {"x": 5}}')
+    predict(command, out, "--continue", code=2)
+    assert "settings.json: cannot be read" in capsys.readouterr().err
+
+
 def test_a_table_of_another_version_is_refused_by_continue(command, tmp_path, capsys):
     out = tmp_path / "out"
     predict(command, out)
@@ -359,6 +391,25 @@ def evaluation(tmp_path, shared_root):
 
 def evaluate(arguments, out, *options, code: int = 0) -> None:
     assert evaluate_papsmear.main([*arguments, "--out", str(out), *options]) == code
+
+
+def test_rows_of_an_interrupted_evaluation_that_are_none_are_scored_anew(evaluation, tmp_path, capsys):
+    arguments, out, stopped = evaluation
+    evaluate(arguments, tmp_path / "whole")
+    assert stopped(5).returncode == -signal.SIGKILL
+    kept = out / "scores_unfinished_0.jsonl"
+    first, second, third, fourth = map(json.loads, kept.read_text().splitlines())
+    damaged = [first | {"settings": 5}, second | {"row": second["row"] | {"dice": float("nan")}},
+               third | {"row": {"image": "a", "dice": 0.5}}, first | {"row": first["row"] | {"dice": "x"}},
+               first | {"image": [1]}, fourth]
+    kept.write_text("".join(json.dumps(entry) + "\n" for entry in [*damaged, fourth | {"image": "b"}]))
+    (out / "scores_unfinished_mine.jsonl").write_text("mine")
+    evaluate(arguments, out, "--continue")
+    assert "2 images are scored already" in capsys.readouterr().out
+    assert (out / "scores.csv").read_bytes() == (tmp_path / "whole/scores.csv").read_bytes()
+    assert (out / "scores_unfinished_mine.jsonl").read_text() == "mine"
+    evaluate(arguments, out, "--overwrite")
+    assert (out / "scores_unfinished_mine.jsonl").read_text() == "mine"
 
 
 def test_a_killed_evaluation_goes_on_with_the_images_that_are_left(evaluation, tmp_path, capsys, monkeypatch):
