@@ -226,13 +226,28 @@ def with_origins(pairs: list[Pair], manifest: Path) -> list[Pair]:
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
-    """Return name -> origin and group of every image that a manifest lists; a table of another kind tells nothing."""
+    """Return name -> origin and group of every image that a manifest lists; a table of another kind tells nothing.
+
+    Raises DatasetError for a torn one: without the groups that were lost, one patient could be in train and in test.
+    """
+    names, lost = ("tile", "source", "group"), ""
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = [{key: unguarded(row[key]) for key in ("tile", "source", "group")} for row in csv.DictReader(file)]
-        return {composed(row["tile"]): {"origin": row["source"], "group": row["group"]} for row in rows}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError):
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+    except csv.Error as error:
+        rows, lost = [], str(error)
+    except OSError:
         return {}
+    if rows and not set(names) <= set(rows[0]):
+        return {}
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values() or "\0" in "".join(row.values()) or not all(row[key] for key in names):
+            lost = lost or f"line {line} is cut off or damaged"
+    if lost:
+        raise DatasetError(path.parent, [f"{path}: {lost}, so the groups of images are not known. Prepare the data set "
+                                         f"again, or remove the file to have each image as a group"])
+    return {composed(unguarded(row["tile"])): {"origin": unguarded(row["source"]), "group": unguarded(row["group"])}
+            for row in rows}
 
 
 def passed_over(data_root: Path) -> list[str]:

@@ -23,6 +23,7 @@ from images.recipe import MASK_AND_BOUNDARY
 from images.report import check_dataset
 from images.splits import list_splits
 from images.targets import instance_file, load_target
+from system.errors import UserError
 
 
 @pytest.mark.parametrize(("name", "source"), [
@@ -68,6 +69,13 @@ def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
     assert sorted(len(pairs) for pairs in splits.values()) == [6, 6, 6]
     assert len({(pair.group, split) for split, pairs in splits.items() for pair in pairs}) == 3
     assert check_dataset(root).leakage["groups"] == {"valid": (0, 1), "test": (0, 1)}
+    whole = (root / "manifest.csv").read_bytes()
+    for torn in (whole[:-15], whole + b"\0" * 30, whole[:60] + b"\0" + whole[60:]):
+        (root / "manifest.csv").write_bytes(torn)
+        with pytest.raises(UserError, match=r"manifest.csv: line \d+ is cut off or damaged, so the groups of images"):
+            list_splits(root)
+    (root / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + whole)
+    assert {pair.group for pair in list_splits(root)["train"]} <= {"patient_0", "patient_1", "patient_2"}
     (root / "manifest.csv").write_text("another,table\n1,2\n")
     assert "groups" not in check_dataset(root).totals, "a table of another kind tells nothing"
 
