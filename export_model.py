@@ -14,6 +14,7 @@ Hub, and hf://USER/NAME downloads them from there.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -60,7 +61,7 @@ def check_request(args: argparse.Namespace) -> None:
     if out.is_dir() or out.suffix != ENDINGS[args.format]:
         raise UserError(f"--out {out}: {'a folder' if out.is_dir() else f'its ending is {out.suffix!r}'}; "
                         f"--format {args.format} is written to a file that ends in {ENDINGS[args.format]}")
-    if out.exists() and not args.overwrite:
+    if os.path.lexists(out) and not args.overwrite:
         raise UserError(f"{out}: exists already, and nothing is overwritten unasked. Choose another --out, or pass "
                         f"--overwrite")
     if (args.push_to_hub or args.private) and args.format != "archive":

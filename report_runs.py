@@ -8,6 +8,7 @@ is the one that the others are measured against.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def report(args: argparse.Namespace) -> None:
     if out.suffix != ".html" or out.is_dir():
         raise UserError(f"--out {out}: {'a folder' if out.is_dir() else f'its ending is {out.suffix!r}'}; the page is "
                         f"a file that ends in .html")
-    if out.exists() and not args.overwrite:
+    if os.path.lexists(out) and not args.overwrite:
         raise UserError(f"{out}: exists already, and nothing is overwritten unasked. Choose another --out, or pass "
                         f"--overwrite")
     if len({path.resolve() for path in args.runs}) < len(args.runs):

@@ -94,13 +94,16 @@ def test_a_graph_that_differs_does_not_stay(tmp_path, monkeypatch):
 def test_wrong_requests_are_refused(tmp_path, capsys):
     path = checkpoint_of("grey", tmp_path)
     (tmp_path / "there.pth").write_text("mine")
+    (tmp_path / "link.pth").symlink_to("nowhere.pth")
     for kind, out, words in (("onnx", "a.pt", "ends in .onnx"), ("archive", ".", "a folder"),
-                             ("archive", "there.pth", "nothing is overwritten unasked")):
+                             ("archive", "there.pth", "nothing is overwritten unasked"),
+                             ("archive", "link.pth", "nothing is overwritten unasked")):
         export(path, kind, tmp_path / out, code=2)
         assert words in capsys.readouterr().err
     export(path, "archive", path, "--overwrite", code=2)
     assert "the checkpoint itself" in capsys.readouterr().err
     assert (tmp_path / "there.pth").read_text() == "mine"
+    assert (tmp_path / "link.pth").is_symlink()
     export(tmp_path / "none.pth", "card", tmp_path / "a.md", code=2)
 
 
