@@ -30,6 +30,7 @@ import dataclasses
 import errno
 import math
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ from images.resolutions import MOST_CHANNELS, WIDEST
 from system.archives import verify_archive
 from system.atomic import atomic_write
 from system.errors import NonFiniteLossError, UserError, lacks_memory
+from system.options import LARGEST
 from unet import LAST_STAGE, MODELS, build_model
 
 FORMAT = 2
@@ -85,7 +87,8 @@ def _random_states(value) -> bool:
 def _history(value) -> bool:
     return isinstance(value, list) and all(
         isinstance(row, dict) and all(isinstance(text, str) for item in row.items() for text in item)
-        and row.get("stage", "") in tuple("1234") and row.get("epoch", "").isdecimal() for row in value)
+        and row.get("stage", "") in tuple("1234") and re.fullmatch("[0-9]{1,9}", row.get("epoch", ""))
+        for row in value)
 
 
 def _model_args(value) -> bool:
@@ -100,7 +103,7 @@ def _by_stage(value, holds: Callable = lambda n: _number(n, 0)) -> bool:
 
 def _plan(value) -> bool:
     return isinstance(value, dict) and set(value) == {"epochs", "lr", "schedule", "old_lr_scale"} and \
-        bool(value["epochs"]) and _by_stage(value["epochs"], lambda n: _whole(n, 0)) and \
+        _by_stage(value["epochs"], lambda n: _whole(n, 0, LARGEST)) and any(value["epochs"].values()) and \
         _number(value["lr"], 0) and _number(value["old_lr_scale"], 0) and isinstance(value["schedule"], str)
 
 
@@ -120,10 +123,10 @@ RULES = {
     "model": (_weights, "tensors by name, dense and real, of which no variance is below 0"),
     "threshold": (lambda v: _number(v, 0, 1) and 0 < v < 1, "a number between 0 and 1"),
     "unborn": (_tensors, "tensors by name"),
-    "epoch": (lambda v: _whole(v, 0), "a whole number of at least 0"),
+    "epoch": (lambda v: _whole(v, 0, LARGEST), f"a whole number from 0 to {LARGEST}"),
     "score": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
     "best_scores": (lambda v: _by_stage(v, lambda dice: _number(dice, 0, 1)), "a Dice from 0 to 1 by stage"),
-    "plan": (_plan, "epochs by stage, lr, schedule and old_lr_scale"),
+    "plan": (_plan, f"epochs by stage, at most {LARGEST}, lr, schedule and old_lr_scale"),
     "position": (_position, "where an epoch stands, as training/position.py writes it"),
     "history": (_history, "the rows of metrics.csv as text, each with its stage and epoch"),
     "time_limit": (lambda v: isinstance(v, dict) and {"elapsed", "spent"} <= set(v) and _number(v["elapsed"], 0)
@@ -198,6 +201,9 @@ def check_plain(value, name: str) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint into CPU memory; raises UserError if the file is missing, damaged or of another kind."""
     path = Path(path)
+    if path.parts[:1] == ("hf:",):  # Path has made one slash of two
+        raise UserError(f"{path}: an address, and a file is read here. Download it first: python export_model.py "
+                        f"hf://{'/'.join(path.parts[1:])} --format archive --out model.pth")
     if not path.is_file():
         raise UserError(f"{path}: no such file. Checkpoints are OUTPUT_DIR/NAME/best_stage_4.pth and its neighbours")
     verify_archive(path)

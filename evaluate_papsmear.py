@@ -13,6 +13,7 @@ a folder beside the checkpoint. After a kill the same command with --continue go
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -104,6 +105,8 @@ def evaluate(args: argparse.Namespace) -> None:
         else:
             for scores in kept:
                 scores.remove()
+        if is_main_process():
+            clear_left(folder)
         all_gather(None)  # before a process keeps what another one would read, or remove
         score(args, folder, predictor, other, pairs, kept)
         for scores in kept:
@@ -197,6 +200,16 @@ def refuse_existing(args: argparse.Namespace, folder: Path, interrupted: bool) -
     if existing and not args.go_on and not args.overwrite:
         raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
                         f"pass --overwrite")
+
+
+def clear_left(folder: Path) -> None:
+    """Remove what a killed evaluation began to write."""
+    from system.atomic import left_by_kill
+
+    left = left_by_kill("|".join(map(re.escape, RESULT_FILES)))
+    for file in folder.iterdir():
+        if left.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def default_folder(args: argparse.Namespace) -> Path:

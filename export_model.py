@@ -101,16 +101,15 @@ def export_graph(checkpoint: dict, path: Path, args: argparse.Namespace) -> None
     from exporting.graphs import TOLERANCE, graph_of, largest_difference, metadata_of, write_graph
 
     graph, metadata, out = graph_of(checkpoint, path), metadata_of(checkpoint, path), args.out
-    written = out.with_name(f".{out.stem}.unfinished{out.suffix}")
-    try:
+    # In a folder of its own, so that it takes the name of no file that is there.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.", suffix=".unfinished") as folder:
+        written = Path(folder, out.name)
         write_graph(graph, metadata, args.format, written)
         difference = largest_difference(graph, args.format, written)
         if difference is not None and not difference <= TOLERANCE:
             raise RuntimeError(f"{out}: the written graph is {difference:.2g} from the network, which is more than "
                                f"{TOLERANCE:g}; nothing was kept")
         written.replace(out)
-    finally:
-        written.unlink(missing_ok=True)
     checked = "not run, as onnxruntime is not installed (pip install -r requirements-export.txt)" \
         if difference is None else f"run on images of odd sizes: at most {difference:.1e} from the network"
     print(f"{out}: {size(out)}, {checked}")

@@ -21,14 +21,25 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from benchmarks.growth_arms import IMAGE_ONCE, USUAL, read_image_once, train_as_usual
-from benchmarks.growth_tables import EPOCHS, IMAGES, KEYS, MINUTES, TRAININGS, key_of, put_rows, read_table
+from benchmarks.growth_tables import (
+    EPOCHS,
+    IMAGES,
+    KEYS,
+    MINUTES,
+    SETTINGS,
+    TRAININGS,
+    key_of,
+    put_rows,
+    study_settings,
+    study_table,
+)
 from system.errors import UserError
 from training.schedule import CLASSIC_WORK, WORK
 from training.settings import parse
 
 # Torch, NumPy and all modules that need them are imported inside the functions: wrong options answer at once.
 
-SETTINGS, RUNS, RESULT = "settings.json", "runs", "result.json"
+RUNS, RESULT = "runs", "result.json"
 # Options that the study decides; that belong to an arm; that all arms must have alike, because they change the data.
 DECIDED = ("budget", "max_minutes", "seed", "output_dir", "experiment_name", "resume", "overwrite", "dry_run",
            "overfit", "epochs_per_stage", "keep", "save_every")
@@ -141,8 +152,8 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
     """
     from training.run_folder import RunFolder, environment
 
-    path, rows = out / SETTINGS, read_table(out, TRAININGS)
-    kept = json.loads(path.read_text(encoding="utf-8")) if rows and path.is_file() else {}
+    path, rows = out / SETTINGS, study_table(out, TRAININGS)
+    kept = study_settings(out) if rows else {}
     common = comparable(parse(options))
     arms = {training.arm: comparable(training.settings()) for training in trainings}
     pairs = [("this study", kept.get("common", common), common)]
@@ -168,7 +179,7 @@ def run_study(out: Path, trainings: list[Training], arms: list[str], jobs: int) 
     from system.machine import cpu_count
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))  # of each process that is started
-    finished = [key_of(row) for row in read_table(out, TRAININGS)]
+    finished = [key_of(row) for row in study_table(out, TRAININGS)]
     missing = [training for training in trainings if training.key not in finished]
     print(f"{len(trainings)} trainings, {len(missing)} to run, {jobs} at a time; logs: {out / RUNS}/NAME.log",
           flush=True)
@@ -277,7 +288,7 @@ def complete(training: Training) -> None:
 
 def check_data(training: Training, data: str) -> None:
     """Raise UserError if the finished trainings of the study saw other data."""
-    others = {row["data"] for row in read_table(training.out, TRAININGS)} - {data}
+    others = {row["data"] for row in study_table(training.out, TRAININGS)} - {data}
     if others:
         raise UserError(f"the data set has the fingerprint {data}, but that of the finished trainings in "
                         f"{training.out} is {', '.join(sorted(others))}; they would not compare. Give --data_root of "

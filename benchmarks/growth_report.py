@@ -1,6 +1,5 @@
 """What a study of growing says: tables and statistics from its CSV files alone, without a training."""
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import mannwhitneyu, median_abs_deviation
 
-from benchmarks.growth import SETTINGS
-from benchmarks.growth_tables import EPOCHS, IMAGES, MINUTES, TRAININGS, budget_order, read_table
+from benchmarks.growth_tables import EPOCHS, IMAGES, MINUTES, TRAININGS, budget_order, study_settings, study_table
 from benchmarks.pictures import dice_over_operations
 from images.resolutions import RESOLUTIONS
 from scoring.scores import CONFIDENCE, RESAMPLES, wilcoxon_p
@@ -29,7 +27,7 @@ class Study:
     """
 
     def __init__(self, out: Path):
-        trainings = read_table(out, TRAININGS)
+        trainings = study_table(out, TRAININGS)
         if not trainings:
             raise UserError(f"{out}: no {TRAININGS} with a finished training in it. Run the study first, without "
                             f"--report")
@@ -38,8 +36,8 @@ class Study:
             raise UserError(f"{out / TRAININGS}: its trainings are of different data (fingerprints "
                             f"{', '.join(data)}), so they do not compare. Keep the rows of one, or start anew")
         self.trainings = trainings
-        self.images, self.epochs = read_table(out, IMAGES), read_table(out, EPOCHS)
-        kept = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["arms"] if (out / SETTINGS).is_file() else ()
+        self.images, self.epochs = study_table(out, IMAGES), study_table(out, EPOCHS)
+        kept = study_settings(out).get("arms", ())
         there = dict.fromkeys(row["arm"] for row in trainings)
         self.arms = [arm for arm in dict.fromkeys([*kept, *there]) if arm in there]
         self.budgets = sorted({row["budget"] for row in trainings}, key=budget_order)

@@ -1,7 +1,14 @@
 """The tables of a study of growing, as CSV: a row a training, a row an image and training, a row an epoch."""
 
-import csv
+import json
+import math
 from pathlib import Path
+
+from system.errors import UserError
+from system.tables import number_in, read_table
+from system.text import shown
+
+SETTINGS = "settings.json"  # beside the tables
 
 KEYS = ("arm", "budget", "seed")
 MINUTES = "min"  # ends a budget that is a time
@@ -13,15 +20,39 @@ COLUMNS = {
     # Seconds are those of training from its start, without validation.
     EPOCHS: (*KEYS, "stage", "epoch", "operations", "seconds", "processor_seconds", "dice"),
 }
+NUMBERS = {column for columns in COLUMNS.values() for column in columns} - {"arm", "epochs", "data", "split", "image"}
 
 
-def read_table(out: Path, name: str) -> list[dict[str, str]]:
-    """Return the rows of a table, as text; none if it is not there yet. What a row lacks is ''."""
-    path = out / name
+def study_table(out: Path, name: str) -> list[dict[str, str]]:
+    """Return the rows of a table, as text; none if it is not there yet. A column that it lacks is ''.
+
+    Raises UserError for a cell that holds no number where one belongs.
+    """
+    rows = [dict.fromkeys(COLUMNS[name], "") | row for row in read_table(out / name)]
+    for line, row in enumerate(rows, start=2):
+        for column, text in row.items():
+            ending = MINUTES if column == "budget" else ""
+            left_out = not text and column not in KEYS and name != EPOCHS or not text and "seconds" in column
+            if column in NUMBERS and not left_out and not math.isfinite(number_in(text.removesuffix(ending))):
+                raise UserError(f"{out / name}, line {line}: {column} is {shown(text)[:40]!r}; it must be a number. "
+                                f"Correct or remove the line: its training runs again then")
+    return rows
+
+
+def study_settings(out: Path) -> dict:
+    """Return what settings.json of a study holds; nothing where it is not there.
+
+    Raises UserError for a damaged one.
+    """
+    path = out / SETTINGS
     if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [dict.fromkeys(COLUMNS[name], "") | row for row in csv.DictReader(file)]
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept | {name: dict(kept[name]) for name in ("common", "arms") if name in kept}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), so it is not known with which options the trainings were "
+                        f"made. Get it from a copy, or choose another --out") from None
 
 
 def budget_order(budget: str) -> tuple[bool, float]:
@@ -47,7 +78,7 @@ def put_rows(out: Path, key: dict[str, str], result: dict[str, list[dict]], arms
     from training.run_folder import RunFolder
 
     for name in reversed(TABLES):
-        others = [row for row in read_table(out, name) if key_of(row) != key]
+        others = [row for row in study_table(out, name) if key_of(row) != key]
         rows = others + [key | row for row in result[name]]
         rows.sort(key=lambda row: (budget_order(row["budget"]), arms.index(row["arm"]), int(row["seed"])))
         RunFolder(out).write_csv(name, rows, COLUMNS[name])

@@ -107,7 +107,7 @@ def _write_onnx(program, example: torch.Tensor, metadata: dict[str, str], out: P
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{out}: ONNX needs the package {error.name}, which is not installed. "
+        raise UserError(f"ONNX needs the package {error.name}, which is not installed. "
                         f"pip install -r requirements-export.txt") from None
     written = torch.onnx.export(program, (example,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT],
                                 verbose=False)

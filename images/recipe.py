@@ -15,6 +15,10 @@ MASK, MASK_AND_BOUNDARY = ("mask",), ("mask", "boundary")
 TARGETS = (MASK, MASK_AND_BOUNDARY)
 CELL = ("nucleus", "cytoplasm")  # names of two classes that make cells
 YOUNG = {"max_value", "microns_per_pixel", "class_names"}  # fields that older checkpoints lack
+LARGEST_VALUE = 2 ** 32 - 1  # of a pixel in the files that are read
+COARSEST = 1e6  # micrometres a pixel, beyond which the squares of it say nothing
+PIXEL_SIZE_RULE = f"0, or a number from {1 / COARSEST:g} to {COARSEST:g}"
+NAMES_RULE = "all different, without line breaks and other characters that cannot be printed"
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,16 @@ class DataRecipe:
         for name, holds, rule in (
                 ("in_channels", type(self.in_channels) is int and self.in_channels > 0, "a whole number of at least 1"),
                 ("classes", type(self.classes) is int and self.classes > 0, "a whole number of at least 1"),
-                ("max_value", type(self.max_value) is int and self.max_value >= 0, "a whole number of at least 0"),
-                ("microns_per_pixel", _finite(self.microns_per_pixel) and self.microns_per_pixel >= 0,
-                 "a number of at least 0"),
+                ("max_value", type(self.max_value) is int and 0 <= self.max_value <= LARGEST_VALUE,
+                 f"a whole number from 0 to {LARGEST_VALUE}"),
+                ("microns_per_pixel", is_pixel_size(self.microns_per_pixel), PIXEL_SIZE_RULE),
                 ("class_names", not self.class_names or len(self.class_names) == self.classes
-                 and all(type(name) is str for name in self.class_names), f"a name a class, here {self.classes}"),
+                 and are_class_names(self.class_names), f"a name a class, here {self.classes}, {NAMES_RULE}"),
                 ("mean", all(map(_finite, self.mean)), "finite numbers"),
                 ("std", all(_finite(value) and value > 0 for value in self.std), "finite numbers above 0"),
-                ("training_ranges", all(len(bounds) == 2 and all(map(_finite, bounds))
-                                        for bounds in self.training_ranges.values()), "two finite numbers by name")):
+                ("training_ranges", all(len(bounds) == 2 and all(map(_finite, bounds)) and bounds[0] <= bounds[1]
+                                        for bounds in self.training_ranges.values()),
+                 "the lowest and the highest number by name")):
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
         if not len(self.mean) == len(self.std) or self.mean and len(self.mean) != self.in_channels:
@@ -106,6 +111,17 @@ class DataRecipe:
                                 f"they must agree in it")
 
 
+def is_pixel_size(value) -> bool:
+    """Tell whether a value can be the micrometres of a pixel, or 0 where they are not known."""
+    return _finite(value) and (value == 0 or 1 / COARSEST <= value <= COARSEST)
+
+
+def are_class_names(value) -> bool:
+    """Tell whether these are names of classes that can be told apart and printed."""
+    return isinstance(value, list | tuple) and len(set(map(str, value))) == len(value) and \
+        all(type(name) is str and name and name.isprintable() for name in value)
+
+
 def _finite(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -116,7 +132,10 @@ def recipe_from_plain(stored: Mapping) -> DataRecipe:
     if not isinstance(stored, Mapping) or not names - YOUNG <= set(stored) <= names:
         found = ", ".join(map(str, stored)) if isinstance(stored, Mapping) else repr(stored)
         raise UserError(f"its data recipe has {found}; expected: {', '.join(sorted(names))}")
+    lists = {"class_names": ()} | {name: stored[name] for name in ("targets", "mean", "std", "class_names")
+                                   if name in stored}
+    for name, value in lists.items():
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} is {value!r}; it must be a list")
     ranges = {name: tuple(bounds) for name, bounds in stored["training_ranges"].items()}
-    return DataRecipe(**stored | {"training_ranges": ranges, "targets": tuple(stored["targets"]),
-                                  "mean": tuple(stored["mean"]), "std": tuple(stored["std"]),
-                                  "class_names": tuple(stored.get("class_names", ()))})
+    return DataRecipe(**stored | {name: tuple(value) for name, value in lists.items()} | {"training_ranges": ranges})

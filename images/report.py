@@ -14,7 +14,17 @@ from images.files import load_image
 from images.listing import name_of
 from images.pyramid import ImagePyramid, open_pyramids
 from images.resolutions import FINEST, RESOLUTIONS
-from images.splits import SHARES, SPLITS, DatasetError, by_source, find_data_root, groups_of, leaked, passed_over
+from images.splits import (
+    MANIFEST,
+    SHARES,
+    SPLITS,
+    DatasetError,
+    by_source,
+    find_data_root,
+    groups_of,
+    leaked,
+    passed_over,
+)
 from images.targets import instance_file
 
 HOW = {"source images": " as originals or copies", "pictures": ", by their pixels, turned or flipped ones too"}
@@ -104,6 +114,11 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     leakage["pictures"] = {split: (len(equal) + len(near), counts[split]["images"])
                            for split, (equal, near) in by_pixels.items()}
     report.warnings += leakage_warnings(report, pyramids, by_pixels, group_regex)
+    unlisted = [pair for pair in everything if not pair.origin]
+    if len(unlisted) < len(everything) and unlisted:
+        report.warnings.append(f"{len(unlisted)} of {len(everything)} images are not in {MANIFEST}, e.g. "
+                               f"{unlisted[0].image}, so each counts as a patient of its own. Were they added, or has "
+                               f"the table lost lines?")
     report.warnings += [f"not read in {words}" for words in passed_over(data_root)]
     report.warnings += size_warnings(pyramids["train"], report.width)
     report.warnings += mask_warnings(pyramids, counts)

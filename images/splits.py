@@ -7,7 +7,6 @@ tells from which image and patient each file was cut.
 
 import csv
 import json
-import math
 import os
 import re
 from collections import defaultdict
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from images.listing import composed, left_out, list_folder, name_of
-from images.pairs import KINDS, TREE, Pair, originals, pair_folder, what_is_there
-from images.recipe import SIZINGS
+from images.pairs import KINDS, TREE, Pair, originals, pair_folder, source_name, what_is_there
+from images.recipe import NAMES_RULE, PIXEL_SIZE_RULE, SIZINGS, are_class_names, is_pixel_size
 from system.errors import UserError
 from system.text import compiled, shown, unguarded
 
@@ -126,18 +125,18 @@ def description_of(data_root: Path) -> Description:
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(data_root, [f"{path}: cannot be read ({error}). {remedy}"]) from None
     known = description if isinstance(description, dict) else {}
-    sizing, microns = known.get("sizing"), known.get("microns_per_pixel") or 0
+    sizing, microns = known.get("sizing"), known.get("microns_per_pixel")
     if sizing not in SIZINGS:
         raise DatasetError(data_root, [f"{path}: sizing is {sizing!r}; it must be one of {', '.join(SIZINGS)}. "
                                        f"{remedy}"])
-    if type(microns) not in (int, float) or not 0 <= microns < math.inf:
-        raise DatasetError(data_root, [f"{path}: microns_per_pixel is {microns!r}; it must be a number above 0, or "
-                                       f"null where it is not known"])
-    names = known.get("classes") or []
-    if type(names) is not list or not all(type(name) is str and name for name in names):
-        raise DatasetError(data_root, [f"{path}: classes is {names!r}; it must be a list of the names of the classes, "
-                                       f"or be left out"])
-    return Description(sizing, float(microns), tuple(names))
+    if microns is not None and not is_pixel_size(microns):
+        raise DatasetError(data_root, [f"{path}: microns_per_pixel is {shown(repr(microns))[:80]}; it must be "
+                                       f"{PIXEL_SIZE_RULE}, or null where it is not known"])
+    names = known.get("classes")
+    if names is not None and not (type(names) is list and are_class_names(names)):
+        raise DatasetError(data_root, [f"{path}: classes is {shown(repr(names))[:80]}; it must be a list of the names "
+                                       f"of the classes, {NAMES_RULE}, or be left out"])
+    return Description(sizing, float(microns or 0), tuple(names or ()))
 
 
 def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:
@@ -222,7 +221,7 @@ def read_folders(data_root: Path, wanted: Iterable[str], all_needed: bool = True
 def with_origins(pairs: list[Pair], manifest: Path) -> list[Pair]:
     """Return the pairs with what a manifest tells of where each comes from."""
     origins = _read_manifest(manifest)
-    return [replace(pair, **origins.get(pair.name, {})) for pair in pairs]
+    return [replace(pair, **(origins.get(pair.name) or origins.get(source_name(pair.name), {}))) for pair in pairs]
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
@@ -233,13 +232,16 @@ def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
     names, lost = ("tile", "source", "group"), ""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file, strict=True)  # else a quotation mark too many takes the rows behind it
+            rows, columns = list(reader), reader.fieldnames or ()
     except csv.Error as error:
         rows, lost = [], str(error)
     except OSError:
         return {}
     if rows and not set(names) <= set(rows[0]):
         return {}
+    if not rows and not lost and set(names) <= set(columns):
+        lost = "it has lost all lines but its first"
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values() or "\0" in "".join(row.values()) or not all(row[key] for key in names):
             lost = lost or f"line {line} is cut off or damaged"
@@ -270,7 +272,7 @@ def _apply_splits_file(table: Path, folders: dict[str, list[Pair]], problems: li
     try:
         # Spreadsheets put a byte order mark in front; names of files are bytes, which need not be UTF-8.
         with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             rows, columns = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         problems.append(f"{table}: cannot be read ({error}). {remedy}")

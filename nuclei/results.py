@@ -233,9 +233,9 @@ class ResultsFolder:
     def _refuse_other_tables(self) -> None:
         """Raise UserError for a table that no prediction wrote, or whose first line is damaged: what it holds would be
         lost."""
-        for table in self._columns:
+        for table, columns in self._columns.items():
             there = columns_of(table)
-            if there and there[0] != "image" or "\0" in "".join(there):
+            if there and tuple(there[:2]) != columns[:2] or "\0" in "".join(there):
                 raise UserError(f"{table}: its first line is {shown(','.join(there))[:80]!r}, so it is no table of a "
                                 f"prediction, or it is damaged. Move it away, or choose another --out")
 

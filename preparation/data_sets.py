@@ -11,6 +11,7 @@ The same input gives the same bytes.
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import shutil
@@ -200,7 +201,7 @@ class PreparedData:
 def new_folder(out: Path, *sources: Path):
     """Give a temporary folder that becomes `out` if all goes well, and vanishes if not.
 
-    Raises UserError when `out` holds anything or lies within a source.
+    Raises UserError when `out` holds anything, at the end too, or lies within a source.
     """
     out = Path(os.path.realpath(out))  # '.' has a parent then, and an empty folder may be a link to elsewhere
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -225,9 +226,15 @@ def new_folder(out: Path, *sources: Path):
         except OSError as error:  # those of an open file name none
             error.filename = error.filename or str(out)
             raise
-        if out.exists():
-            out.rmdir()
-        shutil.move(made, out)
+        try:
+            if out.exists():
+                out.rmdir()
+            made.rename(out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise UserError(f"{out}: another process wrote it meanwhile. Look at what is there, or choose another "
+                            f"--out") from None
 
 
 def tile_offsets(length: int, overlap: int = 0) -> list[int]:

@@ -2,10 +2,16 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def left_by_kill(names: str) -> re.Pattern:
+    """Return the pattern of what `atomic_write` leaves where its process is killed, of files that `names` matches."""
+    return re.compile(rf"\.({names})\.\w{{8}}\.tmp")
 
 
 @contextlib.contextmanager

@@ -37,8 +37,7 @@ def command(interrupted: str = "") -> Callable:
     The code is what `main` returns, 0 for None; 2 for what a user can mend (see `system.errors.is_for_user`); 1 for a
     training whose numbers overflow; 3 where the disk ended it (see `system.errors.DISK_ENDS`); 130 for Ctrl-C, 143 and
     129 for the signals TERM and HUP. All else is a fault of ours and keeps its traceback. What goes wrong in all
-    processes of torchrun is said by
-    the first. What is printed meanwhile cannot steer the terminal.
+    processes of torchrun is said by the first. What is printed meanwhile cannot steer the terminal.
 
     Args:
         interrupted: what to say at Ctrl-C, if anything: what became of the results.

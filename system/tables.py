@@ -25,21 +25,17 @@ def as_known(value):
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the whole rows of a table as text, in their order; none where there is no table.
 
-    A last row that was cut off by a kill, rows of another length than the header, and what is no CSV are left out.
+    A last row that was cut off by a kill, rows of another length than the header, and what is no CSV are left out. A
+    row is a line, as no cell of ours holds a line break; a quotation mark too many costs its row alone.
     """
     if not path.exists():
         return
     with open(path, newline="", encoding=READ_AS, errors="backslashreplace") as file:
-        reader = csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line)
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error:  # a cell that is longer than any of ours
-                continue
-            if row is None:
-                return
-            if None not in row and None not in row.values():
-                yield row
+        rows = (cells for line in file if line.endswith("\n") and "\0" not in line and (cells := _cells(line)))
+        columns = next(rows, [])
+        for cells in rows:
+            if len(cells) == len(columns):
+                yield dict(zip(columns, cells, strict=True))
 
 
 def number_in(text: str) -> float:
@@ -56,10 +52,7 @@ def number_in(text: str) -> float:
 
 def columns_of(path: Path) -> list[str]:
     """Return the names of a table's columns; none where there is no table, or no header."""
-    try:
-        return next(csv.reader([_first_line(path)]), []) if path.exists() else []
-    except csv.Error:
-        return []
+    return _cells(_first_line(path)) if path.exists() else []
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -90,6 +83,14 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict], sync: 
         writer.writeheader()
         writer.writerows(rows)
         text.detach()
+
+
+def _cells(line: str) -> list[str]:
+    """Return the cells of a line; none where it is empty or one of them is longer than any of ours."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
 
 
 def _first_line(path: Path) -> str:

@@ -295,7 +295,12 @@ REFUSED = {
     "dataset.json that is none": (description("{"), "dataset.json: cannot be read"),
     "dataset.json, nested deeply": (description("[" * 100_000), "dataset.json: cannot be read"),
     "unknown sizing": (description('{"sizing": "crop"}'), "sizing is 'crop'; it must be one of"),
-    "pixel size of text": (description('{"sizing": "resize", "microns_per_pixel": "big"}'), "must be a number above"),
+    "pixel size of text": (description('{"sizing": "resize", "microns_per_pixel": "big"}'), "it must be 0, or a"),
+    "pixel size of kilometres": (description('{"sizing": "resize", "microns_per_pixel": 1e308}'), "it must be 0, or a"),
+    "pixel size of a list": (description('{"sizing": "resize", "microns_per_pixel": []}'), "it must be 0, or a number"),
+    "twin classes": (description('{"sizing": "resize", "classes": ["a", "a"]}'), "classes, all different"),
+    "class that steers": (description('{"sizing": "resize", "classes": ["\\u001b[2J"]}'), "cannot be printed"),
+    "splits.csv, a quotation mark": (table('"train/images/train_1.png,train\n'), "splits.csv: cannot be read"),
     "tiles of another size": (description('{"sizing": "tile"}'), "this data set is one of tiles, which have 256x256"),
 }
 READ = {
@@ -427,7 +432,7 @@ def test_a_bad_image_among_good_ones_fails_alone(checkpoint, root, capsys):
     (("DATA/train/images/train_0.png", "twin/train_0.jpg", "--out", "out"), "both would be written as train_0_mask"),
     (("DATA/train/images", "--out", "twin/train_0.jpg"), "is a file; results go to a folder"),
     (("DATA/train/images", "--out", "DATA/train/images"), "images are read from this folder"),
-    (("DATA/train/images", "--out", "kept"), "exists already, and nothing is overwritten unasked"),
+    (("DATA/train/images", "--out", "kept"), "so it is no table of a prediction"),
     (("DATA/train/images", "--out", "out", "--threshold", "7"), "'7' is not a number above 0 and below 1")])
 def test_a_prediction_that_cannot_begin_writes_nothing(arguments, message, checkpoint, root, capsys):
     for folder in ("empty", "twin", "kept"):

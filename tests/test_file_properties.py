@@ -203,8 +203,8 @@ def recipes(draw):
         draw(st.sampled_from(SIZINGS)), draw(st.sampled_from(TARGETS)), channels, draw(st.integers(1, 3)),
         tuple(draw(st.lists(NUMBERS, min_size=channels, max_size=channels))) if known else (),
         tuple(draw(st.lists(st.floats(1e-6, 1e6), min_size=channels, max_size=channels))) if known else (),
-        draw(st.dictionaries(ANY_TEXT, st.tuples(NUMBERS, NUMBERS), max_size=3)), draw(st.integers(0, 2 ** 16)),
-        draw(st.floats(0, 1e3)))
+        draw(st.dictionaries(ANY_TEXT, st.tuples(NUMBERS, NUMBERS).map(sorted).map(tuple), max_size=3)),
+        draw(st.integers(0, 2 ** 32 - 1)), draw(st.one_of(st.just(0.0), st.floats(1e-6, 1e6))))
 
 
 @given(recipes(), st.integers(1, 2), st.integers(1, 4),

@@ -350,6 +350,12 @@ def test_a_report_refuses_trainings_of_different_data(study, tmp_path, capsys):
     (tmp_path / "trainings.csv").write_text("\n".join([*rows, rows[1].rpartition(",")[0] + ",00000000"]) + "\n")
     assert experiments.main(["growth", "--out", str(tmp_path), "--report"]) == 2
     assert "different data" in capsys.readouterr().err
+    (tmp_path / "trainings.csv").write_text("\n".join([*rows, "direct,1,zero," + rows[1].split(",", 3)[3]]) + "\n")
+    (tmp_path / "settings.json").write_text("{")
+    for words in ("it must be a number. Correct or remove the line", "settings.json: cannot be read"):
+        assert experiments.main(["growth", "--out", str(tmp_path), "--report"]) == 2
+        assert words in capsys.readouterr().err
+        (tmp_path / "trainings.csv").write_text("\n".join(rows) + "\n")
 
 
 COMMAND = """

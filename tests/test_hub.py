@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import export_model
+import predict_papsmear
 from checkpoints import load_model
 from conftest import PROJECT, lively_model, tensors_equal, write_checkpoint
 from exporting import hub
@@ -160,6 +161,11 @@ def test_wrong_requests_upload_nothing(options, words, tmp_path, capsys, monkeyp
 def test_other_addresses_are_refused(address, tmp_path, capsys):
     assert export_model.main([address, "--format", "archive", "--out", str(tmp_path / "a.pth")]) == 2
     assert "an address of the Hub is hf://USER/NAME" in capsys.readouterr().err
+
+
+def test_a_command_that_reads_files_says_how_to_download_one(tmp_path, capsys):
+    assert predict_papsmear.main(["hf://me/nuclei", str(PROJECT / "data/test/images"), "--out", str(tmp_path)]) == 2
+    assert "python export_model.py hf://me/nuclei --format archive --out model.pth" in capsys.readouterr().err
 
 
 def test_without_the_package_it_is_said_what_to_install(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@
 
 import csv
 import os
+import shutil
 import unicodedata
 
 import numpy as np
@@ -70,10 +71,24 @@ def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
     assert len({(pair.group, split) for split, pairs in splits.items() for pair in pairs}) == 3
     assert check_dataset(root).leakage["groups"] == {"valid": (0, 1), "test": (0, 1)}
     whole = (root / "manifest.csv").read_bytes()
-    for torn in (whole[:-15], whole + b"\0" * 30, whole[:60] + b"\0" + whole[60:]):
+    first, second = whole.split(b"\n")[:2]
+    for torn in (whole[:-15], whole + b"\0" * 30, whole[:60] + b"\0" + whole[60:], first + b"\n",
+                 whole.replace(second, b'"' + second)):
         (root / "manifest.csv").write_bytes(torn)
-        with pytest.raises(UserError, match=r"manifest.csv: line \d+ is cut off or damaged, so the groups of images"):
+        with pytest.raises(UserError, match=r"manifest.csv: .+, so the groups of images are not known. Prepare"):
             list_splits(root)
+    (root / "manifest.csv").write_bytes(whole[:whole[:-1].rindex(b"\n") + 1])
+    assert "1 of 18 images are not in manifest.csv, e.g. " in str(check_dataset(root))
+    image = root / "train/images" / f"{names[0]}.png"
+    (root / "manifest.csv").write_bytes(whole)
+    for folder in ("images", "masks"):
+        shutil.copy(root / "train" / folder / image.name, root / "valid" / folder / f"flipped_{image.name}")
+    (root / "splits.csv").rename(root / "splits.txt")
+    assert check_dataset(root).leakage["groups"]["valid"] == (3, 3), "a copy is of the patient of its original"
+    assert {pair.group for pair in list_splits(root)["valid"] if pair.is_copy} == {"patient_0"}
+    for folder in ("images", "masks"):
+        (root / "valid" / folder / f"flipped_{image.name}").unlink()
+    (root / "splits.txt").rename(root / "splits.csv")
     (root / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + whole)
     assert {pair.group for pair in list_splits(root)["train"]} <= {"patient_0", "patient_1", "patient_2"}
     (root / "manifest.csv").write_text("another,table\n1,2\n")

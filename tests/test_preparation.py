@@ -22,11 +22,12 @@ from images.masks import load_instances, load_mask
 from images.pyramid import open_pyramids
 from images.report import check_dataset
 from images.splits import group_names, leaked, list_splits
-from preparation.data_sets import COLUMNS, cut_tile, tile_offsets
+from preparation.data_sets import COLUMNS, cut_tile, new_folder, tile_offsets
 from preparation.drawn import assign, import_drawn
 from preparation.herlev import CLASSES, field_of
 from preparation.herlev import prepare as prepare_herlev
 from preparation.monuseg import prepare as prepare_monuseg
+from system.errors import UserError
 
 
 def save_tiff(path: Path, shape=(300, 280), seed: int = 0) -> Path:
@@ -135,6 +136,20 @@ def test_groups_are_dealt_by_class_and_no_part_is_empty():
     assert sorted(deal_groups({"a": 90, "b": 1, "c": 1}, (0.7, 0.15, 0.15), 0).values()) == [0, 1, 2]
     with pytest.raises(ValueError, match="2 group"):
         deal_groups({"a": 1, "b": 1}, (0.7, 0.15, 0.15), 0)
+
+
+def test_a_folder_that_another_process_fills_meanwhile_stays(tmp_path):
+    out = tmp_path / "data"
+    out.mkdir()
+
+    def prepare():
+        with new_folder(out) as made:
+            (made / "mine").write_text("1")
+            (out / "other").write_text("2")
+
+    with pytest.raises(UserError, match="another process wrote it meanwhile"):
+        prepare()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["data", "data/other"]
 
 
 # ---- MoNuSeg

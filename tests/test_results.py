@@ -273,7 +273,8 @@ def test_a_table_that_no_prediction_wrote_stays(name, option, command, tmp_path,
     out = tmp_path / "out"
     predict(command, out)
     right = (out / name).read_bytes()
-    for first in (b"patient,stain\n1,2\n", right.replace(b",", b",\0", 1), right.partition(b"\n")[2]):
+    for first in (b"patient,stain\n1,2\n", b"image,stain\na.png,2\n", right.replace(b",", b",\0", 1),
+                  right.partition(b"\n")[2]):
         (out / name).write_bytes(first)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         predict(command, out, option, code=2)
@@ -404,7 +405,10 @@ def test_rows_of_an_interrupted_evaluation_that_are_none_are_scored_anew(evaluat
                first | {"image": [1]}, fourth]
     kept.write_text("".join(json.dumps(entry) + "\n" for entry in [*damaged, fourth | {"image": "b"}]))
     (out / "scores_unfinished_mine.jsonl").write_text("mine")
+    (out / ".scores.csv.1a2b3c_d.tmp").write_text("of a kill while it was written")
+    (out / ".notes.csv.1a2b3c_d.tmp").write_text("mine")
     evaluate(arguments, out, "--continue")
+    assert [path.name for path in out.glob(".*")] == [".notes.csv.1a2b3c_d.tmp"]
     assert "2 images are scored already" in capsys.readouterr().out
     assert (out / "scores.csv").read_bytes() == (tmp_path / "whole/scores.csv").read_bytes()
     assert (out / "scores_unfinished_mine.jsonl").read_text() == "mine"
@@ -466,6 +470,12 @@ def test_a_table_from_a_spreadsheet_or_with_an_endless_cell_is_read(tmp_path):
     assert list(read_table(path)) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
     path.write_text("x" * 200_000 + "\n")
     assert columns_of(path) == []
+
+
+def test_a_quotation_mark_too_many_costs_its_row_alone(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('a,b\n"1,2\n3,"4\n5,"6"\n7,8\n')
+    assert list(read_table(path)) == [{"a": "3", "b": "4\n"}, {"a": "5", "b": "6"}, {"a": "7", "b": "8"}]
 
 
 def test_what_a_kill_leaves_of_a_table_is_cut_off(tmp_path):

@@ -21,7 +21,7 @@ from checkpoints import save_checkpoint
 from scoring.cases import Case, save_cases
 from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions, training_curves
-from system.atomic import atomic_write
+from system.atomic import atomic_write, left_by_kill
 from system.errors import UserError
 from system.locks import LOCK, take_lock
 from system.machine import nearest_existing
@@ -39,7 +39,7 @@ OF_EPOCHS = r"stage_[1-4]_epoch_\d+\.pth"
 NAMES = (rf"config\.json|metrics\.csv|best_stage_[1-4]\.pth|final_model\.pth|last\.pth|previous\.pth|{OF_EPOCHS}|"
          r"training_curves\.png|predictions_stage_[1-4]\.png|test_scores\.(csv|json)|refused_batch\.npz|"
          r"validation_stage_[1-4]\.npz|test_cases\.npz|report\.html")
-UNFINISHED = re.compile(rf"\.({NAMES})\.\w{{8}}\.tmp")  # of system.atomic, where a process was killed
+UNFINISHED = left_by_kill(NAMES)
 RUN_FILES = re.compile(rf"{NAMES}|{UNFINISHED.pattern}")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
