@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary of plain types and tensors; it loads with `weights_only=True` and carries its recipe:
 
-    format          2
+    format          3
     model_args      arguments of `unet.build_model`
     stage           where the network stood
     model           state dict of the parts that live at that stage, image mean and standard deviation included
@@ -45,7 +45,7 @@ from system.errors import NonFiniteLossError, UserError, lacks_memory
 from system.options import LARGEST
 from unet import LAST_STAGE, MODELS, build_model
 
-FORMAT = 2
+FORMAT = 3
 # What torch.load was seen to raise for files that are something else or cut off.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
               AttributeError, struct.error)
@@ -217,8 +217,8 @@ def load_checkpoint(path: Path) -> dict:
     found = checkpoint if isinstance(checkpoint, dict) else {}
     if found.get("format") != FORMAT and "model_args" in found:
         raise UserError(f"{path}: checkpoint format {found.get('format')!r}; this version reads {FORMAT}, because its "
-                        f"network is another one: every level sees the image. Predict and resume with the version of "
-                        f"the project that wrote the file, or train again")
+                        f"network is another one, with fewer channels at coarse levels. Predict and resume with the "
+                        f"version of the project that wrote the file, or train again")
     missing = [f for f in FIELDS if f not in YOUNG | found]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project (missing: {', '.join(missing)}). Bare state dicts "

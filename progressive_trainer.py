@@ -34,7 +34,7 @@ from training.optimization import parameter_groups
 from training.parallel import ParallelSteps, synchronised
 from training.run_bar import RunBar
 from training.run_folder import COLUMNS, OF_STEPS, RunFolder, numbers, said_and_passed_over
-from training.schedule import OLD_LR_SCALE, TrainingPlan, epochs_by_stage
+from training.schedule import OLD_LR_SCALE, WORK, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, snapshot
 from training.space import refuse_lack_of_space
 from training.steps import OptimizerSteps
@@ -292,6 +292,7 @@ class ProgressiveTrainer(Described):
         """Return what was chosen or derived, as plain types."""
         return {"model_args": self.model.model_args, "device": str(self.device), "precision": self.precision,
                 "epochs": {str(stage): n for stage, n in self.plan.epochs.items()}, "lr": self.plan.lr,
+                "work": list(WORK.values()),
                 "accumulate": self.accumulate, "threshold": self.threshold, "processes": world_size()}
 
     @property

@@ -4,9 +4,9 @@
     model.set_stage(4)
     logits = model(torch.rand(2, 1, 256, 256))                  # (2, 1, 256, 256)
 
-Channel plan of PGU-net+ (Zhao et al. 2019, arXiv 1911.01062). Ours sums the heads of all scales, and there is one
-set of weights that grows; the classic network is Ronneberger et al. 2015 (arXiv 1505.04597) with batch
-normalisation and padded convolutions.
+After PGU-net+ (Zhao et al. 2019, arXiv 1911.01062). Ours sums the heads of all scales, there is one set of weights
+that grows, and coarse levels are narrow, so that the early stages cost little (docs/experiments.md). The classic
+network is Ronneberger et al. 2015 (arXiv 1505.04597) with batch normalisation and padded convolutions.
 """
 
 import torch
@@ -32,9 +32,9 @@ STAGE_RESOLUTIONS = dict(enumerate(RESOLUTIONS, start=1))  # 1: 32, 2: 64, 3: 12
 LAST_STAGE = len(RESOLUTIONS)
 COARSEST = 16  # the encoder's bottom level, below the first stage
 
-# Channels in units of base_channels.
-ENCODER_WIDTH = {16: 8, 32: 8, 64: 4, 128: 2, 256: 1}
-DECODER_WIDTH = {32: 4, 64: 2, 128: 1, 256: 1}
+# Channels in units of base_channels; what is not whole is rounded down.
+ENCODER_WIDTH = {16: 3, 32: 2, 64: 1.5, 128: 1.25, 256: 1}
+DECODER_WIDTH = {32: 2, 64: 1.5, 128: 1, 256: 1}
 
 
 class Network(Described, nn.Module):
@@ -198,8 +198,8 @@ class ProgressiveUNet(Network):
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, base_channels: int = 64):
         super().__init__(in_channels, out_channels, base_channels)
-        encoder_channels = {r: width * base_channels for r, width in ENCODER_WIDTH.items()}
-        decoder_channels = {r: width * base_channels for r, width in DECODER_WIDTH.items()}
+        encoder_channels = {r: int(width * base_channels) for r, width in ENCODER_WIDTH.items()}
+        decoder_channels = {r: int(width * base_channels) for r, width in DECODER_WIDTH.items()}
         self.encoder = nn.ModuleDict({
             str(r): EncoderLevel(in_channels, encoder_channels.get(2 * r), channels) if r > COARSEST else
             BottomLevel(encoder_channels[2 * r], channels) for r, channels in encoder_channels.items()})
@@ -238,7 +238,7 @@ class ProgressiveUNet(Network):
         """Return the channels of encoder and decoder at the resolution of a stage; the first has the bottom besides."""
         r = STAGE_RESOLUTIONS[stage]
         bottom = f"{ENCODER_WIDTH[COARSEST] * self.base_channels} at {COARSEST}x{COARSEST}, " if stage == 1 else ""
-        return f"{bottom}{ENCODER_WIDTH[r] * self.base_channels}, {DECODER_WIDTH[r] * self.base_channels}"
+        return f"{bottom}{int(ENCODER_WIDTH[r] * self.base_channels)}, {int(DECODER_WIDTH[r] * self.base_channels)}"
 
     def live_parts(self) -> list[str]:
         """Return the names of the parts that the forward pass uses at the current stage: all that are born."""

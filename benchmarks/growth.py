@@ -32,6 +32,7 @@ from benchmarks.growth_tables import (
     put_rows,
     study_settings,
     study_table,
+    work_of,
 )
 from system.errors import UserError
 from training.schedule import CLASSIC_WORK, WORK
@@ -163,8 +164,11 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
             raise UserError(f"{path}: {name} {differing}. Its trainings would not compare. Choose another --out, or "
                             f"another name for the arm")
     arms = kept.get("arms", {}) | arms
+    if rows and work_of(kept) != WORK:
+        raise UserError(f"{path}: this study was begun with a network of other operations. Its trainings would not "
+                        f"compare. Choose another --out")
     RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {
-        "options": options, "common": common, "arms": arms})
+        "work": list(WORK.values()), "options": options, "common": common, "arms": arms})
     return list(dict.fromkeys([*arms, *(row["arm"] for row in rows)]))
 
 

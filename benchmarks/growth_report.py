@@ -7,12 +7,22 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import mannwhitneyu, median_abs_deviation
 
-from benchmarks.growth_tables import EPOCHS, IMAGES, MINUTES, TRAININGS, budget_order, study_settings, study_table
+from benchmarks.growth_tables import (
+    EPOCHS,
+    IMAGES,
+    MINUTES,
+    TRAININGS,
+    budget_order,
+    study_settings,
+    study_table,
+    work_of,
+)
 from benchmarks.pictures import dice_over_operations
 from images.resolutions import RESOLUTIONS
 from scoring.scores import CONFIDENCE, RESAMPLES, wilcoxon_p
 from system.atomic import atomic_write
 from system.errors import UserError
+from training.schedule import CLASSIC_WORK
 
 GOALS = (0.80, 0.85, 0.88)  # of validation Dice, to which minutes are counted
 REPORT, PICTURE = "growth.md", "growth.png"
@@ -37,7 +47,8 @@ class Study:
                             f"{', '.join(data)}), so they do not compare. Keep the rows of one, or start anew")
         self.trainings = trainings
         self.images, self.epochs = study_table(out, IMAGES), study_table(out, EPOCHS)
-        kept = study_settings(out).get("arms", ())
+        settings = study_settings(out)
+        self.work, kept = work_of(settings), settings.get("arms", ())
         there = dict.fromkeys(row["arm"] for row in trainings)
         self.arms = [arm for arm in dict.fromkeys([*kept, *there]) if arm in there]
         self.budgets = sorted({row["budget"] for row in trainings}, key=budget_order)
@@ -72,8 +83,9 @@ def write_report(out: Path) -> str:
     study = Study(out)
     parts = ["# Growing against direct training\n",
              "Scores are of the last weights, means over the images of valid and test, then over seeds, ± the standard "
-             "deviation over seeds. Operations count epochs times 40, 80, 120, 185 for stages 1 to 4, of the classic "
-             "U-Net times 289. Times are those of training, without validation."]
+             "deviation over seeds. Operations count epochs times "
+             f"{', '.join(f'{n:g}' for n in study.work.values())} for stages 1 to 4, of the classic U-Net times "
+             f"{CLASSIC_WORK}. Times are those of training, without validation."]
     for budget in study.budgets:
         parts += [f"\n## {title_of(budget)}\n", *arm_table(study, budget), *comparison_table(study, budget),
                   *effort_table(study, budget), *time_table(study, budget), *growth_table(study, budget)]
@@ -82,7 +94,7 @@ def write_report(out: Path) -> str:
         file.write(text.encode())
     dice_over_operations({title_of(budget): {arm: list(curves.values()) for arm in study.arms
                                    if (curves := study.curves(arm, budget))} for budget in study.budgets},
-                         out / PICTURE)
+                         study.work.values(), out / PICTURE)
     return text
 
 

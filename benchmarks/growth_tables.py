@@ -7,6 +7,7 @@ from pathlib import Path
 from system.errors import UserError
 from system.tables import number_in, read_table
 from system.text import shown
+from training.schedule import WORK, WORK_BEFORE
 
 SETTINGS = "settings.json"  # beside the tables
 
@@ -49,10 +50,16 @@ def study_settings(out: Path) -> dict:
         return {}
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
+        work_of(kept)
         return kept | {name: dict(kept[name]) for name in ("common", "arms") if name in kept}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}), so it is not known with which options the trainings were "
                         f"made. Get it from a copy, or choose another --out") from None
+
+
+def work_of(settings: dict) -> dict[int, float]:
+    """Return the operations of an image at each stage with which a study counts."""
+    return dict(zip(WORK, settings["work"], strict=True)) if "work" in settings else WORK_BEFORE
 
 
 def budget_order(budget: str) -> tuple[bool, float]:

@@ -1,9 +1,12 @@
 """Pictures of what was measured."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from system.text import of
 
 
 def curves_over_counts(rows: list[dict], path: Path) -> None:
@@ -56,14 +59,16 @@ def scaling_curves(series: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def dice_over_operations(curves: dict[str, dict[str, list]], path: Path) -> None:
+def dice_over_operations(curves: dict[str, dict[str, list]], work: Iterable[float], path: Path) -> None:
     """Draw validation Dice over operations: a thin line a training, a thick one for the mean, dots where it grows.
 
     An arm has the same colour in every panel. The mean is drawn where all trainings of an arm have the same epochs.
 
     Args:
         curves: title -> arm -> one curve a seed, of (stage, operations so far, Dice) an epoch.
+        work: operations of an image at each stage.
     """
+    factors = ", ".join(f"{n:g}" for n in work)
     figure = Figure(figsize=(6.5 * len(curves), 4.2), layout="constrained")
     colours = {arm: f"C{k}" for k, arm in enumerate(dict.fromkeys(arm for arms in curves.values() for arm in arms))}
     for axis, (title, arms) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
@@ -75,14 +80,14 @@ def dice_over_operations(curves: dict[str, dict[str, list]], path: Path) -> None
                           **line)
             stages, operations = ([epoch[i] for epoch in seeds[0]] for i in (0, 1))
             if any([done for _, done, _ in curve] != operations for curve in seeds):
-                axis.plot([], [], **line, label=f"{arm}, {len(seeds)} seeds: {last:.3f}")
+                axis.plot([], [], **line, label=f"{arm}, {of(len(seeds), 'seed')}: {last:.3f}")
                 continue
             mean = np.mean([[dice for *_, dice in curve] for curve in seeds], axis=0)
-            axis.plot(operations, mean, linewidth=2, **line, label=f"{arm}, {len(seeds)} seeds: {last:.3f}")
+            axis.plot(operations, mean, linewidth=2, **line, label=f"{arm}, {of(len(seeds), 'seed')}: {last:.3f}")
             grown = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
             axis.scatter([operations[i] for i in grown], mean[grown], color=colours[arm], zorder=3)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("operations (epochs times 40, 80, 120, 185); dots: first epoch after a growth", fontsize=9)
+        axis.set_xlabel(f"operations (epochs times {factors}); dots: first epoch after a growth", fontsize=9)
         axis.set_ylabel("validation Dice at 256 pixels")
         # Early epochs near 0 would press together what is compared.
         axis.set_ylim(min(0.4, *(curve[-1][2] - 0.2 for seeds in arms.values() for curve in seeds)), 1)

@@ -142,7 +142,7 @@ def baseline_networks(base_channels: int) -> dict[str, Callable[[], torch.nn.Mod
     def of_smp() -> torch.nn.Module:
         import segmentation_models_pytorch as smp
 
-        # VGG 13 has the channels of our encoder at every level; the decoder's are those of ours.
+        # Encoder (VGG 13) and decoder have the channels of PGU-net+.
         return smp.Unet("vgg13_bn", encoder_depth=4, encoder_weights=None, decoder_channels=(256, 128, 64, 64),
                         in_channels=1, classes=1)
 

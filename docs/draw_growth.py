@@ -10,8 +10,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 NEW, OLD, INK = "#f5b461", "#c9d6e3", "#333333"
 ROWS = {256: 0, 128: 1, 64: 2, 32: 3, 16: 4}   # resolution -> row, the finest on top
-ENCODER = {256: 64, 128: 128, 64: 256, 32: 512, 16: 512}
-DECODER = {256: 64, 128: 64, 64: 128, 32: 256}
+ENCODER = {256: 64, 128: 80, 64: 96, 32: 128, 16: 192}
+DECODER = {256: 64, 128: 64, 64: 96, 32: 128}
 WIDTH, HEIGHT = 1.0, 0.5
 X_ENCODER, X_DECODER, X_LOGITS, X_IMAGE = 1.35, 3.0, 4.35, 0.1
 

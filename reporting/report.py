@@ -80,7 +80,7 @@ def sentences(run: Run) -> list[str]:
 def _what(run: Run) -> str:
     args, config, stages = run.model_args, run.config, run.stages()
     kind = "classic U-Net" if args.get("model") == "unet" else "progressive U-Net"
-    size = f" of {run.parameters / 1e6:.1f} million parameters" if args else ""
+    size = f" of {run.parameters / 1e6:.1f} million parameters" if run.parameters else ""
     colour = {1: "grey ", 3: "colour "}.get(args.get("in_channels"), "")
     images = f" on {of(run.images_of('train'), f'{colour}image')}" if run.images_of("train") else ""
     data = f" of the data set {config['data_root']}" if images and "data_root" in config else ""

@@ -14,7 +14,7 @@ from scoring.cases import Case, load_cases
 from system.errors import UserError
 from system.tables import number_in, read_table
 from training.run_folder import RunFolder
-from training.schedule import CLASSIC_WORK, WORK
+from training.schedule import CLASSIC_WORK, WORK, WORK_BEFORE
 from unet import STAGE_RESOLUTIONS, build_model, count_parameters
 
 LEAKAGE = re.compile(r"leakage: (\d+) of (\d+) (.+?) of (\w+) are in train")
@@ -83,8 +83,20 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        """Return how many numbers the network has."""
-        return count_parameters(build_model(self.model_args)) if self.model_args else 0
+        """Return how many numbers the network has; 0 where the run does not tell, or had the network of before."""
+        known = self.is_classic or self.work == WORK
+        return count_parameters(build_model(self.model_args)) if self.model_args and known else 0
+
+    @property
+    def is_classic(self) -> bool:
+        """Tell whether the network is the classic U-Net."""
+        return self.model_args.get("model") == "unet"
+
+    @property
+    def work(self) -> dict[int, float]:
+        """Return the operations of an image at each stage (see training/schedule.py)."""
+        told = self.config.get("resolved", {}).get("work")
+        return dict(zip(WORK, told, strict=True)) if told else WORK_BEFORE
 
     @property
     def finished(self) -> bool:
@@ -154,10 +166,10 @@ class Run:
 
         Those of an image are known for 64 channels (training/schedule.py) and grow about as the square of the width.
         """
-        classic = self.model_args.get("model") == "unet"
         scale = (self.model_args.get("base_channels", 64) / 64) ** 2 / 1000
-        return np.nancumsum([(CLASSIC_WORK if classic else WORK[int(row["stage"])]) * scale * row["seconds"]
-                             * row["images_per_second"] for row in self.rows])
+        work = dict.fromkeys(WORK, CLASSIC_WORK) if self.is_classic else self.work
+        return np.nancumsum([work[int(row["stage"])] * scale * row["seconds"] * row["images_per_second"]
+                             for row in self.rows])
 
 
 def read_run(path: Path) -> Run:
@@ -212,7 +224,9 @@ def _is_config(found: dict) -> bool:
     if not isinstance(resolved, dict) or not isinstance(found.get("data_report") or [], list):
         return False
     args, epochs, threshold = resolved.get("model_args", {}), resolved.get("epochs", {}), resolved.get("threshold", 0.5)
-    return isinstance(resolved.get("class_names", []), list) \
+    work = resolved.get("work", [1] * len(WORK))
+    return isinstance(resolved.get("class_names", []), list) and isinstance(work, list) and len(work) == len(WORK) \
+        and all(type(n) in (int, float) and n > 0 for n in work) \
         and (args == {} or RULES["model_args"][0](args)) and RULES["threshold"][0](threshold) \
         and isinstance(epochs, dict) and all(stage in ("1", "2", "3", "4") and type(n) is int
                                              for stage, n in epochs.items())

@@ -128,8 +128,9 @@ def configuration_page() -> str:
         "# Every option\n\nThis page lists every option of every command, as `python -m tests.test_documents` reads "
         "them from the parsers.\n\nWrong values are refused before anything is read or written, with exit code 2.\n",
         "## train_papsmear.py\n", options_table(settings.build_parser()),
-        "### Presets\n\nAn option given by hand beats a preset; a preset beats a default. Times are of two cores of a "
-        "server CPU with bfloat16, scores of one run ([Results](results.md)).\n", *presets, "", *rest])
+        "### Presets\n\nAn option given by hand beats a preset; a preset beats a default. Times are of a "
+        "server CPU, scores of one run ([Results](results.md), [Earlier results](earlier_results.md)).\n",
+        *presets, "", *rest])
 
 
 def as_typed(value) -> str:

@@ -44,8 +44,8 @@ def test_both_arms_get_equal_operations_and_their_last_weights_are_scored(study)
     trainings = rows_of(out / "trainings.csv")
     assert [row["arm"] for row in trainings] == ["direct", "grown"], "in the order asked for, not as they end"
     assert {(row["arm"], row["seed"], row["epochs"], row["operations"]) for row in trainings} == {
-        ("direct", "7", "2", "370"), ("grown", "7", "3,0,1,1", "425")}
-    assert {row["images_seen"] for row in trainings} == {"12", "30"}
+        ("direct", "7", "2", "197.2"), ("grown", "7", "14,3,1,1", "246.3")}
+    assert {row["images_seen"] for row in trainings} == {"12", "114"}
     images = rows_of(out / "images.csv")
     assert len(images) == 2 * 6
     for row in trainings:
@@ -60,8 +60,9 @@ def test_both_arms_get_equal_operations_and_their_last_weights_are_scored(study)
         assert float(row["processor_seconds"]) > 0
         assert json.loads((run / "config.json").read_text())["seed"] == 7
     grown = [(e["stage"], e["operations"]) for e in rows_of(out / "epochs.csv") if e["arm"] == "grown"]
-    assert grown == [("1", "40"), ("1", "80"), ("1", "120"), ("3", "240"), ("4", "425")]
-    assert "| **grown** | 3, 0, 1, 1 | 1 | 425 | 30 |" in printed
+    assert [stage for stage, _ in grown] == ["1"] * 14 + ["2"] * 3 + ["3", "4"]
+    assert [done for _, done in grown][::6] == ["4.9", "34.3", "63.7", "246.3"]
+    assert "| **grown** | 14, 3, 1, 1 | 1 | 246 | 114 |" in printed
     assert (out / "growth.md").read_text() in printed
     assert Image.open(out / "growth.png").size[0] > 600
 
@@ -101,7 +102,7 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
     assert not (out / "trainings.csv").exists()
     monkeypatch.setattr(sys, "argv", ["experiments.py", "asked for more seeds"])
     assert experiments.main(command) == 0
-    assert len(done) == 5, "three epochs were left"
+    assert len(done) == 19, "17 epochs were left"
 
     def comparable(rows: list[dict]) -> list[dict]:
         return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row["arm"] == "grown"]
@@ -109,7 +110,7 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
         assert comparable(rows_of(out / name)) == comparable(rows_of(study[0] / name)), "as without the interruption"
     assert experiments.main(command) == 0
     assert "1 trainings, 0 to run" in capsys.readouterr().out
-    assert len(done) == 5
+    assert len(done) == 19
     assert experiments.main([*command, "--lr", "0.5"]) == 2
     assert "this study was begun with lr 0.001, asked for is 0.5" in capsys.readouterr().err
     assert experiments.main([*command, "--num_workers", "0"]) == 0, "what changes no number may differ"
@@ -177,10 +178,10 @@ def test_a_crash_is_in_the_log_of_its_training(tmp_path, monkeypatch):
 def test_a_training_that_fails_is_named_and_the_others_finish(shared_root, tmp_path, in_this_process, capsys):
     bad = f"--init_from {tmp_path / 'nothing.pth'}"
     command = ["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--arms", "unet", "--arm"]
-    rest = ["--seeds", "1", "--budget", "1.6", *SMALL]
+    rest = ["--seeds", "1", "--budget", "3", *SMALL]
     assert experiments.main([*command, f"bad={bad}", *rest]) == 2
-    assert "1 of 2 trainings failed: bad_1.6_0" in capsys.readouterr().err
-    assert "nothing.pth: no such file" in (tmp_path / "o/runs/bad_1.6_0.log").read_text()
+    assert "1 of 2 trainings failed: bad_3_0" in capsys.readouterr().err
+    assert "nothing.pth: no such file" in (tmp_path / "o/runs/bad_3_0.log").read_text()
     training, = rows_of(tmp_path / "o/trainings.csv")
     assert (training["arm"], training["epochs"], training["operations"]) == ("unet", "1", "289")
     assert experiments.main([*command, "good=--lr 0.1", *rest]) == 0
@@ -313,7 +314,7 @@ def test_trainings_of_equal_time(shared_root, tmp_path, in_this_process, capsys)
 
 def test_the_classic_network_as_people_run_it(shared_root, tmp_path, in_this_process, monkeypatch):
     command = ["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--seeds", "1", "--budget",
-               "3.2", "--arms", "usual", *SMALL]
+               "6", "--arms", "usual", *SMALL]
     validate, steps = ProgressiveTrainer.validate_epoch, []
 
     def validate_then_end(self, *arguments):
@@ -323,7 +324,7 @@ def test_the_classic_network_as_people_run_it(shared_root, tmp_path, in_this_pro
         return validate(self, *arguments)
     monkeypatch.setattr(ProgressiveTrainer, "validate_epoch", validate_then_end)
     assert experiments.main(command) == 2, "cut off in the second epoch"
-    run = tmp_path / "o/runs/usual_3.2_0"
+    run = tmp_path / "o/runs/usual_6_0"
     saved = torch.load(run / growth_arms.STATE, weights_only=True)
     group, = saved["optimizer"]["param_groups"]
     assert (group["lr"], group["momentum"], len(saved["rows"])) == (1e-5, 0.999, 1)

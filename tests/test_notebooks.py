@@ -57,7 +57,7 @@ def test_a_network_is_a_table_of_stages():
     rows = model.stage_table()
     assert [(row[0], row[1], row[4]) for row in rows] == [
         ("1", "32x32", "yes"), ("2", "64x64", "yes"), ("3", "128x128", "not yet"), ("4", "256x256", "not yet")]
-    assert [row[2] for row in rows] == ["32 at 16x16, 32, 16", "16, 8", "8, 4", "4, 4"]
+    assert [row[2] for row in rows] == ["12 at 16x16, 8, 8", "6, 6", "5, 4", "4, 4"]
     assert sum(int(row[3].replace(",", "")) for row in rows) == count_parameters(model)
     live = sum(p.numel() for part in model.live_parts() for p in model.get_submodule(part).parameters())
     first, second = repr(model).splitlines()

@@ -119,13 +119,14 @@ def test_the_boundary_of_a_checkpoint_parts_nuclei_that_touch(tmp_path):
     assert predictor.nuclei(probability).max() == 1
 
 
-def test_a_checkpoint_of_format_1_is_refused_with_a_reason(tmp_path):
+def test_a_checkpoint_of_an_older_format_is_refused_with_a_reason(tmp_path):
     path = write_checkpoint(tmp_path / "a.pth", ProgressiveUNet(base_channels=4))
     stored = torch.load(path, weights_only=True)
     recipe = stored.pop("data")
-    torch.save(stored | {"format": 1, "sizing": "resize", "targets": ["mask"], "usual": {}}, tmp_path / "old.pth")
-    with pytest.raises(UserError, match=r"old.pth: checkpoint format 1; this version reads 2, because"):
-        load_checkpoint(tmp_path / "old.pth")
+    for older in ({"format": 1, "sizing": "resize", "targets": ["mask"], "usual": {}}, {"format": 2, "data": recipe}):
+        torch.save(stored | older, tmp_path / "old.pth")
+        with pytest.raises(UserError, match=rf"checkpoint format {older['format']}; this version reads 3, because"):
+            load_checkpoint(tmp_path / "old.pth")
     torch.save(stored | {"data": recipe | {"colours": 3}}, tmp_path / "odd.pth")
     with pytest.raises(UserError, match=r"odd.pth: its data recipe has .*colours"):
         load_checkpoint(tmp_path / "odd.pth")

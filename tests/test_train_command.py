@@ -20,7 +20,7 @@ from training import settings
     (["--epochs_per_stage", "1,2"], "stages 1..4"),
     (["--epochs_per_stage", "1,2,3,0"], "the last at least 1"),
     (["--budget", "0"], "number above 0"), (["--budget", "0.5"], "leaves no epoch at 256"),
-    (["--budget", "1.5", "--model", "unet"], "no epoch at 256 pixels; with --model unet one takes 1.56"),
+    (["--budget", "1.5", "--model", "unet"], "no epoch at 256 pixels; with --model unet one takes 2.93"),
     (["--budget", "9", "--epochs_per_stage", "2"], "both say how long to train"),
     (["--preset", "quick", "--shares", "1,1,1,1", "--epochs_per_stage", "2"], "both say how long to train"),
     (["--shares", "1,1,1,1"], "--shares deals a --budget"), (["--shares", "1,1,1"], "four numbers"),
@@ -77,8 +77,8 @@ def test_defaults_are_those_documented_and_presets_yield_to_options():
     assert quick.lr == 0.5
     assert quick.base_channels == settings.PRESETS["quick"]["base_channels"] != 64
     assert settings.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == (39,)
-    assert settings.parse(["--preset", "quick", "--model", "unet"]).epochs_per_stage == (24,), "39 x 185 / 289"
-    assert settings.parse(["--preset", "quick", "--start_stage", "3"]).epochs_per_stage == (6, 35)
+    assert settings.parse(["--preset", "quick", "--model", "unet"]).epochs_per_stage == (13,), "39 x 98.6 / 289"
+    assert settings.parse(["--preset", "quick", "--start_stage", "3"]).epochs_per_stage == (11, 35)
     by_hand = settings.parse(["--preset", "quick", "--epochs_per_stage", "3"])
     assert (by_hand.epochs_per_stage, by_hand.budget) == ((3,), None)
     assert set(settings.PRESET_RESULTS) == set(settings.PRESETS)

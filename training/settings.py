@@ -37,11 +37,12 @@ PRESETS = {
                 "base_channels": 32, "batch_sizes": {32: 32, 64: 32, 128: 16, 256: 8},
                 "augment_strength": 2.0, "old_lr_scale": 1.0, "average": 0.995, "group_regex": r"^TCGA-\w+-\w+"},
 }
-# Data set, time on two cores of a server CPU with bfloat16, and what a run with seed 0 scored (docs/results.md).
+# Data set, time on a server CPU, and what a run with seed 0 scored (docs/results.md, docs/earlier_results.md).
 PRESET_RESULTS = {
-    "quick": ("data", "2 minutes", "Dice 0.956 on the 16 test images of the sample"),
-    "herlev": ("data_herlev", "11 minutes", "Dice 0.892 on 108 test cells, with the first version of the network"),
-    "monuseg": ("data_monuseg", "63 minutes",
+    "quick": ("data", "10 minutes on one core in float32", "Dice 0.957 on the 16 test images of the sample"),
+    "herlev": ("data_herlev", "11 minutes on two cores in bfloat16",
+               "Dice 0.892 on 108 test cells, with the first version of the network"),
+    "monuseg": ("data_monuseg", "63 minutes on two cores in bfloat16",
                 "Dice 0.797 and AJI 0.598 on six images set apart, with the first version of the network"),
 }
 BOOLEAN = {"type": flag, "nargs": "?", "const": True, "metavar": "true|false"}
@@ -109,7 +110,7 @@ def build_parser(description: str = "", defaults: bool = True) -> argparse.Argum
 def presets_in_words() -> str:
     """Return the command of each preset, how long it took and what it scored."""
     lines = ["without a preset: 64 channels and 50 epochs a stage, which takes hours on a CPU",
-             "presets, on two cores of a server CPU with bfloat16 (docs/results.md):"]
+             "presets, on a server CPU (docs/results.md):"]
     for name, (data_root, took, scored) in PRESET_RESULTS.items():
         lines += [f"  python train_papsmear.py --data_root {data_root} --preset {name}", f"      {took}; {scored}"]
     return "\n".join(lines)
