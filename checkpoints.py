@@ -87,8 +87,12 @@ def _random_states(value) -> bool:
 def _history(value) -> bool:
     return isinstance(value, list) and all(
         isinstance(row, dict) and all(isinstance(text, str) for item in row.items() for text in item)
-        and row.get("stage", "") in tuple("1234") and re.fullmatch("[0-9]{1,9}", row.get("epoch", ""))
-        for row in value)
+        and is_epoch_row(row) for row in value)
+
+
+def is_epoch_row(row: dict[str, str]) -> bool:
+    """Tell whether a row of metrics.csv names its stage and epoch."""
+    return bool(re.fullmatch("[1-4]", row.get("stage", "")) and re.fullmatch("[0-9]{1,9}", row.get("epoch", "")))
 
 
 def _model_args(value) -> bool:

@@ -75,6 +75,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from images.splits import description_of
     from scoring.scores import scored_pairs
     from scoring.unfinished import UnfinishedScores
+    from system.atomic import clear_left
     from system.locks import LOCK, held_lock
     from system.processes import all_gather, is_main_process
 
@@ -106,7 +107,7 @@ def evaluate(args: argparse.Namespace) -> None:
             for scores in kept:
                 scores.remove()
         if is_main_process():
-            clear_left(folder)
+            clear_left(folder, "|".join(map(re.escape, RESULT_FILES)))
         all_gather(None)  # before a process keeps what another one would read, or remove
         score(args, folder, predictor, other, pairs, kept)
         for scores in kept:
@@ -200,16 +201,6 @@ def refuse_existing(args: argparse.Namespace, folder: Path, interrupted: bool) -
     if existing and not args.go_on and not args.overwrite:
         raise UserError(f"{existing[0]}: exists already, and nothing is overwritten unasked. Choose another --out, or "
                         f"pass --overwrite")
-
-
-def clear_left(folder: Path) -> None:
-    """Remove what a killed evaluation began to write."""
-    from system.atomic import left_by_kill
-
-    left = left_by_kill("|".join(map(re.escape, RESULT_FILES)))
-    for file in folder.iterdir():
-        if left.fullmatch(file.name):
-            file.unlink(missing_ok=True)
 
 
 def default_folder(args: argparse.Namespace) -> Path:

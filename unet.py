@@ -17,12 +17,16 @@ from images.resolutions import MOST_CHANNELS, RESOLUTIONS, WIDEST
 from system.errors import UserError
 from system.notebooks import Described, html_table
 from unet_parts import (
+    COARSEST,
+    DECODER_WIDTH,
+    ENCODER_WIDTH,
     BottomLevel,
     ConvBNReLU,
     DecoderLevel,
     DoubleConv,
     EncoderLevel,
     ToLogits,
+    channels_of,
     join,
     mean2x2,
     upsample2x,
@@ -30,11 +34,6 @@ from unet_parts import (
 
 STAGE_RESOLUTIONS = dict(enumerate(RESOLUTIONS, start=1))  # 1: 32, 2: 64, 3: 128, 4: 256
 LAST_STAGE = len(RESOLUTIONS)
-COARSEST = 16  # the encoder's bottom level, below the first stage
-
-# Channels in units of base_channels; what is not whole is rounded down.
-ENCODER_WIDTH = {16: 3, 32: 2, 64: 1.5, 128: 1.25, 256: 1}
-DECODER_WIDTH = {32: 2, 64: 1.5, 128: 1, 256: 1}
 
 
 class Network(Described, nn.Module):
@@ -198,8 +197,8 @@ class ProgressiveUNet(Network):
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, base_channels: int = 64):
         super().__init__(in_channels, out_channels, base_channels)
-        encoder_channels = {r: int(width * base_channels) for r, width in ENCODER_WIDTH.items()}
-        decoder_channels = {r: int(width * base_channels) for r, width in DECODER_WIDTH.items()}
+        encoder_channels = channels_of(ENCODER_WIDTH, base_channels)
+        decoder_channels = channels_of(DECODER_WIDTH, base_channels)
         self.encoder = nn.ModuleDict({
             str(r): EncoderLevel(in_channels, encoder_channels.get(2 * r), channels) if r > COARSEST else
             BottomLevel(encoder_channels[2 * r], channels) for r, channels in encoder_channels.items()})
@@ -237,8 +236,9 @@ class ProgressiveUNet(Network):
     def widths(self, stage: int) -> str:
         """Return the channels of encoder and decoder at the resolution of a stage; the first has the bottom besides."""
         r = STAGE_RESOLUTIONS[stage]
-        bottom = f"{ENCODER_WIDTH[COARSEST] * self.base_channels} at {COARSEST}x{COARSEST}, " if stage == 1 else ""
-        return f"{bottom}{int(ENCODER_WIDTH[r] * self.base_channels)}, {int(DECODER_WIDTH[r] * self.base_channels)}"
+        encoder, decoder = (channels_of(widths, self.base_channels) for widths in (ENCODER_WIDTH, DECODER_WIDTH))
+        bottom = f"{encoder[COARSEST]} at {COARSEST}x{COARSEST}, " if stage == 1 else ""
+        return f"{bottom}{encoder[r]}, {decoder[r]}"
 
     def live_parts(self) -> list[str]:
         """Return the names of the parts that the forward pass uses at the current stage: all that are born."""

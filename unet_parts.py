@@ -1,4 +1,4 @@
-"""The blocks of both networks; each is read once and knows nothing of stages or training.
+"""The blocks of both networks, and the channels of the levels; each is read once and knows nothing of training.
 
 Convolutions are 3x3 with padding 1 and no bias, because batch normalisation follows and brings its own.
 """
@@ -7,6 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+COARSEST = 16  # the encoder's bottom level, below the first stage
+
+# Channels in units of base_channels; what is not whole is rounded down.
+ENCODER_WIDTH = {16: 3, 32: 2, 64: 1.5, 128: 1.25, 256: 1}
+DECODER_WIDTH = {32: 2, 64: 1.5, 128: 1, 256: 1}
+
+
+def channels_of(widths: dict[int, float], base_channels: int) -> dict[int, int]:
+    """Return the channels of each level."""
+    return {r: int(width * base_channels) for r, width in widths.items()}
 
 
 class ConvBNReLU(nn.Sequential):

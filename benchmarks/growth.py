@@ -155,6 +155,9 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
 
     path, rows = out / SETTINGS, study_table(out, TRAININGS)
     kept = study_settings(out) if rows else {}
+    if kept and work_of(kept) != WORK:
+        raise UserError(f"{path}: this study was begun with a network of other operations. Its trainings would not "
+                        f"compare. Choose another --out")
     common = comparable(parse(options))
     arms = {training.arm: comparable(training.settings()) for training in trainings}
     pairs = [("this study", kept.get("common", common), common)]
@@ -164,9 +167,6 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
             raise UserError(f"{path}: {name} {differing}. Its trainings would not compare. Choose another --out, or "
                             f"another name for the arm")
     arms = kept.get("arms", {}) | arms
-    if rows and work_of(kept) != WORK:
-        raise UserError(f"{path}: this study was begun with a network of other operations. Its trainings would not "
-                        f"compare. Choose another --out")
     RunFolder(out).write_json(SETTINGS, {"environment": environment()} | kept | {
         "work": list(WORK.values()), "options": options, "common": common, "arms": arms})
     return list(dict.fromkeys([*arms, *(row["arm"] for row in rows)]))

@@ -1,4 +1,4 @@
-"""The tables of a study of growing, as CSV: a row a training, a row an image and training, a row an epoch."""
+"""The files of a study of growing: settings, and tables with a row a training, an image and training, or an epoch."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from system.text import shown
 from training.schedule import WORK, WORK_BEFORE
 
 SETTINGS = "settings.json"  # beside the tables
-
 KEYS = ("arm", "budget", "seed")
 MINUTES = "min"  # ends a budget that is a time
 TRAININGS, IMAGES, EPOCHS = TABLES = ("trainings.csv", "images.csv", "epochs.csv")
@@ -22,6 +21,8 @@ COLUMNS = {
     EPOCHS: (*KEYS, "stage", "epoch", "operations", "seconds", "processor_seconds", "dice"),
 }
 NUMBERS = {column for columns in COLUMNS.values() for column in columns} - {"arm", "epochs", "data", "split", "image"}
+# Cells that are never empty.
+NEEDED = {TRAININGS: KEYS, IMAGES: KEYS, EPOCHS: (*KEYS, "stage", "epoch", "operations", "dice")}
 
 
 def study_table(out: Path, name: str) -> list[dict[str, str]]:
@@ -32,9 +33,8 @@ def study_table(out: Path, name: str) -> list[dict[str, str]]:
     rows = [dict.fromkeys(COLUMNS[name], "") | row for row in read_table(out / name)]
     for line, row in enumerate(rows, start=2):
         for column, text in row.items():
-            ending = MINUTES if column == "budget" else ""
-            left_out = not text and column not in KEYS and name != EPOCHS or not text and "seconds" in column
-            if column in NUMBERS and not left_out and not math.isfinite(number_in(text.removesuffix(ending))):
+            number = text.removesuffix(MINUTES) if column == "budget" else text
+            if column in NUMBERS and (text or column in NEEDED[name]) and not math.isfinite(number_in(number)):
                 raise UserError(f"{out / name}, line {line}: {column} is {shown(text)[:40]!r}; it must be a number. "
                                 f"Correct or remove the line: its training runs again then")
     return rows
@@ -59,7 +59,7 @@ def study_settings(out: Path) -> dict:
 
 def work_of(settings: dict) -> dict[int, float]:
     """Return the operations of an image at each stage with which a study counts."""
-    return dict(zip(WORK, settings["work"], strict=True)) if "work" in settings else WORK_BEFORE
+    return dict(zip(WORK, map(float, settings["work"]), strict=True)) if "work" in settings else WORK_BEFORE
 
 
 def budget_order(budget: str) -> tuple[bool, float]:

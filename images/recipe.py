@@ -132,8 +132,7 @@ def recipe_from_plain(stored: Mapping) -> DataRecipe:
     if not isinstance(stored, Mapping) or not names - YOUNG <= set(stored) <= names:
         found = ", ".join(map(str, stored)) if isinstance(stored, Mapping) else repr(stored)
         raise UserError(f"its data recipe has {found}; expected: {', '.join(sorted(names))}")
-    lists = {"class_names": ()} | {name: stored[name] for name in ("targets", "mean", "std", "class_names")
-                                   if name in stored}
+    lists = {name: stored.get(name, ()) for name in ("targets", "mean", "std", "class_names")}
     for name, value in lists.items():
         if not isinstance(value, list | tuple):
             raise UserError(f"{name} is {value!r}; it must be a list")

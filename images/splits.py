@@ -235,13 +235,13 @@ def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
             reader = csv.DictReader(file, strict=True)  # else a quotation mark too many takes the rows behind it
             rows, columns = list(reader), reader.fieldnames or ()
     except csv.Error as error:
-        rows, lost = [], str(error)
+        rows, columns, lost = [], names, str(error)
     except OSError:
         return {}
-    if rows and not set(names) <= set(rows[0]):
+    if not set(names) <= set(columns):
         return {}
-    if not rows and not lost and set(names) <= set(columns):
-        lost = "it has lost all lines but its first"
+    if not rows:
+        lost = lost or "it has lost all lines but its first"
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values() or "\0" in "".join(row.values()) or not all(row[key] for key in names):
             lost = lost or f"line {line} is cut off or damaged"

@@ -14,6 +14,14 @@ def left_by_kill(names: str) -> re.Pattern:
     return re.compile(rf"\.({names})\.\w{{8}}\.tmp")
 
 
+def clear_left(folder: Path, names: str) -> None:
+    """Remove what `left_by_kill` finds in a folder."""
+    left = left_by_kill(names)
+    for path in folder.iterdir():
+        if left.fullmatch(path.name):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def folder_made(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it, for a block; after an error those that were made and are empty are gone."""

@@ -61,7 +61,8 @@ def test_both_arms_get_equal_operations_and_their_last_weights_are_scored(study)
         assert json.loads((run / "config.json").read_text())["seed"] == 7
     grown = [(e["stage"], e["operations"]) for e in rows_of(out / "epochs.csv") if e["arm"] == "grown"]
     assert [stage for stage, _ in grown] == ["1"] * 14 + ["2"] * 3 + ["3", "4"]
-    assert [done for _, done in grown][::6] == ["4.9", "34.3", "63.7", "246.3"]
+    assert [float(done) for _, done in grown] == pytest.approx(
+        [4.9 * n for n in range(1, 15)] + [83.1, 97.6, 112.1, 147.7, 246.3])
     assert "| **grown** | 14, 3, 1, 1 | 1 | 246 | 114 |" in printed
     assert (out / "growth.md").read_text() in printed
     assert Image.open(out / "growth.png").size[0] > 600
@@ -117,6 +118,9 @@ def test_a_study_goes_on_where_it_was_cut_off(study, shared_root, tmp_path, in_t
     settings = json.loads((out / "settings.json").read_text())
     for kept in (settings["common"], *settings["arms"].values()):
         del kept["max_value"]
+    (out / "settings.json").write_text(json.dumps(settings | {"work": [1, 2, 3, 4]}))
+    assert experiments.main(command) == 2
+    assert "begun with a network of other operations" in capsys.readouterr().err
     (out / "settings.json").write_text(json.dumps(settings))
     assert experiments.main(command) == 0, "an option that is younger than the study had its default"
 

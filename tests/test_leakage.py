@@ -72,10 +72,12 @@ def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
     assert check_dataset(root).leakage["groups"] == {"valid": (0, 1), "test": (0, 1)}
     whole = (root / "manifest.csv").read_bytes()
     first, second = whole.split(b"\n")[:2]
-    for torn in (whole[:-15], whole + b"\0" * 30, whole[:60] + b"\0" + whole[60:], first + b"\n",
-                 whole.replace(second, b'"' + second)):
+    line = r"line \d+ is cut off or damaged"
+    for torn, words in ((whole[:-15], line), (whole + b"\0" * 30, line), (whole[:60] + b"\0" + whole[60:], line),
+                        (first + b"\n", "it has lost all lines but its first"),
+                        (whole.replace(second, b'"' + second), "unexpected end of data")):
         (root / "manifest.csv").write_bytes(torn)
-        with pytest.raises(UserError, match=r"manifest.csv: .+, so the groups of images are not known. Prepare"):
+        with pytest.raises(UserError, match=f"manifest.csv: {words}, so the groups of images are not known. Prepare"):
             list_splits(root)
     (root / "manifest.csv").write_bytes(whole[:whole[:-1].rindex(b"\n") + 1])
     assert "1 of 18 images are not in manifest.csv, e.g. " in str(check_dataset(root))

@@ -35,6 +35,7 @@ from scoring.scores import compare
 from training import logs, time_limit
 from training.run_folder import RunFolder, read_metrics
 from training.time_limit import TimeLimit
+from unet import ProgressiveUNet, UNet, count_parameters
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -309,6 +310,18 @@ def test_longer_training_is_advised_by_loss_and_dice(losses, dice, words):
         {"stage": 4, "epoch": i + 1, "loss": losses[i], "dice": dice[i] / 10, "seconds": 1.0, "images_per_second": 1.0}
         for i in range(4)])
     assert report.sentences(run)[2] == f"Longer training {'is ' if 'unlikely' in words else ''}{words}"
+
+
+def test_operations_are_those_of_the_network_that_a_run_had():
+    rows = [{"stage": stage, "seconds": 10.0, "images_per_second": 100.0} for stage in (1, 4)]
+    args = {"model": "pgunet", "in_channels": 1, "out_channels": 1, "base_channels": 64}
+    now = {"model_args": args, "work": [4.9, 14.5, 35.6, 98.6]}
+    for resolved, operations, parameters in (
+            (now, [4.9, 103.5], count_parameters(ProgressiveUNet())), ({"model_args": args}, [40, 225], 0),
+            ({"model_args": args | {"model": "unet"}}, [289, 578], count_parameters(UNet()))):
+        run = Run(Path("a"), {"resolved": resolved}, rows)
+        assert run.operations() == pytest.approx(operations)
+        assert run.parameters == parameters
 
 
 def test_a_report_warns_of_leakage(run):

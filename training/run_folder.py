@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import save_checkpoint
+from checkpoints import is_epoch_row, save_checkpoint
 from scoring.cases import Case, save_cases
 from scoring.measures import PIXEL_METRICS
 from scoring.pictures import predictions, training_curves
-from system.atomic import atomic_write, left_by_kill
+from system.atomic import atomic_write, clear_left, left_by_kill
 from system.errors import UserError
 from system.locks import LOCK, take_lock
 from system.machine import nearest_existing
@@ -39,8 +39,7 @@ OF_EPOCHS = r"stage_[1-4]_epoch_\d+\.pth"
 NAMES = (rf"config\.json|metrics\.csv|best_stage_[1-4]\.pth|final_model\.pth|last\.pth|previous\.pth|{OF_EPOCHS}|"
          r"training_curves\.png|predictions_stage_[1-4]\.png|test_scores\.(csv|json)|refused_batch\.npz|"
          r"validation_stage_[1-4]\.npz|test_cases\.npz|report\.html")
-UNFINISHED = left_by_kill(NAMES)
-RUN_FILES = re.compile(rf"{NAMES}|{UNFINISHED.pattern}")
+RUN_FILES = re.compile(rf"{NAMES}|{left_by_kill(NAMES).pattern}")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "matplotlib", "tensorboard", "pillow", "tqdm")
 
 
@@ -176,7 +175,7 @@ class RunFolder:
             history: its rows as the checkpoint has them; empty for an older one, where the file itself is read.
         """
         self.claimed, self._purge_step = True, run_epoch + 1
-        self._clear_unfinished()
+        clear_left(self.path, NAMES)
         self.history = [dict(row) for row in history] or [
             row for row in read_metrics(self.path / "metrics.csv")
             if (int(row["stage"]), int(row["epoch"])) <= (stage, epoch)]
@@ -241,12 +240,6 @@ class RunFolder:
                 self._logs.close()
             self._logs = None
 
-    def _clear_unfinished(self) -> None:
-        """Remove what killed processes left half written."""
-        for path in self.path.iterdir():
-            if UNFINISHED.fullmatch(path.name):
-                path.unlink()
-
     def _clear(self) -> None:
         """Remove what an earlier run wrote here, and nothing else that lies in the folder."""
         for path in self.path.iterdir():
@@ -257,8 +250,7 @@ class RunFolder:
 
 def read_metrics(path: Path) -> list[dict]:
     """Return the whole rows of a metrics.csv as text, [] where there is none; a torn end is left out."""
-    return [row for row in read_table(path)
-            if re.fullmatch(r"[1-4]", row.get("stage", "")) and re.fullmatch(r"[0-9]{1,9}", row.get("epoch", ""))]
+    return [row for row in read_table(path) if is_epoch_row(row)]
 
 
 def numbers(rows: list[dict[str, str]]) -> list[dict[str, float]]:
