@@ -15,6 +15,7 @@ from inference import Predictor
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from scoring.scores import score_pairs, scored_pairs
+from training.schedule import WORK
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet, UNet, count_parameters
 from unet_parts import ConvBNReLU, EncoderLevel, mean2x2, upsample2x
 
@@ -65,6 +66,7 @@ def test_cost_and_size_are_those_of_the_design():
             with FlopCounterMode(display=False) as counter:
                 model(torch.rand(1, 1, model.resolution, model.resolution)).sum().backward()
             assert counter.get_total_flops() / 1e9 == pytest.approx(expected, rel=0.01)
+            assert WORK[stage] == expected
         assert count_parameters(model) == pytest.approx(2.15e6, rel=0.01)
         assert count_parameters(UNet()) == pytest.approx(31.0e6, rel=0.01)
 
