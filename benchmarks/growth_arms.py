@@ -9,7 +9,7 @@ USUAL = "usual"            # the classic U-Net as people run it (see `train_as_u
 # Name -> options of train_papsmear.py, which takes the budget besides.
 ARMS = {
     "direct": "--progressive false",
-    "grown": "",
+    "grown": "--shares 27,5,7,61",
     "late": "--shares 5,9,34,52",
     "unet": "--model unet",
     IMAGE_ONCE: "--progressive false",

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from system.text import of
 
+DASHES = ("-", "--", ":", "-.")
+
 
 def curves_over_counts(rows: list[dict], path: Path) -> None:
     """Draw test Dice against the number of training images, one line for each way to start.
@@ -62,7 +64,8 @@ def scaling_curves(series: list[dict], path: Path) -> None:
 def dice_over_operations(curves: dict[str, dict[str, list]], work: Iterable[float], path: Path) -> None:
     """Draw validation Dice over operations: a thin line a training, a thick one for the mean, dots where it grows.
 
-    An arm has the same colour in every panel. The mean is drawn where all trainings of an arm have the same epochs.
+    An arm has the same line in every panel: one of ten colours, dashed from the eleventh arm on. The mean is drawn
+    where all trainings of an arm have the same epochs.
 
     Args:
         curves: title -> arm -> one curve a seed, of (stage, operations so far, Dice) an epoch.
@@ -70,10 +73,11 @@ def dice_over_operations(curves: dict[str, dict[str, list]], work: Iterable[floa
     """
     factors = ", ".join(f"{n:g}" for n in work)
     figure = Figure(figsize=(6.5 * len(curves), 4.2), layout="constrained")
-    colours = {arm: f"C{k}" for k, arm in enumerate(dict.fromkeys(arm for arms in curves.values() for arm in arms))}
+    lines = {arm: {"color": f"C{k % 10}", "linestyle": DASHES[k // 10 % len(DASHES)]}
+             for k, arm in enumerate(dict.fromkeys(arm for arms in curves.values() for arm in arms))}
     for axis, (title, arms) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
         for arm, seeds in arms.items():
-            line = {"color": colours[arm], "marker": "." if len(seeds[0]) == 1 else None}  # a point is no line
+            line = lines[arm] | {"marker": "." if len(seeds[0]) == 1 else None}  # a point is no line
             last = np.mean([curve[-1][2] for curve in seeds])
             for curve in seeds:
                 axis.plot([done for _, done, _ in curve], [dice for *_, dice in curve], alpha=0.3, linewidth=0.8,
@@ -85,7 +89,7 @@ def dice_over_operations(curves: dict[str, dict[str, list]], work: Iterable[floa
             mean = np.mean([[dice for *_, dice in curve] for curve in seeds], axis=0)
             axis.plot(operations, mean, linewidth=2, **line, label=f"{arm}, {of(len(seeds), 'seed')}: {last:.3f}")
             grown = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
-            axis.scatter([operations[i] for i in grown], mean[grown], color=colours[arm], zorder=3)
+            axis.scatter([operations[i] for i in grown], mean[grown], color=lines[arm]["color"], zorder=3)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"operations (epochs times {factors}); dots: first epoch after a growth", fontsize=9)
         axis.set_ylabel("validation Dice at 256 pixels")

@@ -130,9 +130,9 @@ def test_what_the_loader_and_growing_bring_follows_from_the_rounds(setting, monk
     ratio = found["the second over the first"]
     assert ratio.value == pytest.approx(0.625 / found[
         "equal epochs at all stages against as many at stage 4, by operations"].value)
-    quick = next(m for m in found.values() if m.what.startswith("--preset quick (212,13,7,24) against direct"))
-    operations = 212 * 4.9 + 13 * 14.5 + 7 * 35.6 + 24 * 98.6
-    assert quick.value == pytest.approx((212 * 1 + 13 * 2 + 7 * 3 + 24 * 4) / (operations / 98.6 * 4))
+    quick = next(m for m in found.values() if m.what.startswith("--preset quick (30,18,30,15) against direct"))
+    operations = 30 * 4.9 + 18 * 14.5 + 30 * 35.6 + 15 * 98.6
+    assert quick.value == pytest.approx((30 * 1 + 18 * 2 + 30 * 3 + 15 * 4) / (operations / 98.6 * 4))
 
 
 def fake_rounds(costs: dict):

@@ -129,7 +129,7 @@ def test_a_run_that_is_cut_off_at_every_step_ends_as_one_that_is_not(precision, 
 
 def test_a_lack_of_memory_is_explained_and_changes_nothing(root):
     """Of the whole card half a gigabyte is left to this process; afterwards the same batch is trained on."""
-    trainer, loader = trainer_of("float32", channels=32), loaders_of(root, 6)[256][0]
+    trainer, loader = trainer_of("float32", channels=64), loaders_of(root, 6)[256][0]
     trainer.set_stage(4)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items() if "image_" not in name}
     torch.cuda.empty_cache()
@@ -176,7 +176,7 @@ def test_a_prediction_is_that_of_the_cpu(precision, tolerance, sizing, tmp_path)
     image = noisy_image(400, 520)
     expected = Predictor(path, "cpu", "float32", tile=320).predict(image)
     found = Predictor(path, "cuda", precision, tile=320).predict(image)
-    assert expected.std() > 0.03
+    assert expected.std() > 0.02
     assert np.abs(found - expected).max() < tolerance
 
 

@@ -12,13 +12,17 @@ import sys
 
 import pytest
 import torch
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import experiments, growth, growth_arms, growth_report, growth_tables
+from benchmarks.pictures import dice_over_operations
 from conftest import PROJECT, TIMING, run_script
 from images.files import load_image, save_png
 from progressive_trainer import ProgressiveTrainer
 from training.run_folder import RunFolder
+from training.schedule import WORK
 from unet import ProgressiveUNet
 
 SMALL = ("--base_channels", "2", "--batch_sizes", "32:4,64:4,128:4,256:4")
@@ -294,6 +298,15 @@ def test_the_report_by_hand(tmp_path):
     assert "| direct | 3 | 37.0 (37.0 to 37.0) | not reached | not reached |" in large
     assert "| grown | 2 | 24.5 (22.5 to 26.5) | 24.5 (22.5 to 26.5) | 26.5 (26.5 to 26.5; 1 of 2 not) |" in large
     assert Image.open(tmp_path / "growth.png").size[0] > 1200, "a panel a budget"
+
+
+def test_every_arm_has_a_line_of_its_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    dice_over_operations({"a": {f"arm_{i}": [[(1, 5, 0.5), (4, 104, 0.7)]] for i in range(14)}}, WORK.values(),
+                         tmp_path / "a.png")
+    lines = [line for line in drawn[0].axes[0].lines if line.get_label().startswith("arm_")]
+    assert len({(to_rgba(line.get_color()), line.get_linestyle()) for line in lines}) == len(lines) == 14
 
 
 def test_a_study_of_equal_time_stands_after_those_of_operations(tmp_path):

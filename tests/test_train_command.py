@@ -76,9 +76,9 @@ def test_defaults_are_those_documented_and_presets_yield_to_options():
     quick = settings.parse(["--preset", "quick", "--lr", "0.5"])
     assert quick.lr == 0.5
     assert quick.base_channels == settings.PRESETS["quick"]["base_channels"] != 64
-    assert settings.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == (39,)
-    assert settings.parse(["--preset", "quick", "--model", "unet"]).epochs_per_stage == (13,), "39 x 98.6 / 289"
-    assert settings.parse(["--preset", "quick", "--start_stage", "3"]).epochs_per_stage == (11, 35)
+    assert settings.parse(["--preset", "quick", "--progressive", "false"]).epochs_per_stage == (30,)
+    assert settings.parse(["--preset", "quick", "--model", "unet"]).epochs_per_stage == (10,), "30 x 98.6 / 289"
+    assert settings.parse(["--preset", "quick", "--start_stage", "3"]).epochs_per_stage == (33, 18)
     by_hand = settings.parse(["--preset", "quick", "--epochs_per_stage", "3"])
     assert (by_hand.epochs_per_stage, by_hand.budget) == ((3,), None)
     assert set(settings.PRESET_RESULTS) == set(settings.PRESETS)
