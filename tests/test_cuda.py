@@ -172,11 +172,11 @@ def test_a_plain_loader_with_pinned_memory_is_trained_on_as_one_without(root):
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("float16", 0.02), ("bfloat16", 0.1)])
 def test_a_prediction_is_that_of_the_cpu(precision, tolerance, sizing, tmp_path):
     """Four tiles at once with sizing 'tile'; probabilities differ by rounding."""
-    path = write_checkpoint(tmp_path / "a.pth", lively_model(), sizing)
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(seed=2), sizing)
     image = noisy_image(400, 520)
     expected = Predictor(path, "cpu", "float32", tile=320).predict(image)
     found = Predictor(path, "cuda", precision, tile=320).predict(image)
-    assert expected.std() > 0.02
+    assert expected.std() > 0.03
     assert np.abs(found - expected).max() < tolerance
 
 
