@@ -49,6 +49,7 @@ class Study:
         self.images, self.epochs = study_table(out, IMAGES), study_table(out, EPOCHS)
         settings = study_settings(out)
         self.work, kept = work_of(settings), settings.get("arms", ())
+        self.change = " ".join(str(settings.get("change", "")).split())
         there = dict.fromkeys(row["arm"] for row in trainings)
         self.arms = [arm for arm in dict.fromkeys([*kept, *there]) if arm in there]
         self.budgets = sorted({row["budget"] for row in trainings}, key=budget_order)
@@ -86,6 +87,8 @@ def write_report(out: Path) -> str:
              "deviation over seeds. Operations count epochs times "
              f"{', '.join(f'{n:g}' for n in study.work.values())} for stages 1 to 4, of the classic U-Net times "
              f"{CLASSIC_WORK}. Times are those of training, without validation."]
+    if study.change:
+        parts.append(f"\n**In all of these trainings the code differed from the project's:** {study.change}.")
     for budget in study.budgets:
         parts += [f"\n## {title_of(budget)}\n", *arm_table(study, budget), *comparison_table(study, budget),
                   *effort_table(study, budget), *time_table(study, budget), *growth_table(study, budget)]

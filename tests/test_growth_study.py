@@ -360,6 +360,13 @@ def test_a_fall_at_a_growth_is_weighed_against_the_changes_within_stages(tmp_pat
     assert "| -0.210 | 0.007 | +0.100 | 0.167 |" in growth_report.write_report(tmp_path), "2 below 2: 1 order in 6"
 
 
+def test_a_report_says_in_what_the_code_differed(tmp_path):
+    write_study(tmp_path, {("grown", "10", "0"): [(1, 40, 0.5), (4, 265, 0.6)]})
+    assert "differed" not in growth_report.write_report(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"change": "the rate was\nhalved"}))
+    assert "the code differed from the project's:** the rate was halved." in growth_report.write_report(tmp_path)
+
+
 def test_a_report_refuses_trainings_of_different_data(study, tmp_path, capsys):
     for name in growth_tables.TABLES:
         shutil.copy(study[0] / name, tmp_path)
