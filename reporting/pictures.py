@@ -22,7 +22,7 @@ def photo(image: np.ndarray) -> str:
 
 def grey(values: np.ndarray) -> str:
     """Return (H, W) uint8 as a PNG data URI."""
-    return _uri(Image.fromarray(values), "PNG", optimize=True)
+    return _uri(Image.fromarray(values), "PNG")
 
 
 def error_map(drawn: np.ndarray, found: np.ndarray) -> str:
@@ -30,7 +30,7 @@ def error_map(drawn: np.ndarray, found: np.ndarray) -> str:
     kinds = np.where(drawn, np.where(found, 1, 2), np.where(found, 3, 0)).astype(np.uint8)
     image = Image.frombytes("P", kinds.shape[::-1], kinds.tobytes())
     image.putpalette([value for colour in ERRORS for value in colour])
-    return _uri(image, "PNG", optimize=True, bits=2)
+    return _uri(image, "PNG", bits=2)
 
 
 def outline_path(mask: np.ndarray) -> str:

@@ -17,6 +17,8 @@ from system.text import shown
 
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
 THIN = 0.6  # points, so that a nucleus of six pixels is still seen within its outline
+WIDTH, ROW, TITLE, ABOVE = 11, 2.9, 0.3, 0.25  # inches: of a picture; a row of it, its title, the words above a row
+GAP = 40  # between two panels of a row, as part of their width
 
 
 def training_curves(rows: list[dict], path: Path) -> None:
@@ -70,45 +72,50 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
 def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title: str = "") -> None:
     """Draw image, mask, prediction and outlines of some images, one a row (and class).
 
+    A row is one picture in one pair of axes: with four pairs of axes a row matplotlib took twice as long.
+
     Args:
         threshold: probability from which a pixel is outlined.
         title: of the picture: which weights it shows.
     """
     rows = [(case, k) for case in cases for k in range(len(case.masks))]
-    figure = Figure(figsize=(11, 2.9 * len(rows) + 0.5 * bool(title)), layout="constrained")
-    axes = figure.subplots(len(rows), 4, squeeze=False)
+    height = ROW * len(rows) + TITLE * bool(title)
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.subplots(len(rows), squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
+    figure.subplots_adjust(0.02, 0.01, 0.995, 1 - (ABOVE + TITLE * bool(title)) / height, hspace=0.12)
     if title:
-        figure.suptitle(title, fontsize=10, parse_math=False)
-    for row, (case, k) in zip(axes, rows, strict=True):
-        image = case.image if case.image.shape[2] == 3 else case.image[..., 0]
-        drawn, found = case.masks[k], case.found(threshold)[k]
-        for axis, pixels, highest in zip(row, (image, drawn, case.probability[k], image), (255, 1, 255, 255),
-                                         strict=True):
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=highest)
-        outline(row[3], drawn, DRAWN, "solid")
-        outline(row[3], found, FOUND, (0, (4, 2)))
+        figure.suptitle(title, fontsize=10, y=1 - 0.3 * TITLE / height, parse_math=False)
+    for axis, (case, k) in zip(axes[:, 0], rows, strict=True):
+        image, drawn, found = case.image, case.masks[k], case.found(threshold)[k]
+        panels = [np.broadcast_to(panel, (*drawn.shape, 3))
+                  for panel in (image, 255 * drawn[..., None], case.probability[k][..., None], image)]
+        gap = np.full((drawn.shape[0], max(drawn.shape[1] // GAP, 1), 3), 255)
+        step = drawn.shape[1] + gap.shape[1]
+        axis.imshow(np.concatenate([panels[0], *(part for panel in panels[1:] for part in (gap, panel))],
+                                   axis=1).astype(np.uint8))
+        outline(axis, drawn, DRAWN, "solid", right=3 * step)
+        outline(axis, found, FOUND, (0, (4, 2)), right=3 * step)
         name = shown(case.name)
-        row[0].set_ylabel(name if len(name) < 32 else f"{name[:29]}...", fontsize=7,
-                          parse_math=False)
-        for axis, words in zip(row, ("image", "mask" + (f", class {k + 1}" if len(case.masks) > 1 else ""),
-                                     "predicted probability",
-                                     f"blue: mask, orange: found, Dice {case.dice_of(k, threshold):.3f}"), strict=True):
-            axis.set_title(words, fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
+        axis.set_ylabel(name if len(name) < 32 else f"{name[:29]}...", fontsize=7, parse_math=False)
+        for i, words in enumerate(("image", "mask" + (f", class {k + 1}" if len(case.masks) > 1 else ""),
+                                   "predicted probability",
+                                   f"blue: mask, orange: found, Dice {case.dice_of(k, threshold):.3f}")):
+            axis.annotate(words, (i * step + drawn.shape[1] / 2, 1), xycoords=("data", "axes fraction"),
+                          xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
     with atomic_write(path, sync=False) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
-def outline(axis, mask: np.ndarray, color: str, style) -> None:
-    """Draw the border of a bool mask (H, W) along its pixel edges; nothing for an empty mask."""
+def outline(axis, mask: np.ndarray, color: str, style, right: int = 0) -> None:
+    """Draw the border of a bool mask (H, W) along its pixel edges, so many pixels to the right; nothing for an empty
+    mask."""
     if mask.any():
         # Padded, so that a region which touches the image's edge is closed there.
         smooth = ndimage.gaussian_filter(np.pad(mask, 1).astype(float), 0.5)
-        axis.contour(np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1), smooth, levels=[0.5],
+        limits = axis.get_xlim(), axis.get_ylim()
+        axis.contour(np.arange(-1, mask.shape[1] + 1) + right, np.arange(-1, mask.shape[0] + 1), smooth, levels=[0.5],
                      colors=[color], linewidths=THIN, linestyles=[style])
-        axis.set_xlim(-0.5, mask.shape[1] - 0.5)
-        axis.set_ylim(mask.shape[0] - 0.5, -0.5)
+        axis.set(xlim=limits[0], ylim=limits[1])
 
 
 def examples_picture(cases: Sequence[Case], threshold: float = 0.5, columns: int = 4) -> np.ndarray:
