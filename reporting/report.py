@@ -2,7 +2,9 @@
 
 import json
 import shlex
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +16,9 @@ from scoring.calibration import BINS, expected_calibration_error
 from scoring.measures import PIXEL_METRICS
 from system.atomic import atomic_write
 from system.text import duration, of
+
+if TYPE_CHECKING:
+    import jinja2
 
 REPORT = "report.html"
 SHOWN_CASES = 4  # worst ones and best ones each
@@ -42,6 +47,14 @@ def write_report(folder: Path) -> Path:
 
 def write_page(path: Path, template: str, context: dict) -> None:
     """Fill a template of this folder and write the page; it is whole or as it was before."""
+    page = templates().get_template(template).render(context)
+    with atomic_write(path) as file:
+        file.write(page.encode("utf-8", "backslashreplace"))
+
+
+@cache
+def templates() -> "jinja2.Environment":
+    """Return the templates of this folder, which are compiled once a process."""
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -49,9 +62,7 @@ def write_page(path: Path, template: str, context: dict) -> None:
                                      undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "score": score, "duration": duration, "label": label,
                             "probability": probability}
-    page = environment.get_template(template).render(context)
-    with atomic_write(path) as file:
-        file.write(page.encode("utf-8", "backslashreplace"))
+    return environment
 
 
 def report_context(run: Run) -> dict:

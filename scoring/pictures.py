@@ -33,8 +33,9 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
     Args:
         rows: rows of metrics.csv as name -> number.
     """
-    figure = ShownFigure(figsize=(11, 7), layout="constrained")
+    figure = ShownFigure(figsize=(11, 7))
     axes = figure.subplots(2, 2, sharex=True)
+    figure.subplots_adjust(0.05, 0.07, 0.985, 0.95, wspace=0.16, hspace=0.15)
     dice, loss, parts, rate = axes.flat
     x = np.arange(1, len(rows) + 1)
 
