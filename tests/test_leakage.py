@@ -12,8 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate_papsmear
 import predict_papsmear
-from conftest import TINY, copy_pair, lively_model, move_pair, noisy_image, run_script, write_checkpoint, write_data_set
+from conftest import (
+    LAST_STAGE,
+    copy_pair,
+    lively_model,
+    move_pair,
+    noisy_image,
+    run_script,
+    words,
+    write_checkpoint,
+    write_data_set,
+)
 from images import duplicates
 from images.dealing import write_splits
 from images.duplicates import SIDE, appearance, shared
@@ -73,7 +84,7 @@ def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
     whole = (root / "manifest.csv").read_bytes()
     first, second = whole.split(b"\n")[:2]
     line = r"line \d+ is cut off or damaged"
-    for torn, words in ((whole[:-15], line), (whole + b"\0" * 30, line), (whole[:60] + b"\0" + whole[60:], line),
+    for torn, said in ((whole[:-15], line), (whole + b"\0" * 30, line), (whole[:60] + b"\0" + whole[60:], line),
                         (first + b"\n", "it has lost all lines but its first"),
                         (whole.replace(second, b'"' + second), "unexpected end of data")):
         (root / "manifest.csv").write_bytes(torn)
@@ -209,7 +220,7 @@ def test_a_name_that_is_no_utf8_is_carried_by_every_table(odd_names, tmp_path):
     assert sum(len(pairs) for pairs in list_splits(odd_names).values()) == 12, "its table finds every image again"
     (odd_names / "splits.csv").unlink()
     done = run_script("train_papsmear.py", "--data_root", odd_names, "--output_dir", tmp_path, "--experiment_name", "a",
-                      *TINY, environment={"PYTHONIOENCODING": "ascii"})
+                      *LAST_STAGE, environment={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "a/test_scores.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["test_1", "test_2", "zelle_\\udce4"]
@@ -222,9 +233,8 @@ def test_a_name_that_is_no_utf8_is_carried_by_every_table(odd_names, tmp_path):
     done = run_script("predict_papsmear.py", tmp_path / "a/best_stage_4.pth", odd_names / "test/images", "--out",
                       tmp_path / "test", "--overwrite", environment={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
-    done = run_script("evaluate_papsmear.py", tmp_path / "a/best_stage_4.pth", "--data_root", odd_names, "--out",
-                      tmp_path / "evaluated")
-    assert done.returncode == 0, done.stderr
+    assert evaluate_papsmear.main(words(tmp_path / "a/best_stage_4.pth", "--data_root", odd_names, "--out",
+                                        tmp_path / "evaluated")) == 0
 
 
 def test_a_data_set_is_made_of_such_names_too(odd_names, tmp_path):

@@ -365,7 +365,8 @@ def test_files_of_a_user_stay(tmp_path):
 
 def test_a_full_disk_ends_with_code_3_and_what_to_do(root, tmp_path, monkeypatch, capsys):
     """At the second save of last.pth the disk is full; then there is room again, and the run goes on."""
-    arguments = ["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "run", *TINY]
+    arguments = ["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "run", *TINY,
+                 "--epochs_per_stage", "0,0,0,2"]
     save, count = torch.save, [0]
 
     def full(content, file):
