@@ -88,7 +88,7 @@ def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
                         (first + b"\n", "it has lost all lines but its first"),
                         (whole.replace(second, b'"' + second), "unexpected end of data")):
         (root / "manifest.csv").write_bytes(torn)
-        with pytest.raises(UserError, match=f"manifest.csv: {words}, so the groups of images are not known. Prepare"):
+        with pytest.raises(UserError, match=f"manifest.csv: {said}, so the groups of images are not known. Prepare"):
             list_splits(root)
     (root / "manifest.csv").write_bytes(whole[:whole[:-1].rindex(b"\n") + 1])
     assert "1 of 18 images are not in manifest.csv, e.g. " in str(check_dataset(root))
