@@ -73,35 +73,37 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
 def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title: str = "") -> None:
     """Draw image, mask, prediction and outlines of some images, one a row (and class).
 
-    A row is one picture in one pair of axes: with four pairs of axes a row matplotlib took twice as long.
+    A row is one picture in one pair of axes: with four pairs of axes a row matplotlib took twice as long. A tall image
+    stands in a square, so that there is room for the words above it.
 
     Args:
         threshold: probability from which a pixel is outlined.
         title: of the picture: which weights it shows.
     """
     rows = [(case, k) for case in cases for k in range(len(case.masks))]
-    height = ROW * len(rows) + TITLE * bool(title)
-    figure = Figure(figsize=(WIDTH, height))
+    inches = ROW * len(rows) + TITLE * bool(title)
+    figure = Figure(figsize=(WIDTH, inches))
     axes = figure.subplots(len(rows), squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
-    figure.subplots_adjust(0.02, 0.01, 0.995, 1 - (ABOVE + TITLE * bool(title)) / height, hspace=0.12)
+    figure.subplots_adjust(0.02, 0.01, 0.995, 1 - (ABOVE + TITLE * bool(title)) / inches, hspace=0.12)
     if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.3 * TITLE / height, parse_math=False)
+        figure.suptitle(title, fontsize=10, y=1 - 0.3 * TITLE / inches, parse_math=False)
     for axis, (case, k) in zip(axes[:, 0], rows, strict=True):
         image, drawn, found = case.image, case.masks[k], case.found(threshold)[k]
-        panels = [np.broadcast_to(panel, (*drawn.shape, 3))
-                  for panel in (image, 255 * drawn[..., None], case.probability[k][..., None], image)]
-        gap = np.full((drawn.shape[0], max(drawn.shape[1] // GAP, 1), 3), 255)
-        step = drawn.shape[1] + gap.shape[1]
-        axis.imshow(np.concatenate([panels[0], *(part for panel in panels[1:] for part in (gap, panel))],
-                                   axis=1).astype(np.uint8))
-        outline(axis, drawn, DRAWN, "solid", right=3 * step)
-        outline(axis, found, FOUND, (0, (4, 2)), right=3 * step)
+        height, width = drawn.shape
+        step = max(height, width) + max(width // GAP, 1)
+        left = (max(height, width) - width) // 2
+        panels = np.full((height, 3 * step + max(height, width), 3), 255, np.uint8)
+        for i, panel in enumerate((image, 255 * drawn[..., None], case.probability[k][..., None], image)):
+            panels[:, i * step + left:i * step + left + width] = panel
+        axis.imshow(panels)
+        outline(axis, drawn, DRAWN, "solid", right=3 * step + left)
+        outline(axis, found, FOUND, (0, (4, 2)), right=3 * step + left)
         name = shown(case.name)
         axis.set_ylabel(name if len(name) < 32 else f"{name[:29]}...", fontsize=7, parse_math=False)
         for i, words in enumerate(("image", "mask" + (f", class {k + 1}" if len(case.masks) > 1 else ""),
                                    "predicted probability",
                                    f"blue: mask, orange: found, Dice {case.dice_of(k, threshold):.3f}")):
-            axis.annotate(words, (i * step + drawn.shape[1] / 2, 1), xycoords=("data", "axes fraction"),
+            axis.annotate(words, (i * step + left + width / 2, 1), xycoords=("data", "axes fraction"),
                           xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
     with atomic_write(path, sync=False) as file:
         figure.savefig(file, format="png", dpi=110)

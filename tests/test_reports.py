@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import report_runs
@@ -30,7 +31,7 @@ from reporting.report import report_context, settings_of, write_report
 from reporting.runs import Run, read_run
 from scoring.calibration import BINS, expected_calibration_error, reliability_counts, threshold_scores
 from scoring.cases import LARGEST, Case, KeptCases, extremes, load_cases, save_cases, spread
-from scoring.pictures import curves_figure
+from scoring.pictures import curves_figure, predictions
 from scoring.scores import compare
 from training import logs, time_limit
 from training.run_folder import RunFolder, read_metrics
@@ -664,6 +665,30 @@ def test_the_first_line_of_the_curves_is_dice_at_256_pixels(trained_run):
     line = figure.axes[0].get_lines()[0]
     assert line.get_label() == "valid, at 256 pixels"
     assert line.get_ydata().tolist() == [row["dice"] for row in RunFolder(trained_run[0]).rows()]
+
+
+@pytest.mark.parametrize("shape", [(90, 30), (30, 90), (64, 64), (200, 3)])
+def test_words_above_a_row_of_predictions_have_room(shape, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    masks = np.zeros((2, *shape), bool)
+    masks[0, 2:12, 1:3] = True
+    predictions([Case("a", np.full((*shape, 1), 77, np.uint8), masks, np.full((2, *shape), 9, np.uint8), 1.0)],
+                tmp_path / "p.png", title="weights")
+    figure, = drawn
+    figure.draw_without_rendering()
+    first, second = figure.axes
+    boxes = [text.get_window_extent() for text in (*first.texts, *second.texts, figure._suptitle)]
+    assert len(boxes) == 9
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) for box in boxes)
+    picture = first.images[0].get_array()
+    assert (picture == 77).all(axis=2).sum() == 2 * np.prod(shape), "the image and the image under its outlines"
+    outlined = first.collections[0].get_paths()[0].get_extents()
+    x = int(outlined.x0 + outlined.width / 2)
+    assert (picture[2:12, x] == 77).all(), "outlines lie on the image"
+    left = picture.shape[1] - 1 - np.argmax((picture[5, ::-1] == 77).all(axis=1)) - shape[1] + 1
+    assert (outlined.x0, outlined.x1) == pytest.approx((left + 0.5, left + 2.5), abs=0.01), "at their place in it"
 
 
 def test_time_is_kept_back_for_the_pictures_of_the_last_stage(shared_root, tmp_path):
