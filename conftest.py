@@ -31,7 +31,7 @@ from unet_parts import ToLogits
 PROJECT = Path(__file__).parent
 TIMING = {"seconds", "processor_seconds", "images_per_second"}  # columns that differ from run to run
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
-LAST_STAGE = [*TINY, "--epochs_per_stage", "0,0,0,1"]  # where growing is not what is tested
+ONE_STAGE = [*TINY, "--epochs_per_stage", "0,0,0,1"]  # where growing is not what is tested
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

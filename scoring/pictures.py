@@ -90,9 +90,9 @@ def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title
     for axis, (case, k) in zip(axes[:, 0], rows, strict=True):
         image, drawn, found = case.image, case.masks[k], case.found(threshold)[k]
         height, width = drawn.shape
-        step = max(height, width) + max(width // GAP, 1)
-        left = (max(height, width) - width) // 2
-        panels = np.full((height, 3 * step + max(height, width), 3), 255, np.uint8)
+        cell = max(height, width)
+        left, step = (cell - width) // 2, cell + max(width // GAP, 1)
+        panels = np.full((height, 3 * step + cell, 3), 255, np.uint8)
         for i, panel in enumerate((image, 255 * drawn[..., None], case.probability[k][..., None], image)):
             panels[:, i * step + left:i * step + left + width] = panel
         axis.imshow(panels)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import experiments
-from conftest import LAST_STAGE, PROJECT, run_script, words, write_checkpoint
+from conftest import ONE_STAGE, PROJECT, run_script, words, write_checkpoint
 from images.pyramid import open_pyramids
 from system import machine
 from unet import ProgressiveUNet
@@ -108,7 +108,7 @@ def test_a_constant_difference_has_an_interval_of_no_width(value, within):
 
 def test_both_precisions_are_trained_and_scored(shared_root, tmp_path):
     out = tmp_path / "precision"
-    done = run_script(EXPERIMENTS, "precision", "--data_root", shared_root, "--preset", "quick", *LAST_STAGE,
+    done = run_script(EXPERIMENTS, "precision", "--data_root", shared_root, "--preset", "quick", *ONE_STAGE,
                       "--seeds", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     with open(out / "precision.csv", newline="") as file:

@@ -15,7 +15,7 @@ import export_model
 import predict_papsmear
 import train_papsmear
 from checkpoints import FIELDS, load_checkpoint, load_model
-from conftest import LAST_STAGE, lively_model, noisy_image, tensors_equal, write_checkpoint
+from conftest import ONE_STAGE, lively_model, noisy_image, tensors_equal, write_checkpoint
 from exporting import graphs
 from images.files import save_png
 from inference import Predictor
@@ -130,7 +130,7 @@ def test_an_archive_is_taken_as_a_checkpoint_by_every_command(trained_run, share
     data = ["--data_root", str(shared_root)]
     assert predict_papsmear.main([str(archive), str(tmp_path / "a.png"), "--out", str(tmp_path / "p")]) == 0
     assert evaluate_papsmear.main([str(archive), *data, "--out", str(tmp_path / "e")]) == 0
-    assert train_papsmear.main([*data, *LAST_STAGE, "--init_from", str(archive), "--output_dir", str(tmp_path),
+    assert train_papsmear.main([*data, *ONE_STAGE, "--init_from", str(archive), "--output_dir", str(tmp_path),
                                 "--experiment_name", "from_it"]) == 0
     export(archive, "torchscript", tmp_path / "a.pt")
     (tmp_path / "run").mkdir()

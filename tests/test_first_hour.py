@@ -16,7 +16,7 @@ import predict_papsmear
 import prepare_data
 import train_papsmear
 from checkpoints import load_checkpoint, save_checkpoint, untrained_checkpoint
-from conftest import LAST_STAGE, lively_model, read_rows, write_checkpoint, write_data_set
+from conftest import ONE_STAGE, lively_model, read_rows, write_checkpoint, write_data_set
 from images.files import ImageFileError, load_image, save_png
 from images.pyramid import open_pyramids
 from images.report import check_dataset
@@ -100,7 +100,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint(trained_run, shared_root, t
 def test_a_start_from_a_checkpoint_takes_its_channels_and_width(shared_root, tmp_path, capsys):
     start = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3))
     command = ["--data_root", str(shared_root), "--output_dir", str(tmp_path), "--experiment_name", "a",
-               *LAST_STAGE[2:], "--init_from", str(start)]
+               *ONE_STAGE[2:], "--init_from", str(start)]
     assert train_papsmear.main([*command, "--in_channels", "1"]) == 2
     assert "its network has in_channels 3, asked for is 1. Leave --in_channels out" in capsys.readouterr().err
     assert train_papsmear.main([*command, "--targets", "mask,boundary"]) == 2
@@ -224,7 +224,7 @@ def test_white_of_12_bit(tmp_path, capsys):
     assert "for 12 bit pass --max_value 4095" in capsys.readouterr().out
     assert prepare_data.main(["check", str(twelve), "--max_value", "4095"]) == 0
     assert "warning" not in capsys.readouterr().out
-    command = ["--output_dir", str(tmp_path), *LAST_STAGE]
+    command = ["--output_dir", str(tmp_path), *ONE_STAGE]
     for name, options in (("eight", []), ("twelve", ["--max_value", "4095"])):
         assert train_papsmear.main([*command, "--data_root", str(tmp_path / name), "--experiment_name", f"run_{name}",
                                     *options]) == 0

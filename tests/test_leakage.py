@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate_papsmear
 import predict_papsmear
 from conftest import (
-    LAST_STAGE,
+    ONE_STAGE,
     copy_pair,
     lively_model,
     move_pair,
@@ -85,8 +85,8 @@ def test_tiles_of_one_image_are_one_group_by_the_manifest(tmp_path):
     first, second = whole.split(b"\n")[:2]
     line = r"line \d+ is cut off or damaged"
     for torn, said in ((whole[:-15], line), (whole + b"\0" * 30, line), (whole[:60] + b"\0" + whole[60:], line),
-                        (first + b"\n", "it has lost all lines but its first"),
-                        (whole.replace(second, b'"' + second), "unexpected end of data")):
+                       (first + b"\n", "it has lost all lines but its first"),
+                       (whole.replace(second, b'"' + second), "unexpected end of data")):
         (root / "manifest.csv").write_bytes(torn)
         with pytest.raises(UserError, match=f"manifest.csv: {said}, so the groups of images are not known. Prepare"):
             list_splits(root)
@@ -220,7 +220,7 @@ def test_a_name_that_is_no_utf8_is_carried_by_every_table(odd_names, tmp_path):
     assert sum(len(pairs) for pairs in list_splits(odd_names).values()) == 12, "its table finds every image again"
     (odd_names / "splits.csv").unlink()
     done = run_script("train_papsmear.py", "--data_root", odd_names, "--output_dir", tmp_path, "--experiment_name", "a",
-                      *LAST_STAGE, environment={"PYTHONIOENCODING": "ascii"})
+                      *ONE_STAGE, environment={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "a/test_scores.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["test_1", "test_2", "zelle_\\udce4"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_papsmear
-from conftest import LAST_STAGE, PROJECT, TINY, make_trainer, run_script
+from conftest import ONE_STAGE, PROJECT, TINY, make_trainer, run_script
 from progressive_trainer import ProgressiveTrainer
 from system.text import duration
 from training import duration as estimates
@@ -72,7 +72,7 @@ def test_a_terminal_shows_one_bar_over_the_run_and_a_file_none(shared_root, tmp_
 
 
 def test_no_terminal_no_bar(shared_root, tmp_path):
-    done = run_script("train_papsmear.py", "--data_root", shared_root, "--output_dir", tmp_path, *LAST_STAGE,
+    done = run_script("train_papsmear.py", "--data_root", shared_root, "--output_dir", tmp_path, *ONE_STAGE,
                       environment=FAST)
     assert done.returncode == 0
     assert done.stderr == ""

@@ -18,7 +18,7 @@ import evaluate_papsmear
 import train_papsmear
 from checkpoints import load_checkpoint
 from conftest import (
-    LAST_STAGE,
+    ONE_STAGE,
     draw_pair,
     labelled,
     lively_model,
@@ -303,13 +303,13 @@ def test_tiles_train_and_whole_images_are_predicted_at_native_scale(tmp_path, ca
     save_png(root / "whole/test/images/large.png", image)
     save_png(root / "whole/test/masks/large.png", mask)
     assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "tiles",
-                                *LAST_STAGE]) == 0
+                                *ONE_STAGE]) == 0
     assert load_checkpoint(tmp_path / "tiles/best_stage_4.pth")["data"].sizing == "tile"
     assert Predictor(tmp_path / "tiles/best_stage_4.pth").predict(image).shape == (300, 300, 1)
     assert "large" in (tmp_path / "tiles/test_scores.csv").read_text()
     save_png(root / "train/images/train_0.png", image)
     save_png(root / "train/masks/train_0.png", mask)
-    assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), *LAST_STAGE]) == 2
+    assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), *ONE_STAGE]) == 2
     assert "300x300 pixels; dataset.json says" in capsys.readouterr().err
 
 
