@@ -5,6 +5,7 @@ import csv
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,11 @@ from progressive_trainer import ProgressiveTrainer
 from system.machine import cpu_count
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 from unet_parts import ToLogits
+
+# Tests in the background of a script, or under `nohup`, were started to ignore these, and so would be what they start.
+for ended_by in ("SIGINT", "SIGHUP"):
+    if hasattr(signal, ended_by) and signal.getsignal(getattr(signal, ended_by)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, ended_by), signal.default_int_handler if ended_by == "SIGINT" else signal.SIG_DFL)
 
 PROJECT = Path(__file__).parent
 TIMING = {"seconds", "processor_seconds", "images_per_second"}  # columns that differ from run to run

@@ -24,7 +24,8 @@ class StoppedBySignal(KeyboardInterrupt):
 def noted_signals() -> Iterator[Callable[[], int]]:
     """Give a function that returns the number of the signal that came, 0 for none. A second one stops at once.
 
-    In a thread other than the main one signals are as they are otherwise.
+    In a thread other than the main one signals are as they are otherwise, and so are signals that the process was
+    started to ignore: SIGHUP by `nohup`, SIGINT by a script that starts it in the background.
     """
     came = [0]
 
@@ -49,11 +50,12 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable, names: Sequence[str]) -> Iterator[None]:
-    """Handle these signals so for a while; in a thread other than the main one they stay as they are."""
+    """Handle these signals so for a while; ignored ones stay as they are, and all in a thread other than the main one."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         for name in names:
-            if number := getattr(signal, name, None):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     try:
         yield

@@ -41,7 +41,7 @@ from images.recipe import DataRecipe
 from pap_smear_dataset import create_progressive_dataloaders
 from progressive_trainer import ProgressiveTrainer
 from system.errors import NonFiniteLossError, UserError
-from system.signals import StoppedBySignal, noted_signals
+from system.signals import StoppedBySignal, noted_signals, terminated_as_interrupted
 from tests import kill
 from tests.kill import differences, killed_run
 from training.run_folder import RunFolder
@@ -125,6 +125,20 @@ def test_the_first_signal_is_noted_and_the_second_stops_at_once(number):
             signal.raise_signal(number)
     assert caught.value.code == 128 + number
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("handled", [noted_signals, terminated_as_interrupted])
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(handled):
+    """As SIGHUP is under nohup: closing the terminal ends no training there."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled():
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_ends_a_training_saved_and_says_how_to_go_on(root, tmp_path):
