@@ -29,15 +29,18 @@ from system.machine import cpu_count
 from unet import STAGE_RESOLUTIONS, ProgressiveUNet
 from unet_parts import ToLogits
 
-# Tests in the background of a script, or under `nohup`, were started to ignore these, and so would be what they start.
-for ended_by in ("SIGINT", "SIGHUP"):
-    if hasattr(signal, ended_by) and signal.getsignal(getattr(signal, ended_by)) is signal.SIG_IGN:
-        signal.signal(getattr(signal, ended_by), signal.default_int_handler if ended_by == "SIGINT" else signal.SIG_DFL)
-
 PROJECT = Path(__file__).parent
 TIMING = {"seconds", "processor_seconds", "images_per_second"}  # columns that differ from run to run
 TINY = ["--base_channels", "4", "--epochs_per_stage", "1", "--batch_sizes", "32:4,64:4,128:4,256:4"]
 ONE_STAGE = [*TINY, "--epochs_per_stage", "0,0,0,1"]  # where growing is not what is tested
+
+
+def pytest_configure() -> None:
+    """Ignore no signal: in the background of a script, or under `nohup`, whatever tests start would ignore it too."""
+    for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

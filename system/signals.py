@@ -50,7 +50,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable, names: Sequence[str]) -> Iterator[None]:
-    """Handle these signals so for a while; ignored ones stay so, and in a thread other than the main one all do."""
+    """Handle these signals so for a while; ignored ones stay ignored, and outside the main thread nothing changes."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         for name in names:
