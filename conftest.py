@@ -207,8 +207,8 @@ def random_nuclei(rng: np.random.Generator, side: int, count: int, radius: float
     return labels
 
 
-def lively_model(stage=4, in_channels=1, out_channels=1, kind=ProgressiveUNet, seed=0):
-    """A network without training whose probabilities vary over an image."""
+def lively_model(stage=4, in_channels=1, out_channels=1, kind=ProgressiveUNet, seed=0, spread=0.5):
+    """A network without training whose probabilities vary over an image, about 0.5 or, of a larger spread, over all."""
     torch.manual_seed(seed)
     model = kind(in_channels, out_channels, base_channels=4)
     model.set_image_statistics([0.5] * in_channels, [0.2] * in_channels)
@@ -216,7 +216,7 @@ def lively_model(stage=4, in_channels=1, out_channels=1, kind=ProgressiveUNet, s
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ToLogits):
-                torch.nn.init.normal_(module.linear.weight, std=0.5)
+                torch.nn.init.normal_(module.linear.weight, std=spread)
         model.train()
         for _ in range(20):  # running statistics as after training
             model(torch.rand(2, in_channels, 64, 64))

@@ -53,6 +53,7 @@ class Predictor(Described):
         recipe: the data recipe (see `images.recipe`) of the first checkpoint; in all but the statistics of their
             training images the others agree with it.
         max_value: what is white in images of more than 8 bit, that of the recipe (see there) unless it is changed.
+        min_probability: lowest mean probability of a nucleus; None takes the middle of the threshold and 1.
         stage, threshold, device, precision: what was found and chosen.
     Raises:
         UserError: for files that are no checkpoints or do not belong together, and for settings out of range.
@@ -69,7 +70,7 @@ class Predictor(Described):
         for path, checkpoint in zip(paths, found, strict=True):
             _check_agreement(checkpoint, found[0], path, paths[0])
         self.stage, self.threshold, self.recipe = found[0]["stage"], found[0]["threshold"], found[0]["data"]
-        self.max_value = self.recipe.max_value
+        self.max_value, self.min_probability = self.recipe.max_value, None
         self.models = [model_of(checkpoint, path) for checkpoint, path in zip(found, paths, strict=True)]
         for model in self.models:
             with fitting(model, self.device):
@@ -179,7 +180,8 @@ class Predictor(Described):
             (H, W) int32, numbered from 1 without gaps, 0 for background.
         """
         boundary = probability[..., -1] if "boundary" in self.recipe.targets else None
-        return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area)
+        return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area,
+                               min_probability=self.min_probability)
 
     def unlike_training(self, pixels: np.ndarray, probability: np.ndarray) -> str | None:
         """Say in what way an image lies far from those that the network was trained on, or return None.

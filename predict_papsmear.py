@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--probability", action="store_true", help="NAME_probability.png too (16 bit, 65535 is 1)")
     parser.add_argument("--threshold", type=number(0, 1, above=True, below=True), help="that of the checkpoint")
     parser.add_argument("--min_area", type=whole(0), default=30, help="pixels of the smallest nucleus (30)")
+    parser.add_argument("--min_probability", type=number(0, 1),
+                        help="lowest mean probability of a nucleus; 0 keeps faint ones (the middle of threshold and 1)")
     parser.add_argument("--pixel_size", type=number(0, above=True),
                         help="micrometres a pixel, for nuclei.csv; of the first level of slides (what their file says)")
     parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
@@ -85,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def predict(args: argparse.Namespace) -> int:
     """Predict all images of this process; return the exit code."""
-    from images.listing import place
-    from images.slides import is_slide
+    from images.listing import IMAGE_SUFFIXES, list_images, place
+    from images.slides import SLIDE_SUFFIXES, is_slide
     from inference import Predictor
     from nuclei.formats import check_packages
     from nuclei.results import ResultsFolder
@@ -95,13 +96,14 @@ def predict(args: argparse.Namespace) -> int:
 
     check_packages(args.formats)
     index, count, device = shard_and_device(args)
-    all_paths = list_images(args.images)
+    all_paths = list_images(args.images, IMAGE_SUFFIXES + SLIDE_SUFFIXES)
     paths = all_paths[index - 1::count]
     predictor = Predictor(args.checkpoint, device, args.precision, args.tile, augment=args.augment,
                           scale=args.scale)
     set_up_process(predictor.device, predictor.precision)
     predictor.threshold = args.threshold or predictor.threshold
     predictor.max_value = args.max_value or predictor.max_value
+    predictor.min_probability = args.min_probability
     folder = Path(args.out)
     if any(place(path).parent == Path(os.path.realpath(folder)) for path in all_paths):
         raise UserError(f"--out {folder}: images are read from this folder, and the results would be taken for images "
@@ -136,7 +138,7 @@ def settings_of(args: argparse.Namespace, predictor) -> dict:
     """Return what the results depend on, for settings.json and --continue."""
     from system.archives import digest_of
 
-    names = "min_area", "pixel_size", "probability", "augment", "scale", "tile", "stream_above"
+    names = "min_area", "min_probability", "pixel_size", "probability", "augment", "scale", "tile", "stream_above"
     return {"checkpoint": args.checkpoint, "sha256": [digest_of(Path(path)) for path in args.checkpoint],
             "threshold": predictor.threshold, "max_value": predictor.max_value, "device": str(predictor.device),
             "precision": predictor.precision, "formats": list(args.formats)} | {
@@ -214,7 +216,8 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
     print(f"{path.name}: {height}x{width}, {of(prediction.nuclei, 'nucleus', 'nuclei')}, "
           f"{prediction.foreground:.1%} foreground, "
           f"{seconds:.1f} s"
-          + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else "")
+          + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else
+             "; none is as large as --min_area and as clear as --min_probability" if not prediction.nuclei else "")
           + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)
     return prediction.highest
 
@@ -298,38 +301,6 @@ def predict_streamed(predictor, rows, result, args: argparse.Namespace, between_
     if pictures:
         save_png(result.file("overlay"), overlay(overview, labels))
     return prediction
-
-
-def list_images(given: list[str]) -> list[Path]:
-    """Return the files, and the images of the folders in order of their names.
-
-    Raises UserError for what is not there and for two images whose results would have one name.
-    """
-    from images.listing import IMAGE_SUFFIXES, left_out, list_folder
-    from images.slides import SLIDE_SUFFIXES
-
-    paths = []
-    for path in map(Path, given):
-        if path.is_dir():
-            listing = list_folder(path, IMAGE_SUFFIXES + SLIDE_SUFFIXES)
-            if not listing.files:
-                raise UserError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
-            paths += sorted([*listing.files.values(), *(twin for twin, _ in listing.twins)])
-            if words := left_out(listing):
-                print(f"not read in {path}: {words}")
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    paths = list(dict.fromkeys(paths))
-    if not paths:
-        raise UserError("no image is named. Name image files, or folders of them")
-    stem, count = Counter(path.stem for path in paths).most_common(1)[0]
-    if count > 1:
-        twins = [str(path) for path in paths if path.stem == stem]
-        raise UserError(f"{' and '.join(twins[:2])}: both would be written as {stem}_mask.png. Predict them into two "
-                        f"folders, or rename one")
-    return paths
 
 
 def shard_and_device(args: argparse.Namespace) -> tuple[int, int, str]:

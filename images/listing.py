@@ -1,10 +1,13 @@
 """Which files of a folder are images, and under which name: the one place that lists them."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+
+from system.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
@@ -61,6 +64,35 @@ def list_folder(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listi
         else:
             found.files[name_of(path)] = path
     return found
+
+
+def list_images(given: Sequence[str], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Return files as they are named, and the images of folders in the order of their names; say what is not read.
+
+    Raises UserError for what is not there and for two images whose results would have one name.
+    """
+    paths = []
+    for path in map(Path, given):
+        if path.is_dir():
+            listing = list_folder(path, suffixes)
+            if not listing.files:
+                raise UserError(f"{path}: no image in this folder; {', '.join(IMAGE_SUFFIXES)} are read")
+            paths += sorted([*listing.files.values(), *(twin for twin, _ in listing.twins)])
+            if words := left_out(listing):
+                print(f"not read in {path}: {words}")
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    paths = list(dict.fromkeys(paths))
+    if not paths:
+        raise UserError("no image is named. Name image files, or folders of them")
+    stem, count = Counter(path.stem for path in paths).most_common(1)[0]
+    if count > 1:
+        twins = [str(path) for path in paths if path.stem == stem]
+        raise UserError(f"{' and '.join(twins[:2])}: both would be written as {stem}_mask.png. Predict them into two "
+                        f"folders, or rename one")
+    return paths
 
 
 def file_named(folder: Path, name: str) -> Path | None:

@@ -462,7 +462,8 @@ def test_names_of_every_kind_are_in_the_table(checkpoint, root, capsys):
     folder.mkdir()
     for name in names:
         shutil.copy(root / "train/images/train_1.png", os.fsencode(folder / f"{name}.png"))
-    assert predict_papsmear.main([str(checkpoint), "odd", "--out", "out", "--min_area", "1"]) == 0
+    assert predict_papsmear.main([str(checkpoint), "odd", "--out", "out", "--min_area", "1", "--min_probability",
+                                  "0"]) == 0
     assert len({row["image"] for row in read_rows("out/nuclei.csv")}) == len(names)
 
 

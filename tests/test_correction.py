@@ -25,7 +25,8 @@ def test_predictions_come_back_as_labels_of_a_data_set(written, kind, tmp_path):
         save_png(tmp_path / f"in/{i}.png", noisy_image(80, 90, seed=i))
     checkpoint = write_checkpoint(tmp_path / "a.pth", lively_model())
     assert predict_papsmear.main(words(checkpoint, tmp_path / "in", "--out", tmp_path / "predicted", "--format",
-                                       written, "--threshold", "0.55", "--min_area", "5", "--device", "cpu")) == 0
+                                       written, "--threshold", "0.55", "--min_area", "5", "--min_probability", "0",
+                                       "--device", "cpu")) == 0
     assert not prepare_data.main(words("drawn", "--format", kind, "--images", tmp_path / "in", "--annotations",
                                        tmp_path / "predicted", "--out", tmp_path / "data", "--sizing", "resize"))
     pairs = [pair for split in list_splits(tmp_path / "data").values() for pair in split]

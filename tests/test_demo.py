@@ -31,7 +31,7 @@ GRADIO = importlib.util.find_spec("gradio")
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    return write_checkpoint(tmp_path / "a.pth", lively_model(4, 1, 1))
+    return write_checkpoint(tmp_path / "a.pth", lively_model(4, 1, 1, spread=50))
 
 
 @pytest.fixture
@@ -55,14 +55,15 @@ def test_the_page_finds_what_the_command_finds(checkpoint, image, tmp_path):
     rows = (expected / "nuclei.csv").read_text().splitlines()
     assert len(found["areas"]) == len(rows) - 1 > 0
     assert found["summary"].startswith(f"field.png, 90x70: {of(len(rows) - 1, 'nucleus', 'nuclei')}, mean area ")
-    few = predict_image(Predictor(checkpoint, "cpu"), image, tmp_path / "few", 0.5, max(found["areas"]) + 1)
+    few = predict_image(Predictor(checkpoint, "cpu"), image, tmp_path / "few", 0.5, 90 * 70 + 1)
     assert few["areas"] == []
     assert ": 0 nuclei, mean area " in few["summary"]
     assert "0 nuclei" in few["summary"]
 
 
 def test_a_network_of_nucleus_and_cytoplasm_gives_both_on_the_page_too(image, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "cells.pth", lively_model(4, 1, 2), class_names=("nucleus", "cytoplasm"))
+    checkpoint = write_checkpoint(tmp_path / "cells.pth", lively_model(4, 1, 2, spread=50),
+                                  class_names=("nucleus", "cytoplasm"))
     expected = prediction_of(checkpoint, image, tmp_path / "expected", min_area=5)
     found = predict_image(Predictor(checkpoint, "cpu"), image, tmp_path / "found", 0.5, 5)
     table = found["nuclei"].read_text()
@@ -72,7 +73,7 @@ def test_a_network_of_nucleus_and_cytoplasm_gives_both_on_the_page_too(image, tm
 
 def test_the_mask_of_a_large_image_is_one_that_a_browser_shows(image, tmp_path, monkeypatch):
     """Prediction writes it as TIFF, which browsers do not know."""
-    checkpoint = write_checkpoint(tmp_path / "tiles.pth", lively_model(4, 1, 1), "tile")
+    checkpoint = write_checkpoint(tmp_path / "tiles.pth", lively_model(4, 1, 1, spread=50), "tile")
     expected = prediction_of(checkpoint, image, tmp_path / "expected", min_area=5)
     parser = predict_papsmear.build_parser()
     parser.set_defaults(stream_above=0)

@@ -83,8 +83,8 @@ def predicted(tmp_path_factory):
     place = tmp_path_factory.mktemp("formats")
     save_png(place / "a.png", noisy_image(300, 260, seed=3))
     checkpoint = str(write_checkpoint(place / "t.pth", lively_model(1), "tile"))
-    command = [checkpoint, str(place / "a.png"), "--min_area", "5", "--pixel_size", "0.5", "--device", "cpu",
-               "--precision", "float32", "--threshold", "0.52", "--format", ALL]
+    command = [checkpoint, str(place / "a.png"), "--min_area", "5", "--min_probability", "0", "--pixel_size",
+               "0.5", "--device", "cpu", "--precision", "float32", "--threshold", "0.52", "--format", ALL]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_bands, "TILE", 128)
         assert predict_papsmear.main([*command, "--out", str(place / "whole")]) == 0

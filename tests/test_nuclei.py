@@ -68,6 +68,22 @@ def test_small_and_thin_nuclei_and_holes():
         separate_nuclei(np.zeros((5, 5, 2)))
 
 
+def test_a_nucleus_of_low_mean_probability_is_left_out():
+    probability = np.full((60, 60), 0.1)
+    probability[5:25, 5:25] = 0.7    # faint
+    probability[30:50, 30:50] = 0.8
+    assert separate_nuclei(probability)[40, 40] == 1
+    assert separate_nuclei(probability).max() == 1
+    assert separate_nuclei(probability, min_probability=0.65).max() == 2
+    assert separate_nuclei(probability, min_probability=0.85).max() == 0
+    assert separate_nuclei(probability, threshold=0.3).max() == 2, "the default is the middle of threshold and 1"
+    half = probability.copy()
+    half[30:50, 30:40] = 0.5         # its mean counts, not its parts: 0.65
+    assert separate_nuclei(half).max() == 0
+    with pytest.raises(ValueError, match=r"the third in \[0, 1\]"):
+        separate_nuclei(probability, min_probability=1.5)
+
+
 def test_separation_of_a_drawn_field_recovers_its_nuclei():
     rng = np.random.default_rng(1)
     drawn = np.zeros((300, 300), np.int32)

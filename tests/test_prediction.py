@@ -21,6 +21,7 @@ import train_papsmear
 from conftest import TINY, draw_pair, lively_model, noisy_image, read_rows, run_script, write_checkpoint
 from images import bands as image_bands
 from images.files import load_image, save_png
+from images.listing import list_images
 from images.masks import load_instances
 from inference import Predictor
 from nuclei import blocks as block_separation
@@ -43,7 +44,7 @@ def test_the_files_of_a_prediction(trained_run, tmp_path, capsys):
     probability = Predictor(checkpoint).predict(image)[..., 0]
     threshold = f"{np.quantile(probability, 0.8):.4f}"  # so that there is foreground after so short a training
     command = [checkpoint, str(tmp_path / "cell.png"), "--out", str(tmp_path / "out"), "--probability",
-               "--pixel_size", "0.5", "--threshold", threshold, "--min_area", "5"]
+               "--pixel_size", "0.5", "--threshold", threshold, "--min_area", "5", "--min_probability", "0"]
     assert predict_papsmear.main(command) == 0, capsys.readouterr().err
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"cell_mask.png", "cell_probability.png", "cell_instances.png",
@@ -117,7 +118,7 @@ def test_results_of_other_images_stay(tmp_path, capsys):
 
     def predict(*given: str, code: int = 0) -> list[str]:
         command = [str(path), *(str(tmp_path / name) for name in given), "--out", str(out), "--overwrite",
-                   "--min_area", "0"]
+                   "--min_area", "0", "--min_probability", "0"]
         assert predict_papsmear.main(command) == code
         return [row["image"] for row in read_rows(out / "nuclei.csv")] if (out / "nuclei.csv").exists() else []
 
@@ -133,7 +134,21 @@ def test_results_of_other_images_stay(tmp_path, capsys):
     assert (out / "a.png").exists()
     assert predict_papsmear.main([str(path), str(out / "a_mask.png"), "--out", str(out), "--overwrite"]) == 2
     assert "Choose another --out" in capsys.readouterr().err
-    assert [p.name for p in predict_papsmear.list_images([str(tmp_path)])] == ["a.png", "b.png", "c.png"]
+    assert [p.name for p in list_images([str(tmp_path)])] == ["a.png", "b.png", "c.png"]
+
+
+def test_faint_nuclei_are_left_out_unless_asked_for_and_it_is_said(tmp_path, capsys):
+    save_png(tmp_path / "a.png", noisy_image(64, 64))
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(), sizing="tile")
+    for lowest, words in (([], "; none is as large as --min_area and as clear as --min_probability"),
+                          (["--min_probability", "0"], " s\n")):
+        command = [str(path), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--overwrite", "--min_area", "0"]
+        assert predict_papsmear.main([*command, *lowest]) == 0
+        assert re.search(rf"^a.png: .* foreground, [\d.]+ s{words.removeprefix(' s')}", capsys.readouterr().out, re.M)
+        assert bool(load_instances(tmp_path / "out/a_instances.png").max()) == bool(lowest)
+    assert predict_papsmear.main([*command, "--continue"]) == 2
+    assert predict_papsmear.main([*command, "--min_probability", "1.5"]) == 2
+    assert "--min_probability" in capsys.readouterr().err
 
 
 def test_shards_share_the_list(tmp_path, monkeypatch, capsys):
@@ -232,8 +247,9 @@ def test_cells_of_a_large_image_are_those_of_the_whole(small_parts, tmp_path, mo
                                       class_names=("nucleus", "cytoplasm")))
     probability = Predictor(checkpoint, "cpu", "float32", 512).predict(image)
     threshold = f"{np.quantile(probability, 0.7):.4f}"
-    command = [checkpoint, str(tmp_path / "slide.tif"), "--threshold", threshold, "--min_area", "20", "--format",
-               "geojson,label-tiff", "--device", "cpu", "--precision", "float32", "--tile", "512", "--out"]
+    command = [checkpoint, str(tmp_path / "slide.tif"), "--threshold", threshold, "--min_area", "20",
+               "--min_probability", "0", "--format", "geojson,label-tiff", "--device", "cpu", "--precision",
+               "float32", "--tile", "512", "--out"]
     assert predict_papsmear.main([*command, str(tmp_path / "whole")]) == 0
     assert predict_papsmear.main([*command, str(tmp_path / "bands"), "--stream_above", "0"]) == 0
     rows = read_rows(tmp_path / "bands/nuclei.csv")
@@ -260,8 +276,9 @@ def test_files_of_a_large_image_are_those_of_the_whole(targets, small_parts, tmp
     checkpoint = str(write_checkpoint(tmp_path / "a.pth", model, "tile", targets, {"brightness of red": [0.9, 1.0]}))
     predictor = Predictor(checkpoint, "cpu", "float32", 512)
     threshold = f"{np.quantile(predictor.predict(image)[..., 0], 0.7):.4f}"
-    command = [checkpoint, str(tmp_path / "slide.tif"), "--threshold", threshold, "--min_area", "20", "--probability",
-               "--pixel_size", "0.5", "--device", "cpu", "--precision", "float32", "--tile", "512", "--out"]
+    command = [checkpoint, str(tmp_path / "slide.tif"), "--threshold", threshold, "--min_area", "20",
+               "--min_probability", "0", "--probability", "--pixel_size", "0.5", "--device", "cpu", "--precision",
+               "float32", "--tile", "512", "--out"]
     assert predict_papsmear.main([*command, str(tmp_path / "whole")]) == 0
     assert predict_papsmear.main([*command, str(tmp_path / "bands"), "--stream_above", "400000"]) == 0
     said = re.findall(r"^slide.tif: (.*), [\d.]+ s; UNLIKE THE TRAINING IMAGES: (.*)$", capsys.readouterr().out, re.M)

@@ -55,7 +55,7 @@ def images(tmp_path):
 def command(images, tmp_path):
     """The arguments of a prediction in which every image has nuclei, but --out."""
     checkpoint = write_checkpoint(tmp_path / "c.pth", lively_model())
-    return [str(checkpoint), str(images), "--min_area", "0", "--device", "cpu"]
+    return [str(checkpoint), str(images), "--min_area", "0", "--min_probability", "0", "--device", "cpu"]
 
 
 def predict(command, out, *options, code: int = 0) -> None:
