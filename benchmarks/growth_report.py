@@ -88,7 +88,7 @@ def write_report(out: Path) -> str:
              f"{', '.join(f'{n:g}' for n in study.work.values())} for stages 1 to 4, of the classic U-Net times "
              f"{CLASSIC_WORK}. Times are those of training, without validation."]
     if study.change:
-        parts.append(f"\n**In all of these trainings the code differed from the project's:** {study.change}.")
+        parts.append(f"\n**The code differed from the project's:** {study.change}.")
     for budget in study.budgets:
         parts += [f"\n## {title_of(budget)}\n", *arm_table(study, budget), *comparison_table(study, budget),
                   *effort_table(study, budget), *time_table(study, budget), *growth_table(study, budget)]

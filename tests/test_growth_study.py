@@ -364,7 +364,7 @@ def test_a_report_says_in_what_the_code_differed(tmp_path):
     write_study(tmp_path, {("grown", "10", "0"): [(1, 40, 0.5), (4, 265, 0.6)]})
     assert "differed" not in growth_report.write_report(tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps({"change": "the rate was\nhalved"}))
-    assert "the code differed from the project's:** the rate was halved." in growth_report.write_report(tmp_path)
+    assert "The code differed from the project's:** the rate was halved." in growth_report.write_report(tmp_path)
 
 
 def test_a_report_refuses_trainings_of_different_data(study, tmp_path, capsys):
