@@ -123,7 +123,7 @@ def configuration_page() -> str:
                for name, preset in settings.PRESETS.items()]
     rest = [script_tables(name) for name in (
         "predict_papsmear", "evaluate_papsmear", "export_model", "report_runs", "demo/__main__", "prepare_data",
-        "benchmarks/correction", "benchmarks/experiments", "benchmarks/speed")]
+        "benchmarks/classes", "benchmarks/correction", "benchmarks/experiments", "benchmarks/speed")]
     return "\n".join([
         "# Every option\n\nThis page lists every option of every command, as `python -m tests.test_documents` reads "
         "them from the parsers.\n\nWrong values are refused before anything is read or written, with exit code 2.\n",
