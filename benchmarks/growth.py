@@ -310,7 +310,7 @@ def check_begun(training: Training, config: dict) -> None:
 
 
 def score_images(predictor, settings: argparse.Namespace, dataset, split: str) -> list[dict]:
-    """Score a network on each image of a split: Dice at 256 pixels and at the original size, AJI.
+    """Score a network on each image of a split: Dice at 256 pixels and at the original size, AJI; and tell its group.
 
     Where training sees tiles, these have a Dice at 256, and the whole images, in rows of their own, the other two. AJI
     is there where every image has an instance map.
@@ -320,18 +320,19 @@ def score_images(predictor, settings: argparse.Namespace, dataset, split: str) -
     from images.targets import instance_file
     from scoring.measures import pixel_metrics
     from scoring.scores import score_pairs, scored_pairs
+    from system.text import cell
 
     rows: dict[str, dict] = {}
-    for i in range(len(dataset)):
+    for i, group in enumerate(map(cell, dataset.groups(settings.group_regex))):
         sample = dataset[i]
         found = torch.from_numpy(predictor.predict(sample["image"].permute(1, 2, 0).numpy())).permute(2, 0, 1)[None]
         pair = [tensor[:, :predictor.classes] for tensor in (found >= predictor.threshold, sample["mask"][None] >= 0.5)]
-        rows[sample["name"]] = {"dice_256": round(float(pixel_metrics(*pair)["dice"].mean()), 5)}
+        rows[sample["name"]] = {"group": group, "dice_256": round(float(pixel_metrics(*pair)["dice"].mean()), 5)}
     pairs = scored_pairs(Path(settings.data_root), split, settings.use_augmented)
     instances = all(instance_file(pair) is not None for pair in pairs)
-    for score in score_pairs(predictor, pairs, instances):
-        rows.setdefault(score["image"], {}).update(
-            {name: round(score[name], 5) for name in ("dice", "aji") if name in score})
+    for score in score_pairs(predictor, pairs, instances, settings.group_regex):
+        rows.setdefault(score["image"], {}).update({"group": score["group"]} | {
+            name: round(score[name], 5) for name in ("dice", "aji") if name in score})
     return [{"image": name} | row for name, row in rows.items()]
 
 

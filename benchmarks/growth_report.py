@@ -1,5 +1,6 @@
 """What a study of growing says: tables and statistics from its CSV files alone, without a training."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -61,6 +62,10 @@ class Study:
             if row[score]:
                 found.setdefault(row["seed"], {})[row["split"], row["image"]] = float(row[score])
         return found
+
+    def groups(self) -> dict[tuple, str]:
+        """Return (split, image) -> its patient or field of view; without those of older tables, which tell none."""
+        return {(row["split"], row["image"]): row["group"] for row in self.images if row["group"]}
 
     def times(self, arm: str, budget: str) -> dict[str, list[tuple[float, float]]]:
         """Return seed -> (minutes of processor time so far, validation Dice) of each epoch; without those not timed."""
@@ -139,39 +144,37 @@ def arm_table(study: Study, budget: str) -> list[str]:
 
 def comparison_table(study: Study, budget: str) -> list[str]:
     """Return the differences of all arms to the first, paired by image and seed."""
-    reference, lines = study.arms[0], []
+    reference, groups, lines = study.arms[0], study.groups(), []
     if not rows_of(study.trainings, reference, budget):
         return [f"\nNothing is compared: no training of **{reference}** at this budget is finished."]
     for arm in study.arms[1:]:
         for score, title in SCORES.items():
-            found = compare_arms(study.scores(arm, budget, score), study.scores(reference, budget, score))
+            found = compare_arms(study.scores(arm, budget, score), study.scores(reference, budget, score), groups)
             if found:
                 p_seeds = f"{found['p_seeds']:.3f}" if found["seeds"] > 1 else ""
-                p_images = "< 0.0001" if found["p_images"] < 1e-4 else f"{found['p_images']:.4f}"
+                p_groups = "< 0.0001" if found["p_groups"] < 1e-4 else f"{found['p_groups']:.4f}"
                 lines.append([f"{arm} minus {reference}", title, f"{found['difference']:+.4f}",
                               f"{found['low']:+.4f} to {found['high']:+.4f}", str(found["seeds"]), str(found["images"]),
-                              p_seeds, p_images])
+                              str(found["groups"]), p_seeds, p_groups])
     if not lines:
         return []
-    return ["\nPaired by image and seed. The 95 % interval is a bootstrap over images and seeds together (of one seed: "
-            "over images alone). With few seeds it is still too narrow, and images of one patient or field of view "
-            "count as independent. p-values are of Wilcoxon's signed rank test, over the means of seeds (with n seeds "
-            "none is below 2 / 2^n) and over the means of images.\n",
-            *table(("", "score", "difference", "95 % interval", "seeds", "images", "p over seeds", "p over images"),
-                   lines)]
+    return ["\nPaired by image and seed. The 95 % interval is a bootstrap over groups of images and seeds together (of "
+            "one seed: over groups alone). A group is what lies in one patient or field of view, or an image where the "
+            "data tell neither. With few seeds the interval is still too narrow. p-values are of Wilcoxon's signed "
+            "rank test, over the means of seeds (with n seeds none is below 2 / 2^n) and over the means of groups.\n",
+            *table(("", "score", "difference", "95 % interval", "seeds", "images", "groups", "p over seeds",
+                    "p over groups"), lines)]
 
 
-def compare_arms(one: dict[str, dict], other: dict[str, dict], seed: int = 0) -> dict | None:
+def compare_arms(one: dict[str, dict], other: dict[str, dict], group_of: dict, seed: int = 0) -> dict | None:
     """Compare two arms on the seeds and images that both have; None without any.
-
-    The bootstrap draws seeds and images with replacement, independently, and takes the mean over what was drawn
-    (Efron 1979, for two crossed factors). What it draws of n seeds is spread by sqrt(n / (n - 1)), as the deviation
-    of a sample is smaller than that of what it was drawn from.
 
     Args:
         one, other: seed -> image -> score.
+        group_of: image -> its group; an image without one is a group.
+        seed: of the bootstrap.
     Returns:
-        difference (one minus other), low, high, seeds, images, p_seeds, p_images.
+        difference (one minus other), low, high, seeds, images, groups, p_seeds, p_groups.
     """
     seeds = [s for s in one if s in other]
     both = [scores[s] for s in seeds for scores in (one, other)]
@@ -179,33 +182,58 @@ def compare_arms(one: dict[str, dict], other: dict[str, dict], seed: int = 0) ->
     if not images:
         return None
     differences = np.array([[one[s][i] - other[s][i] for i in images] for s in seeds])
-    rng = np.random.default_rng(seed)
-    of_seeds, of_images = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in differences.shape)
-    n = len(seeds)
-    of_seeds = 1 / n + (of_seeds - 1 / n) * np.sqrt(n / max(n - 1, 1))
-    means = ((of_seeds @ differences) * of_images).sum(axis=1)
+    _, groups = np.unique([str(group_of.get(image, image)) for image in images], return_inverse=True)
+    low, high = crossed_interval(differences, groups, seed)
+    of_groups = np.bincount(groups, differences.mean(axis=0)) / np.bincount(groups)
+    return {"difference": float(differences.mean()), "low": low, "high": high, "seeds": len(seeds),
+            "images": len(images), "groups": len(of_groups), "p_seeds": wilcoxon_p(differences.mean(axis=1)),
+            "p_groups": wilcoxon_p(of_groups)}
+
+
+def crossed_interval(differences: np.ndarray, groups: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the bounds of the bootstrap interval of a mean over seeds and images.
+
+    Seeds and groups of images are drawn with replacement, independently (Efron 1979, for two crossed factors). What is
+    drawn of n is spread by sqrt(n / (n - 1)), as the deviation of a sample is smaller than that of what it was drawn
+    from. A group counts by the sum of its deviations from the mean, so that the spread is one of a linear statistic.
+
+    Args:
+        differences: (seeds, images).
+        groups: (images,) the number of the group of each, from 0.
+        seed: of the drawing.
+    """
+    rng, mean = np.random.default_rng(seed), differences.mean()
+    deviations = np.stack([np.bincount(groups, row - mean) for row in differences])
+    deviations *= deviations.shape[1] / differences.shape[1]  # so that their mean is that of all images
+    of_seeds, of_groups = (spread_draws(rng, n) for n in deviations.shape)
+    means = mean + ((of_seeds @ deviations) * of_groups).sum(axis=1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high), "seeds": n,
-            "images": len(images), "p_seeds": wilcoxon_p(differences.mean(axis=1)),
-            "p_images": wilcoxon_p(differences.mean(axis=0))}
+    return float(low), float(high)
+
+
+def spread_draws(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Return (RESAMPLES, n) weights of n things drawn n times with replacement, spread about 1 / n as said above."""
+    drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+    return 1 / n + (drawn - 1 / n) * np.sqrt(n / max(n - 1, 1))
 
 
 def effort_table(study: Study, budget: str) -> list[str]:
     """Return with how much of the first arm's operations each arm reached that arm's last validation Dice."""
-    reference = study.curves(study.arms[0], budget)
-    if not reference:
-        return []
-    goal = float(np.mean([curve[-1][2] for curve in reference.values()]))
-    whole = float(np.mean([curve[-1][1] for curve in reference.values()]))
+    ends = {seed: curve[-1] for seed, curve in study.curves(study.arms[0], budget).items()}
     lines = []
-    for arm in study.arms:
-        reached = [cost_to([epoch[1:] for epoch in curve], goal) for curve in study.curves(arm, budget).values()]
-        if reached:
-            each = ", ".join("not reached" if done is None else f"{done / whole:.0%}" for done in reached)
-            lines.append([arm, each])
-    return [f"\nOperations from which on validation Dice stayed at {goal:.4f} or above, the last of "
-            f"**{study.arms[0]}** (mean over seeds), as share of its operations, each seed:\n",
-            *table(("arm", "operations"), lines)]
+    for arm in study.arms[1:]:
+        each = []
+        for seed, curve in study.curves(arm, budget).items():
+            if seed in ends:
+                _, whole, goal = ends[seed]
+                done = cost_to([epoch[1:] for epoch in curve], goal)
+                each.append("not reached" if done is None else f"{done / whole:.0%}")
+        if each:
+            lines.append([arm, ", ".join(each)])
+    if not lines:
+        return []
+    return [f"\nOperations from which on validation Dice stayed at the last one of **{study.arms[0]}** with the same "
+            f"seed or above, as share of its operations, each seed:\n", *table(("arm", "operations"), lines)]
 
 
 def time_table(study: Study, budget: str) -> list[str]:
@@ -219,17 +247,20 @@ def time_table(study: Study, budget: str) -> list[str]:
     if not lines:
         return []
     return ["\nMinutes of processor time in training after which validation Dice stayed at a goal or above: median "
-            "over seeds (lowest to highest), where it was reached.\n",
+            "over seeds (lowest to highest). A seed that does not reach it counts as the longest.\n",
             *table(("arm", "seeds timed", *(f"Dice {goal:.2f}" for goal in GOALS)), lines)]
 
 
 def reached_by(costs: list[float | None]) -> str:
-    """Return median and range of what was needed to reach a goal; '' without a training."""
+    """Return median and range of what was needed to reach a goal, None where it was not; '' without a training."""
+    if not costs:
+        return ""
     there = [cost for cost in costs if cost is not None]
-    if not there:
-        return "not reached" if costs else ""
-    missed = f"; {len(costs) - len(there)} of {len(costs)} not" if len(there) < len(costs) else ""
-    return f"{np.median(there):.1f} ({min(there):.1f} to {max(there):.1f}{missed})"
+    median = np.median([math.inf if cost is None else cost for cost in costs])
+    missed = f"{len(costs) - len(there)} of {len(costs)} not" if len(there) < len(costs) else ""
+    reached = f"{min(there):.1f} to {max(there):.1f}" if there else ""
+    middle = "not reached" if math.isinf(median) else f"{median:.1f}"
+    return f"{middle} ({'; '.join(filter(None, (reached, missed)))})" if there else middle
 
 
 def cost_to(curve: list[tuple[float, float]], goal: float) -> float | None:

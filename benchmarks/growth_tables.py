@@ -16,11 +16,12 @@ TRAININGS, IMAGES, EPOCHS = TABLES = ("trainings.csv", "images.csv", "epochs.csv
 COLUMNS = {
     TRAININGS: (*KEYS, "epochs", "operations", "images_seen", "seconds", "processor_seconds", "dice_256_valid",
                 "dice_256_test", "dice_valid", "dice_test", "aji_valid", "aji_test", "data"),
-    IMAGES: (*KEYS, "split", "image", "dice_256", "dice", "aji"),
+    IMAGES: (*KEYS, "split", "image", "group", "dice_256", "dice", "aji"),
     # Seconds are those of training from its start, without validation.
     EPOCHS: (*KEYS, "stage", "epoch", "operations", "seconds", "processor_seconds", "dice"),
 }
-NUMBERS = {column for columns in COLUMNS.values() for column in columns} - {"arm", "epochs", "data", "split", "image"}
+NUMBERS = {column for columns in COLUMNS.values() for column in columns} - {
+    "arm", "epochs", "data", "split", "image", "group"}
 # Cells that are never empty.
 NEEDED = {TRAININGS: KEYS, IMAGES: KEYS, EPOCHS: (*KEYS, "stage", "epoch", "operations", "dice")}
 

@@ -202,11 +202,11 @@ def test_the_list_of_long_commands_is_up_to_date():
 def workplace(trained_run, tmp_path_factory) -> Path:
     """Return a folder with whatever the commands name: runs, data sets, downloads, images, annotations."""
     place = tmp_path_factory.mktemp("documents")
-    for name in ("my_run", "other", "NAME", "A", "B", "monuseg", "herlev"):
+    for name in ("my_run", "other", "NAME", "A", "B", "monuseg", "herlev", "fold_1"):
         shutil.copytree(trained_run[0], place / "outputs" / name)
     for name in ("fold_1.pth", "fold_2.pth", "model.pth", "outputs/model.pth"):
         shutil.copy(trained_run[0] / "best_stage_4.pth", place / name)
-    for name in ("data", "my_data", "data_monuseg", "data_herlev", "data_mine"):
+    for name in ("data", "my_data", "data_monuseg", "data_monuseg_overlap", "data_herlev", "data_mine"):
         write_data_set(place / name)
     prepare_herlev(write_herlev(place / "herlev"), place / "data_herlev_folds", folds=5)
     train, test = write_monuseg(place)

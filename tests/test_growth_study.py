@@ -54,6 +54,7 @@ def test_both_arms_get_equal_operations_and_their_last_weights_are_scored(study)
     assert len(images) == 2 * 6
     for row in trainings:
         mine = [i for i in images if i["arm"] == row["arm"]]
+        assert [i["group"] for i in mine] == [i["image"] for i in mine], "nothing tells patients"
         assert [i["image"] for i in mine] == [f"{split}_{i}" for split in ("valid", "test") for i in range(3)]
         for split in ("valid", "test"):
             scores = [float(i["dice"]) for i in mine if i["split"] == split]
@@ -220,23 +221,40 @@ def scores_by_hand(shift: float, seeds: int = 4) -> dict[str, dict]:
 
 
 def test_arms_are_compared_by_image_and_seed():
-    found = growth_report.compare_arms(scores_by_hand(0.02), scores_by_hand(0))
+    found = growth_report.compare_arms(scores_by_hand(0.02), scores_by_hand(0), {})
     assert found["difference"] == pytest.approx(0.02)
     assert (found["low"], found["high"]) == (pytest.approx(0.02), pytest.approx(0.02)), "no pair differs from another"
-    assert (found["seeds"], found["images"]) == (4, 10)
+    assert (found["seeds"], found["images"], found["groups"]) == (4, 10, 10)
     assert found["p_seeds"] == pytest.approx(2 / 2 ** 4)
-    assert found["p_images"] == pytest.approx(2 / 2 ** 10)
+    assert found["p_groups"] == pytest.approx(2 / 2 ** 10)
     one = {s: {("test", "0"): 0.5 + d} for s, d in (("0", -0.1), ("1", 0.1))}
-    found = growth_report.compare_arms(one, {s: {("test", "0"): 0.5} for s in one})
+    found = growth_report.compare_arms(one, {s: {("test", "0"): 0.5} for s in one}, {})
     assert found["high"] == pytest.approx(0.1 * 2 ** 0.5), "two seeds are spread by more than they show"
     other = scores_by_hand(0)
     for image in other["0"]:
         other["0"][image] += 0.2  # one seed of four is as much behind as the others would have to be ahead
-    found = growth_report.compare_arms(scores_by_hand(0.02), other)
+    found = growth_report.compare_arms(scores_by_hand(0.02), other, {})
     assert found["difference"] == pytest.approx(0.02 - 0.05)
     assert found["low"] < -0.1 < 0.01 < found["high"], "the interval knows that seeds differ"
-    assert growth_report.compare_arms({"0": {}}, {"1": {}}) is None
-    assert growth_report.compare_arms(scores_by_hand(0, 2), scores_by_hand(0))["seeds"] == 2
+    assert growth_report.compare_arms({"0": {}}, {"1": {}}, {}) is None
+    assert growth_report.compare_arms(scores_by_hand(0, 2), scores_by_hand(0), {})["seeds"] == 2
+
+
+def test_images_of_one_patient_are_drawn_together():
+    """Differences of 0.1 in one patient's three images and -0.1 and 0 in one image each of two others."""
+    one = {"0": dict(zip("abcde", (0.6, 0.6, 0.6, 0.4, 0.5), strict=True))}
+    other = {"0": dict.fromkeys("abcde", 0.5)}
+    patients = dict.fromkeys("abc", "first") | {"d": "second"}
+    found = growth_report.compare_arms(one, other, patients)
+    assert (found["images"], found["groups"]) == (5, 3)
+    # Deviations from the mean of 0.04, summed over a patient: 0.18, -0.14, -0.04. All three draws of one patient, once
+    # in 27 each, are beyond the bounds of 95 %.
+    farther = (3 / 2) ** 0.5
+    assert found["high"] == pytest.approx(0.04 + farther * 3 * 0.18 / 5)
+    assert found["low"] == pytest.approx(0.04 - farther * 3 * 0.14 / 5)
+    assert found["p_groups"] == 1, "of 0.1, -0.1 and 0, the means of the patients"
+    alone = growth_report.compare_arms(one, other, {})
+    assert alone["high"] - alone["low"] < found["high"] - found["low"], "five images that tell no patient"
 
 
 def test_what_falls_at_a_growth_stands_beside_the_noise():
@@ -292,11 +310,11 @@ def test_the_report_by_hand(tmp_path):
     assert "| **direct** | 1, 1 | 3 | 370 | 8 | 3 | 0.8100 ± 0.0100 (0.8000, 0.8200, 0.8100) |" in large
     assert "| grown minus direct | Dice at 256 | +0.0700 | " in large, "0.1 and 0.04, of the two seeds that both have"
     assert "| grown | 72%, 61% |" in large, "265 and 225 of 370: 0.85 was touched once, at 40, and lost again"
-    assert "| direct | not reached, 100%, 100% |" in large
+    assert "| direct | not reached" not in large, "what each seed is measured by is its own last Dice"
     assert "| grown | 32 to 256 | 0.700 to 0.900, 0.750 to 0.860 | +0.155 | +0.110 | 0.000 | -0.150 | 1.000 |" in large
     assert "**late**" not in small + large
     assert "| direct | 3 | 37.0 (37.0 to 37.0) | not reached | not reached |" in large
-    assert "| grown | 2 | 24.5 (22.5 to 26.5) | 24.5 (22.5 to 26.5) | 26.5 (26.5 to 26.5; 1 of 2 not) |" in large
+    assert "| grown | 2 | 24.5 (22.5 to 26.5) | 24.5 (22.5 to 26.5) | not reached (26.5 to 26.5; 1 of 2 not) |" in large
     assert Image.open(tmp_path / "growth.png").size[0] > 1200, "a panel a budget"
 
 
