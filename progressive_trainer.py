@@ -265,6 +265,8 @@ class ProgressiveTrainer(Described):
             self.set_stage(stage)
             train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]
             bar.enter(self.finished_epochs)
+            if self.time_limit:
+                self.time_limit.begin_stage()
             while self.course.left(stage) > 0:
                 epoch = self.finished_epochs
                 train = self.train_epoch(train_loader, epoch)

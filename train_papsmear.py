@@ -8,11 +8,13 @@
 """
 
 import argparse
+import contextlib
 import json
 import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
@@ -30,6 +32,7 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
         begun: when the command began, by `time.monotonic`, from which --max_minutes count.
     """
     from system.processes import is_main_process, process_group, world_size
+    from system.signals import noted_signals
     from training.duration import expected_duration
     from training.run_folder import RunFolder
     from training.space import free_space, run_space
@@ -62,12 +65,15 @@ def train(args: argparse.Namespace, begun: float | None = None) -> None:
                 print(f"{folder}: this run is finished, and nothing is written. Look at its test_scores.csv, or start "
                       f"another with --init_from {folder}")
                 return
-        fit(trainer, loaders, folder)
+        with way_on(folder), noted_signals() as trainer.keeper.asked_to_stop:
+            trainer.fit(loaders)
+            trainer.keeper.between_epochs()  # a signal that came after the last step
     if not is_first_of_launch():
         return
     scores = ""
     if not args.overfit:
-        test(trainer, args)
+        with way_on(folder):
+            test(trainer, args)
         scores = "test_scores.csv, "
     print(f"look at {folder}/: report.html, training_curves.png, predictions_stage_4.png, {scores}best_stage_4.pth; "
           f"tensorboard --logdir {folder / 'logs'}")
@@ -83,13 +89,11 @@ def change_last_stage(trainer, args: argparse.Namespace) -> None:
           f"{', '.join(map(str, trainer.plan.epochs.values()))}; the learning rate follows the new plan")
 
 
-def fit(trainer, loaders: dict, folder: Path) -> None:
-    """Train; at a signal, or when the disk refuses, say how to go on."""
-    from system.signals import noted_signals
-
+@contextlib.contextmanager
+def way_on(folder: Path) -> Iterator[None]:
+    """Say at a signal, or when the disk refuses, how the run in this folder goes on."""
     try:
-        with noted_signals() as trainer.keeper.asked_to_stop:
-            trainer.fit(loaders)
+        yield
     except KeyboardInterrupt:
         begun = (folder / "last.pth").exists()
         if is_first_of_launch():

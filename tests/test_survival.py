@@ -5,6 +5,8 @@
 
 import csv
 import errno
+import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -33,6 +35,7 @@ from conftest import (
     metric_rows,
     roughly_trained,
     tensors_equal,
+    words,
     write_checkpoint,
     write_data_set,
 )
@@ -158,6 +161,27 @@ def test_a_signal_ends_a_training_saved_and_says_how_to_go_on(root, tmp_path):
     assert f"interrupted; continue with --resume {tmp_path / 'run'}" in said
     assert "Traceback" not in said
     assert load_checkpoint(tmp_path / "run/last.pth")["stage"] == 4
+
+
+@pytest.mark.parametrize("place", ["progressive_trainer.ProgressiveTrainer.record", "train_papsmear.test"])
+def test_a_signal_after_the_last_step_ends_the_command_too(place, root, tmp_path, monkeypatch, capsys):
+    module, *names, name = place.split(".")
+    owner = functools.reduce(getattr, names, importlib.import_module(module))
+    obey = getattr(owner, name)
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return obey(*arguments)
+    monkeypatch.setattr(owner, name, signalled)
+    run = tmp_path / "run"
+    assert train_papsmear.main(words("--data_root", root, "--output_dir", tmp_path, "--experiment_name", "run",
+                                     *TINY[:2], "--epochs_per_stage", "0,0,0,1")) == 143
+    assert f"interrupted; continue with --resume {run}" in capsys.readouterr().err
+    assert (run / "final_model.pth").exists()
+    assert not (run / "test_scores.json").exists()
+    monkeypatch.setattr(owner, name, obey)
+    assert train_papsmear.main(["--resume", str(run)]) == 0
+    assert (run / "test_scores.json").exists(), "what was left is done"
 
 
 def test_a_training_that_is_killed(root, tmp_path, monkeypatch):

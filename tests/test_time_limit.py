@@ -78,13 +78,13 @@ def test_costs_are_those_of_whole_passes(clock):
 
 def test_minutes_are_dealt_by_shares_of_time(clock):
     limit = rehearsed(clock, 20)
-    left = (20 * 60 - clock.now - limit.reserve) * (1 - time_limit.KEPT_BACK)
+    left = (20 * 60 - clock.now - limit.reserve - 3 * limit.showing) * (1 - time_limit.KEPT_BACK)
     dealt = limit.deal(1, 0)
-    assert dealt == {1: 56, 2: 28, 3: 14, 4: 7}, "a quarter each of 1125 seconds, all in all"
+    assert dealt == {1: 55, 2: 27, 3: 14, 4: 7}, "a quarter each of 1109 seconds, all in all"
     assert left - 40 < sum(limit.costs[s] * n for s, n in dealt.items()) <= left
     assert limit.too_little(dealt) == ""
-    assert "20 minutes: an epoch takes 5, 10, 20, 40 s at stages 1 to 4; 56, 28, 14, 7 epochs" in limit.sentence(dealt)
-    assert rehearsed(clock, 20, (0, 0, 50, 50)).deal(1, 0) == {1: 0, 2: 0, 3: 28, 4: 14}
+    assert "20 minutes: an epoch takes 5, 10, 20, 40 s at stages 1 to 4; 55, 27, 14, 7 epochs" in limit.sentence(dealt)
+    assert rehearsed(clock, 20, (0, 0, 50, 50)).deal(1, 0) == {1: 0, 2: 0, 3: 27, 4: 14}
 
 
 def test_a_machine_that_gets_slower_gets_fewer_epochs(clock):
@@ -94,7 +94,7 @@ def test_a_machine_that_gets_slower_gets_fewer_epochs(clock):
         limit.end_epoch(1)
     assert limit.costs == pytest.approx({1: 10, 2: 20, 3: 40, 4: 80}), "what is to come is taken to be slower too"
     dealt = limit.deal(1, 10)
-    assert dealt == {1: 28, 2: 14, 3: 8, 4: 3}, "half as many, of 281 seconds each"
+    assert dealt == {1: 27, 2: 14, 3: 8, 4: 3}, "half as many, of 277 seconds each"
     clock.now += 300
     limit.end_epoch(1)
     assert limit.costs[4] == pytest.approx(80), "one epoch that something held up is no slow machine"
@@ -110,13 +110,31 @@ def test_what_a_stage_takes_is_seen_in_its_own_epochs(clock):
     assert limit.costs == pytest.approx({1: 7.5, 2: 10, 3: 30, 4: 60}), "stage 1 was twice as slow, stage 2 as expected"
 
 
+def test_the_pictures_of_a_stage_are_not_taken_for_an_epoch_of_the_next(clock):
+    limit = rehearsed(clock, 20)
+    limit.begin_stage()
+    for _ in range(55):
+        clock.now += 5
+        limit.end_epoch(1)
+    before = limit.deal(1, 55)
+    clock.now += 30  # seconds for pictures and report
+    limit.begin_stage()
+    clock.now += 10
+    limit.end_epoch(2)
+    assert limit.costs == pytest.approx({1: 5, 2: 10, 3: 20, 4: 40})
+    assert limit.state()["spent"] == {1: 275, 2: 10}
+    after = limit.deal(2, 1)
+    assert (before[2], after[2]) == (28, 26), "a third of what is left, without 2 times 30 seconds for what comes"
+    assert after[4] == 6, "or 7 without them"
+
+
 def test_it_ends_with_a_network_of_the_last_stage(clock):
     limit = rehearsed(clock, 5)
     clock.now += 265
     limit.end_epoch(2)
     assert limit.deal(2, 1) == {2: 1, 3: 0, 4: 1}, "a little late"
     assert limit.deal(4, 1) == {4: 1}, "and then no more"
-    short = rehearsed(clock, 1.62, (30, 30, 30, 10))
+    short = rehearsed(clock, 1.82, (30, 30, 30, 10))
     assert short.deal(1, 0) == {1: 0, 2: 1, 3: 0, 4: 1}, "its share pays for none, the whole does"
     assert short.too_little(short.deal(1, 0)) == ""
     none = rehearsed(clock, 1)

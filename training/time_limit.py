@@ -18,6 +18,7 @@ REHEARSED = 3         # batches that are timed at each stage, after one that is 
 RECENT = 5            # epochs whose time says what the next will take
 SCORING_FACTOR = 3.0  # scoring an image of the test split against validating it, at least
 SHOWING_FACTOR = 2.0  # looking at a validation image at the end of a stage against validating it
+LAST = len(RESOLUTIONS)  # stage
 ENDING = 4.0          # seconds for pictures, report, the last checkpoint and the end of the process
 
 
@@ -53,9 +54,10 @@ class TimeLimit:
     def __init__(self, minutes: float, shares: Sequence[float] = SHARES, begun: float | None = None):
         check_numbers("minutes", minutes, shares)
         self.minutes = minutes
-        self.shares = dict(zip(range(1, len(RESOLUTIONS) + 1), shares, strict=True))
+        self.shares = dict(zip(range(1, LAST + 1), shares, strict=True))
         self.costs: dict[int, float] = {}     # stage -> seconds of an epoch: training, validation and saving
         self.reserve = ENDING                 # seconds for what comes after the last epoch
+        self.showing = ENDING                 # seconds for the pictures and the report of a stage before the last
         self._expected: dict[int, float] = {}  # the costs as they were rehearsed
         self._took: dict[int, list[float]] = {}  # stage -> seconds of its epochs since then
         self._spent: dict[int, float] = {}     # stage -> seconds of all its epochs
@@ -98,6 +100,13 @@ class TimeLimit:
         self._expected = dict(self.costs)
         self._epoch_begun = time.monotonic()
 
+    def begin_stage(self) -> None:
+        """Begin to time epochs after what is written at the end of a stage; learn from it what later ones take."""
+        seconds = time.monotonic() - self._epoch_begun
+        self._epoch_begun += seconds
+        if self._took:
+            self.showing = seconds
+
     def end_epoch(self, stage: int) -> None:
         """Learn from an epoch that has just ended what the next ones will take."""
         seconds = time.monotonic() - self._epoch_begun
@@ -116,8 +125,8 @@ class TimeLimit:
             stage: the current one, of those rehearsed.
             finished: its finished epochs.
         """
-        left = self.left * (1 - KEPT_BACK)
         costs = {s: cost for s, cost in self.costs.items() if s >= stage}
+        left = max(self.left - self.showing * sum(self.shares[s] > 0 for s in costs if s < LAST), 0.0) * (1 - KEPT_BACK)
         spent, total, last = self._spent.get(stage, 0.0), sum(self.shares[s] for s in costs), max(costs)
         wanted = {s: self.shares[s] / total * (left + spent) for s in costs}
         wanted[stage] = max(wanted[stage] - spent, 0.0)
@@ -130,6 +139,7 @@ class TimeLimit:
     def too_little(self, epochs: dict[int, int]) -> str:
         """Return what to say if the time does not pay for the epochs that were dealt first, else ''."""
         needed = sum(n * self.costs[s] for s, n in epochs.items() if s in self.costs) + self.elapsed + self.reserve
+        needed += self.showing * (sum(n > 0 for n in epochs.values()) - 1)
         last = max(self.costs)
         return "" if needed <= 60 * self.minutes else (
             f"{self.minutes:g} minutes pay for no epoch at {RESOLUTIONS[last - 1]} pixels: one takes "
@@ -168,7 +178,7 @@ def rehearse(trainer, dataloaders: dict[int, tuple], say: Callable[[str], None] 
     copied = type(trainer)(copy.deepcopy(trainer.model), trainer.device, 1, trainer.plan.lr, trainer.precision,
                            accumulate=trainer.accumulate, recipe=trainer.recipe,
                            average=trainer.averaged.decay if trainer.averaged else 0.0)
-    limit.measure(copied, dataloaders, range(trainer.model.stage, len(RESOLUTIONS) + 1))
+    limit.measure(copied, dataloaders, range(trainer.model.stage, LAST + 1))
     copied.leave_group()
     set_random_states(states, trainer.device)
     deal_time(trainer)
