@@ -86,10 +86,11 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"{joined(args.compare)}: {other.classes} classes, but {joined(args.checkpoint)} has "
                         f"{predictor.classes}; only checkpoints for the same masks can be compared")
     if args.ratio and not predictor.has_cytoplasm:
-        raise UserError(f"--ratio: {joined(args.checkpoint)} has the classes "
-                        f"{', '.join(predictor.recipe.class_names) or 'without names'}; nucleus and cytoplasm are "
-                        f"needed. Train on a data set whose dataset.json says \"classes\": [\"nucleus\", "
-                        f"\"cytoplasm\"], as that of prepare_data.py herlev --target both does")
+        names = ", ".join(predictor.recipe.class_names)
+        has = f"the classes {names}" if names else "no names of classes"
+        raise UserError(f"--ratio: {joined(args.checkpoint)} has {has}; nucleus and cytoplasm are needed. Train on a "
+                        f"data set whose dataset.json says \"classes\": [\"nucleus\", \"cytoplasm\"], as that of "
+                        f"prepare_data.py herlev --target both does")
     settings = settings_of(args)
     kept = [UnfinishedScores(folder / name, settings) for name in (SCORES, COMPARED)]
     refuse_existing(args, folder, any(scores.exist() for scores in kept))

@@ -217,9 +217,18 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
           f"{prediction.foreground:.1%} foreground, "
           f"{seconds:.1f} s"
           + (f"; ALL BLACK, highest probability {prediction.highest:.3f}" if black else
-             "; none is as large as --min_area and as clear as --min_probability" if not prediction.nuclei else "")
+             left_out_in_words(predictor, args) if not prediction.nuclei else "")
           + (f"; UNLIKE THE TRAINING IMAGES: {prediction.strange}" if prediction.strange else ""), flush=True)
     return prediction.highest
+
+
+def left_out_in_words(predictor, args: argparse.Namespace) -> str:
+    """Return why no nucleus stayed of what is foreground."""
+    from nuclei.separation import middle_probability
+
+    lowest = middle_probability(predictor.threshold) if args.min_probability is None else args.min_probability
+    return (f"; all of it was left out, as a nucleus has at least {args.min_area} pixels (--min_area) and a mean "
+            f"probability of {lowest:g} (--min_probability)")
 
 
 def slide_rows(predictor, path: Path, args: argparse.Namespace):

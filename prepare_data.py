@@ -44,6 +44,7 @@ def split_shares(text: str) -> tuple[float, ...]:
     return tuple(float(share) / 100 for share in text.split(","))
 
 
+COLOUR = ("--in_channels", 3)  # of the images of MoNuSeg and Herlev, and of those that something is drawn on
 SHARED_OPTIONS = {
     "--out": {"type": Path, "required": True, "help": "folder to make; must be new or empty"},
     "--seed": {"type": whole(0), "default": 0, "help": "of what is random: the split, or the pictures of a sample (0)"},
@@ -149,7 +150,7 @@ def prepare_monuseg(args: argparse.Namespace) -> None:
 
     report = prepare(args.train_dir, args.test_dir, args.out, args.overlap, args.valid_share, args.seed, args.classes)
     patients = patient_regex(args.train_dir, args.test_dir)
-    say_what_to_do(report, args.out, *(("--group_regex", patients) if patients else ()))
+    say_what_to_do(report, args.out, *COLOUR, *(("--group_regex", patients) if patients else ()))
 
 
 def prepare_herlev(args: argparse.Namespace) -> None:
@@ -158,7 +159,8 @@ def prepare_herlev(args: argparse.Namespace) -> None:
 
     report = prepare(args.src, args.out, args.target, args.folds, args.seed)
     classes = max(HERLEV_TARGETS[args.target].values())
-    say_what_to_do(report, args.out, "--group_regex", FIELD, *(("--out_channels", classes) if classes > 1 else ()))
+    several = ("--out_channels", classes) if classes > 1 else ()
+    say_what_to_do(report, args.out, *COLOUR, "--group_regex", FIELD, *several)
     if args.folds:
         print(f"to cross-validate, train once with each fold; the first is taken by\n"
               f"{shell('cp', args.out / 'fold_1.csv', args.out / 'splits.csv')}")
@@ -173,7 +175,7 @@ def import_drawn(args: argparse.Namespace) -> None:
     report = drawn.import_drawn(args.format, args.images, args.annotations, args.out, args.group_regex, args.sizing,
                                 args.overlap, args.microns_per_pixel, args.seed, args.classes, args.shares,
                                 args.max_value)
-    say_what_to_do(report, args.out, *(("--group_regex", args.group_regex) if args.group_regex else ()))
+    say_what_to_do(report, args.out, *COLOUR, *(("--group_regex", args.group_regex) if args.group_regex else ()))
 
 
 def say_what_to_do(report: str, out: Path, *options) -> None:

@@ -169,7 +169,7 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     pyramids, fingerprint, report = open_data(args)
     kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
     batch_sizes = DEFAULT_BATCH_SIZES | args.batch_sizes
-    no_settings = ("resume", "dry_run", "overwrite", "by_hand")
+    no_settings = ("resume", "dry_run", "overwrite", "by_hand") + ("epochs_per_stage",) * bool(time_limit)
     began = getattr(args, "command", None) or shlex.join(sys.argv)  # a resumed run has that of its beginning
     config = {key: value for key, value in vars(args).items() if key not in no_settings} | {
         "data_fingerprint": fingerprint, "data_report": report, "command": began, "resolved": {

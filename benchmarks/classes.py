@@ -174,7 +174,7 @@ def report(rows: list[dict], apart: Sequence[str], grid: int) -> str:
              "Dice of the masks with themselves redrawn.\n",
              *table(head, [(name, str(len(part)), *(mean(part, column) for column in ("dice", "smooth", "grid")))
                            for name, part in parts])]
-    if folds := sorted({row["fold"] for row in rows} - {""}):
+    if len(folds := sorted({row["fold"] for row in rows} - {""})) > 1:
         lines += ["", *table(("fold", "images", "Dice"), [
             (str(fold), str(len(part)), mean(part, "dice"))
             for fold in folds for part in [[row for row in rows if row["fold"] == fold]]])]

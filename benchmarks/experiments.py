@@ -103,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
                                    "train_papsmear.py are taken, but --"
                                    f"{', --'.join((*growth.DECIDED, *growth.OF_ARMS))}.")
     study.add_argument("--out", required=True, help="folder of the study; one that is there goes on")
-    study.add_argument("--arms", type=arm_list, default=("direct", "grown"),
-                       help=f"some of {','.join(ARMS)}; all are compared with the first (direct,grown)")
+    study.add_argument("--arms", type=arm_list, default=("direct", "late"),
+                       help=f"some of {','.join(ARMS)}; all are compared with the first (direct,late)")
     study.add_argument("--arm", type=own_arm, action="append", metavar='NAME="OPTIONS"',
                        help="another arm, with these options of train_papsmear.py")
     study.add_argument("--seeds", type=whole(1), default=3, help="trainings of each arm (3)")

@@ -276,7 +276,8 @@ def image_row(prediction, size: tuple[int, int], pixel_size: float | None) -> di
     """
     areas, cut = prediction.measures["area"], int(prediction.measures["cut_by_border"].sum())
     mean = float(areas.mean()) if len(areas) else 0.0
-    flags = ["none found"] * (not prediction.nuclei) + ["nuclei cut by border"] * bool(cut)
+    none = "all left out" if prediction.foreground else "none found"
+    flags = [none] * (not prediction.nuclei) + ["nuclei cut by border"] * bool(cut)
     row = {"height": size[0], "width": size[1], "nuclei": prediction.nuclei, "cut_by_border": cut,
            "foreground": round(prediction.foreground, 6), "mean_area": round(mean, 2),
            "highest_probability": round(prediction.highest, 4),

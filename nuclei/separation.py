@@ -44,7 +44,7 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
         raise ValueError(f"probability is {probability.shape}{other}; both must be (H, W). Take one channel, e.g. "
                          f"probability[..., 0]")
     if min_probability is None:
-        min_probability = (1 + threshold) / 2
+        min_probability = middle_probability(threshold)
     if not 0 < threshold < 1 or not 0 < interior < 1 or not 0 <= min_probability <= 1 or smoothing < 0 or \
             depth <= 0 or min_area < 0:
         raise ValueError(f"threshold {threshold!r}, interior {interior!r}, min_probability {min_probability!r}, "
@@ -69,6 +69,11 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
     kept = (areas >= min_area) & (means >= min_probability)
     kept[0] = False
     return _in_reading_order(np.where(kept[nuclei], nuclei, 0))
+
+
+def middle_probability(threshold: float) -> float:
+    """Return the lowest mean probability of a nucleus where none is asked for: the middle of the threshold and 1."""
+    return (1 + threshold) / 2
 
 
 def _in_reading_order(labels: np.ndarray) -> np.ndarray:

@@ -143,8 +143,10 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
         data = PreparedData(root, f"drawn annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
         drawn = find_drawn(kind, images, annotations, classes)
-        data.notes += [f"{images[stem].name}: left out, as nothing is drawn for it" for stem in images
-                       if stem not in drawn]
+        missing = [stem for stem in images if stem not in drawn]
+        data.notes += [f"{images[stem].name}: left out, as {annotations} holds nothing of the name {stem}"
+                       for stem in missing]
+        data.notes += [f"{len(missing)} of {len(images)} images were left out so"] * (len(missing) > 1)
         data.notes += [f"{stem}: something is drawn for it, but the image is missing" for stem in drawn
                        if stem not in images]
         names = [stem for stem in images if stem in drawn]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from images.dealing import deal_groups
+from images.dealing import deal_groups, few_groups
 from images.files import ImageFileError, load_image
 from images.listing import has_suffix
-from images.splits import DatasetError
+from images.splits import SPLITS, DatasetError
 from preparation.annotation_files import read_imagescope
 from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
@@ -117,6 +117,8 @@ def prepare(train_dir: Path, test_dir: Path, out: Path, overlap: int = 0, valid_
         shared = {patient_of(n) for n in names["train"]} & {patient_of(n) for n in names["test"]}
         for patient in sorted(shared):
             data.note(patient, "this patient is in training and in test data, so test scores are too good for it")
+        data.notes += few_groups({split: len({patient_of(n) for n in split_of if split_of[n] == split})
+                                  for split in SPLITS})
         everything = [(*pair, folders[part]) for part, found in pairs.items() for pair in found]
         for image, annotation, folder in progress(everything, "MoNuSeg", unit="image", leave=True):
             source = Source(image.stem, image.relative_to(folder).as_posix(), patient_of(image.stem),

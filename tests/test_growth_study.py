@@ -343,6 +343,8 @@ def test_trainings_of_equal_time(shared_root, tmp_path, in_this_process, capsys)
     assert training["budget"] == "0.25min"
     assert training["epochs"] == ",".join(str(stages.count(stage)) for stage in "1234")
     assert 1 < float(training["seconds"]) < 15
+    config = json.loads((tmp_path / "o/runs/grown_0.25min_0/config.json").read_text())
+    assert "epochs_per_stage" not in config, "the time decided"
     assert experiments.main([*command, "--arms", "usual"]) == 2
     assert "arm usual takes --budget alone" in capsys.readouterr().err
 

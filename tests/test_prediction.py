@@ -140,12 +140,14 @@ def test_results_of_other_images_stay(tmp_path, capsys):
 def test_faint_nuclei_are_left_out_unless_asked_for_and_it_is_said(tmp_path, capsys):
     save_png(tmp_path / "a.png", noisy_image(64, 64))
     path = write_checkpoint(tmp_path / "a.pth", lively_model(), sizing="tile")
-    for lowest, words in (([], "; none is as large as --min_area and as clear as --min_probability"),
-                          (["--min_probability", "0"], " s\n")):
+    for lowest, words in (([], "; all of it was left out, as a nucleus has at least 0 pixels (--min_area) and a mean "
+                               "probability of 0.75 (--min_probability)"), (["--min_probability", "0"], " s\n")):
         command = [str(path), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--overwrite", "--min_area", "0"]
         assert predict_papsmear.main([*command, *lowest]) == 0
-        assert re.search(rf"^a.png: .* foreground, [\d.]+ s{words.removeprefix(' s')}", capsys.readouterr().out, re.M)
+        said = re.escape(words.removeprefix(" s"))
+        assert re.search(rf"^a.png: .* foreground, [\d.]+ s{said}", capsys.readouterr().out, re.M)
         assert bool(load_instances(tmp_path / "out/a_instances.png").max()) == bool(lowest)
+        assert ("all left out" in read_rows(tmp_path / "out/images.csv")[0]["flags"]) == (not lowest)
     assert predict_papsmear.main([*command, "--continue"]) == 2
     assert predict_papsmear.main([*command, "--min_probability", "1.5"]) == 2
     assert "--min_probability" in capsys.readouterr().err

@@ -6,6 +6,7 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -226,8 +227,10 @@ def test_monuseg_names_what_is_odd(tmp_path, capsys):
                  "region 3 left out: rows 900..909", "stray.xml: left out, as its image is missing",
                  "100x300 pixels; tiles have 256", "TCGA-AA-0002: this patient is in training and in test"):
         assert part in said
+    assert "valid has 1 group(s) alone" in said
     assert said.startswith((tmp_path / "d/report.md").read_text())
-    assert said.endswith(f"python prepare_data.py check {tmp_path / 'd'} --group_regex '^TCGA-\\w+-\\w+'\n")
+    assert said.endswith(f"python prepare_data.py check {tmp_path / 'd'} --in_channels 3 --group_regex "
+                         "'^TCGA-\\w+-\\w+'\n")
     padded = [row for row in manifest(tmp_path / "d") if row["split"] == "test" and "09Z" in row["tile"]]
     assert {(row["height"], row["width"]) for row in padded} == {("100", "256")}
     mask = load_mask(tmp_path / "d/test/masks" / f"{padded[0]['tile']}.png")
@@ -391,7 +394,7 @@ def test_drawn_annotations_by_group_and_what_does_not_fit(tmp_path, capsys):
                "--group_regex", "^[^_]+"]
     assert prepare(*command) == 0
     said = capsys.readouterr().out
-    assert "lonely.png: left out, as nothing is drawn for it" in said
+    assert re.search(r"lonely.png: left out, as \S+ holds nothing of the name lonely$", said, re.M)
     assert "unknown: something is drawn for it, but the image is missing" in said
     assert "each connected piece" in said
     of = {row["source"]: row["split"].removeprefix("whole/") for row in manifest(tmp_path / "d")}

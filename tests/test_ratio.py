@@ -87,7 +87,7 @@ def test_a_ratio_needs_both_classes_by_name(tmp_path, capsys):
     root = write_cells(tmp_path / "data", names=())
     checkpoint = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3, out_channels=2))
     assert evaluate_papsmear.main([str(checkpoint), "--data_root", str(root), "--ratio", "--device", "cpu"]) == 2
-    assert "has the classes without names; nucleus and cytoplasm are needed" in capsys.readouterr().err
+    assert "has no names of classes; nucleus and cytoplasm are needed" in capsys.readouterr().err
     (root / "dataset.json").write_text('{"sizing": "resize", "classes": "nucleus"}')
     assert evaluate_papsmear.main([str(checkpoint), "--data_root", str(root), "--device", "cpu"]) == 2
     assert "classes is 'nucleus'; it must be a list of the names" in capsys.readouterr().err
