@@ -16,7 +16,7 @@ from system.figures import ShownFigure
 from system.text import shown
 
 DRAWN, FOUND = "deepskyblue", "darkorange"  # told apart by colour-blind readers too; the second is dashed
-THIN = 0.6  # points, so that a nucleus of six pixels is still seen within its outline
+THIN = 0.9  # points, so that a nucleus of six pixels is still seen within its outline
 WIDTH, ROW, TITLE, ABOVE = 11, 2.9, 0.3, 0.25  # inches: of a picture; a row of it, its title, the words above a row
 GAP = 40  # between two panels of a row, as part of their width
 
@@ -35,7 +35,7 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
     """
     figure = ShownFigure(figsize=(11, 7))
     axes = figure.subplots(2, 2, sharex=True)
-    figure.subplots_adjust(0.05, 0.07, 0.985, 0.95, wspace=0.16, hspace=0.15)
+    figure.subplots_adjust(0.05, 0.07, 0.985, 0.93, wspace=0.16, hspace=0.22)
     dice, loss, parts, rate = axes.flat
     x = np.arange(1, len(rows) + 1)
 
@@ -52,15 +52,15 @@ def curves_figure(rows: list[dict]) -> ShownFigure:
     curve(rate, "lr", "learning rate", color="C6")
     titles = ("Dice", "Loss (summed over scales)", "Validation, at 256 pixels", "Learning rate")
     for axis, title in zip(axes.flat, titles, strict=True):
-        axis.set_title(title)
+        axis.set_title(title, pad=20)
         axis.grid(alpha=0.3)
         axis.margins(y=0.1)
         for i, row in enumerate(rows):
             if i == 0 or row["stage"] != rows[i - 1]["stage"]:
                 axis.axvline(i + 0.5, color="grey", linewidth=0.8, linestyle=":")
                 axis.annotate(f"{row['resolution']:.0f}", (i + 0.5, 1), xycoords=("data", "axes fraction"),
-                              xytext=(3, -11 - 9 * (1 - row["stage"] % 2)), textcoords="offset points",
-                              color="grey", fontsize=8)  # in turn high and low: a stage may be a few epochs short
+                              xytext=(0, 2 + 8 * (1 - row["stage"] % 2)), textcoords="offset points", ha="center",
+                              color="dimgrey", fontsize=8)  # in turn low and high: a stage may be a few epochs short
         axis.legend(fontsize=8)
     for axis in (dice, parts):
         axis.set_ylim(0, 1.02)
@@ -106,7 +106,7 @@ def predictions(cases: Sequence[Case], path: Path, threshold: float = 0.5, title
             axis.annotate(words, (i * step + left + width / 2, 1), xycoords=("data", "axes fraction"),
                           xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
     with atomic_write(path, sync=False) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=130)
 
 
 def outline(axis, mask: np.ndarray, color: str, style, right: int = 0) -> None:
