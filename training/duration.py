@@ -16,6 +16,7 @@ LONG = 1800        # seconds of a training from which on the quick preset is nam
 TIMED = 4          # images of a step that is timed on a CPU; elsewhere a batch is
 TIMED_SIDE = 64    # pixels of their side, at most, on a CPU
 REPEATED, ENOUGH = 5, 2.0  # such steps, of which the fastest counts, and seconds that they may take
+UNSURE = 2         # times the estimate: optimizer, data and pictures are not in a step, and 1.4 to 2 times was needed
 VALIDATING = 1 / 3  # operations of an image that is validated, of those of one that is trained on
 
 
@@ -54,8 +55,8 @@ def expected_duration(trainer, dataloaders: dict[int, tuple], with_quick: bool) 
         with_quick: name the quick preset, with its time, where the training is LONG.
     """
     seconds = expected_seconds(trainer, dataloaders)
-    said = (f"time: about {duration(seconds)} on this machine, as busy as it is now (a step was timed; the rest is in "
-            f"proportion to the operations)")
+    said = (f"time: {duration(seconds)} to {duration(UNSURE * seconds)} on this machine, as busy as it is now (a step "
+            f"was timed; the first epochs will tell more)")
     if with_quick and seconds > LONG:
         quick = expected_seconds(_quick_trainer(trainer), dataloaders)
         said += (f"\n      --preset quick takes about {duration(quick)}: {PRESETS['quick']['base_channels']} channels "
