@@ -20,7 +20,18 @@ from pathlib import Path
 
 from reporting.text import probability
 from system.errors import UserError
-from system.options import Parser, checkpoint_list, command, flag, name_ending, regex, results_folder, whole
+from system.options import (
+    Parser,
+    add_device,
+    add_precision,
+    checkpoint_list,
+    command,
+    flag,
+    name_ending,
+    regex,
+    results_folder,
+    whole,
+)
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -65,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
                           help="go on with an interrupted evaluation: leave out the images that are scored")
     existing.add_argument("--overwrite", action="store_true",
                           help="replace results that are there, when the new ones are whole")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    add_device(parser.add_argument)
+    add_precision(parser.add_argument)
     return parser
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from system.errors import FULL, DiskError, UserError, lacks_memory
-from system.options import Parser, checkpoint_list, command, number, results_folder, whole
+from system.options import Parser, add_device, add_precision, checkpoint_list, command, number, results_folder, whole
 from system.text import of
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
@@ -79,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stream_above", type=number(0), default=1.6e7,
                         help="pixels from which on images of native scale are predicted from file to file (1.6e7)")
     parser.add_argument("--shard", type=shard, help="i/n: every n-th image from the i-th on (torchrun sets it)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    add_device(parser.add_argument)
+    add_precision(parser.add_argument)
     return parser
 
 

@@ -41,7 +41,7 @@ from benchmarks.growth_arms import ARMS
 from benchmarks.growth_tables import MINUTES, TABLES
 from system.errors import UserError
 from system.locks import LOCK, held_lock
-from system.options import LARGEST, Parser, command, folder_name, number, whole
+from system.options import LARGEST, Parser, add_device, command, folder_name, number, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--finetune_lr", type=number(0, above=True), default=3e-4,
                           help="full rate from the checkpoint (3e-4)")
     finetune.add_argument("--out", required=True, help="folder for the results")
-    finetune.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    add_device(finetune.add_argument)
     study = experiments.add_parser("growth", allow_abbrev=False, usage="%(prog)s [-h] --out OUT [--arms ARMS] [--arm "
                                    "NAME=OPTIONS] [--seeds SEEDS] [--first_seed SEED] [--budget N | --minutes M] "
                                    "[--jobs JOBS] [--report] [options of train_papsmear.py]", epilog="All options of "

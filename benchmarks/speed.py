@@ -28,7 +28,7 @@ if not __package__:  # run as a file: modules are found from the project's root,
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from system.errors import UserError
-from system.options import Parser, command, whole
+from system.options import Parser, add_device, add_precision, command, whole
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -54,9 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes, at the same width: 10 minutes")
     parser.add_argument("--rounds", type=whole(1), help=f"that count ({ROUNDS}; {QUICK_ROUNDS} with --quick)")
     parser.add_argument("--base_channels", type=whole(2), default=64, help="width of all networks (64)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    parser.add_argument("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto",
-                        help="of ours; the baseline is float32 (auto)")
+    add_device(parser.add_argument)
+    add_precision(parser.add_argument, "of ours, the baseline is float32; ")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder (outputs/benchmark)")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     return parser

@@ -9,7 +9,7 @@ The page is served to this machine alone, at http://127.0.0.1:7860. Nothing is s
 import argparse
 import sys
 
-from system.options import Parser, checkpoint_list, command, number, whole
+from system.options import Parser, add_device, checkpoint_list, command, number, whole
 
 # Torch and gradio are imported inside the functions: --help and wrong options answer at once.
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
                                                                  "commas, which are averaged")
     parser.add_argument("--port", type=whole(1, 65535), default=7860, help="of the page (7860)")
     parser.add_argument("--pixel_size", type=number(0, above=True), help="micrometres a pixel of the images, for areas")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    add_device(parser.add_argument)
     return parser
 
 

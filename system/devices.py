@@ -8,10 +8,10 @@ import torch
 
 from system import machine
 from system.errors import UserError, lacks_memory
+from system.options import PRECISIONS
 from system.processes import local_rank, local_world_size
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
-PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -23,6 +23,7 @@ from system.text import compiled, plain_output
 # Seconds that other processes leave to the first one for saying the same error. As soon as it has ended, torchrun ends
 # the others, so only what went wrong in them alone is said late.
 PATIENCE = 10
+PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 LARGEST = 10 ** 9  # number that an option takes, where nothing else bounds it, so that all can be computed with
 
 
@@ -165,6 +166,18 @@ def checkpoint_path(text: str) -> str:
 def checkpoint_list(text: str) -> list[str]:
     """Return the paths of one checkpoint, or of several joined by commas; a name with a comma that is there is one."""
     return [checkpoint_path(path) for path in ([text] if Path(text).exists() else text.split(","))]
+
+
+def add_device(add: Callable) -> None:
+    """Add --device; `add` is add_argument of a parser, or one like it."""
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu; auto takes the first of cuda, mps and cpu that is "
+                                         "there (auto)")
+
+
+def add_precision(add: Callable, of: str = "") -> None:
+    """Add --precision, `of` a network among others."""
+    add("--precision", choices=PRECISIONS, default="auto",
+        help=f"{of}auto takes bfloat16 where the machine computes in it, else float32 (auto)")
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,8 @@ from system.errors import UserError
 from system.options import (
     LARGEST,
     Parser,
+    add_device,
+    add_precision,
     checkpoint_path,
     flag,
     folder_name,
@@ -147,7 +149,8 @@ def _add_network_options(add: Callable) -> None:
 
 
 def _add_training_options(add: Callable) -> None:
-    add("--preset", choices=sorted(PRESETS), help="a tried set of options, for the data set named")
+    add("--preset", choices=sorted(PRESETS), help="a tried set of options: quick to begin with, the others for the "
+        "data set of that name")
     add("--epochs_per_stage", type=epoch_list, default=(50,),
         help="50, or one a stage, 0 to skip it: 10,10,20,60 (50)")
     add("--budget", type=number(0, LARGEST, above=True), metavar="N",
@@ -170,8 +173,8 @@ def _add_training_options(add: Callable) -> None:
 
 
 def _add_machine_options(add: Callable) -> None:
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    add("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="(auto)")
+    add_device(add)
+    add_precision(add)
     add("--compile", default=False, help="training steps by torch.compile, once a stage (false)", **BOOLEAN)
     add("--seed", type=whole(0), default=0, help="of weights, order and augmentation (0)")
     add("--deterministic", default=False, action="store_true", help="the same weights to the last bit on CUDA too")
@@ -183,7 +186,7 @@ def _add_output_options(add: Callable) -> None:
     add("--save_every", type=whole(1), default=10, help="epochs between stage_X_epoch_Y.pth (10)")
     add("--save_minutes", type=number(0), default=10.0,
         help="between two last.pth within an epoch; 0 saves at the end of epochs alone (10)")
-    add("--keep", type=whole(0), default=3, help="how many of them stay (3)")
+    add("--keep", type=whole(0), default=3, help="how many stage_X_epoch_Y.pth stay (3)")
     add("--resume", type=run_folder, metavar="RUN_FOLDER",
         help="continue a run with its own settings; --epochs_per_stage may make the last stage longer")
     add("--overwrite", default=False, action="store_true", help="replace what an earlier run of that name wrote")
