@@ -38,7 +38,7 @@ def study(shared_root, tmp_path_factory):
     """Return the folder of a study of two arms and one seed, and what it printed."""
     out = tmp_path_factory.mktemp("study") / "growth"
     done = run_script("benchmarks/experiments.py", "growth", "--data_root", shared_root, "--out", out, "--seeds", 1,
-                      "--first_seed", 7, "--budget", 2.5, "--jobs", 2, *SMALL)
+                      "--first_seed", 7, "--budget", 2.5, "--arms", "direct,grown", "--jobs", 2, *SMALL)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
