@@ -64,16 +64,21 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
     nuclei = watershed(-distance, markers, mask=foreground)
     left, _ = ndimage.label(foreground & (nuclei == 0))
     nuclei = np.where(left > 0, left + nuclei.max(), nuclei)
-    areas = np.maximum(np.bincount(nuclei.ravel()), 1)
-    means = np.bincount(nuclei.ravel(), probability.ravel()) / areas
-    kept = (areas >= min_area) & (means >= min_probability)
-    kept[0] = False
-    return _in_reading_order(np.where(kept[nuclei], nuclei, 0))
+    return _in_reading_order(_clear_nuclei(nuclei, probability, min_area, min_probability))
 
 
 def middle_probability(threshold: float) -> float:
     """Return the lowest mean probability of a nucleus where none is asked for: the middle of the threshold and 1."""
     return (1 + threshold) / 2
+
+
+def _clear_nuclei(nuclei: np.ndarray, probability: np.ndarray, min_area: int, min_probability: float) -> np.ndarray:
+    """Return a label map (H, W) without the nuclei that are too small, or that the network is unsure of."""
+    areas = np.maximum(np.bincount(nuclei.ravel()), 1)
+    means = np.bincount(nuclei.ravel(), probability.ravel()) / areas
+    kept = (areas >= min_area) & (means >= min_probability)
+    kept[0] = False
+    return np.where(kept[nuclei], nuclei, 0)
 
 
 def _in_reading_order(labels: np.ndarray) -> np.ndarray:

@@ -18,7 +18,6 @@ REHEARSED = 3         # batches that are timed at each stage, after one that is 
 RECENT = 5            # epochs whose time says what the next will take
 SCORING_FACTOR = 3.0  # scoring an image of the test split against validating it, at least
 SHOWING_FACTOR = 2.0  # looking at a validation image at the end of a stage against validating it
-LAST = len(RESOLUTIONS)  # stage
 ENDING = 4.0          # seconds for pictures, report, the last checkpoint and the end of the process
 
 
@@ -54,7 +53,7 @@ class TimeLimit:
     def __init__(self, minutes: float, shares: Sequence[float] = SHARES, begun: float | None = None):
         check_numbers("minutes", minutes, shares)
         self.minutes = minutes
-        self.shares = dict(zip(range(1, LAST + 1), shares, strict=True))
+        self.shares = dict(zip(range(1, len(RESOLUTIONS) + 1), shares, strict=True))
         self.costs: dict[int, float] = {}     # stage -> seconds of an epoch: training, validation and saving
         self.reserve = ENDING                 # seconds for what comes after the last epoch
         self.showing = ENDING                 # seconds for the pictures and the report of a stage before the last
@@ -102,15 +101,13 @@ class TimeLimit:
 
     def begin_stage(self) -> None:
         """Begin to time epochs after what is written at the end of a stage; learn from it what later ones take."""
-        seconds = time.monotonic() - self._epoch_begun
-        self._epoch_begun += seconds
+        seconds = self._lap()
         if self._took:
             self.showing = seconds
 
     def end_epoch(self, stage: int) -> None:
         """Learn from an epoch that has just ended what the next ones will take."""
-        seconds = time.monotonic() - self._epoch_begun
-        self._epoch_begun += seconds
+        seconds = self._lap()
         self._took.setdefault(stage, []).append(seconds)
         self._spent[stage] = self._spent.get(stage, 0.0) + seconds
         # Medians, as one epoch that something held up says little of the next.
@@ -126,8 +123,9 @@ class TimeLimit:
             finished: its finished epochs.
         """
         costs = {s: cost for s, cost in self.costs.items() if s >= stage}
-        left = max(self.left - self.showing * sum(self.shares[s] > 0 for s in costs if s < LAST), 0.0) * (1 - KEPT_BACK)
-        spent, total, last = self._spent.get(stage, 0.0), sum(self.shares[s] for s in costs), max(costs)
+        last, total, spent = max(costs), sum(self.shares[s] for s in costs), self._spent.get(stage, 0.0)
+        shown = sum(self.shares[s] > 0 for s in costs if s != last)  # the last stage is in the reserve
+        left = max(self.left - self.showing * shown, 0.0) * (1 - KEPT_BACK)
         wanted = {s: self.shares[s] / total * (left + spent) for s in costs}
         wanted[stage] = max(wanted[stage] - spent, 0.0)
         more = deal_work(left, wanted, costs)
@@ -135,6 +133,12 @@ class TimeLimit:
             del wanted[last]
             more = deal_work(max(left - costs[last], 0.0), wanted, costs) | {last: 1}
         return more | {stage: more[stage] + finished}
+
+    def _lap(self) -> float:
+        """Return the seconds since it was last asked, and count from here on."""
+        seconds = time.monotonic() - self._epoch_begun
+        self._epoch_begun += seconds
+        return seconds
 
     def too_little(self, epochs: dict[int, int]) -> str:
         """Return what to say if the time does not pay for the epochs that were dealt first, else ''."""
@@ -178,7 +182,7 @@ def rehearse(trainer, dataloaders: dict[int, tuple], say: Callable[[str], None] 
     copied = type(trainer)(copy.deepcopy(trainer.model), trainer.device, 1, trainer.plan.lr, trainer.precision,
                            accumulate=trainer.accumulate, recipe=trainer.recipe,
                            average=trainer.averaged.decay if trainer.averaged else 0.0)
-    limit.measure(copied, dataloaders, range(trainer.model.stage, LAST + 1))
+    limit.measure(copied, dataloaders, range(trainer.model.stage, len(RESOLUTIONS) + 1))
     copied.leave_group()
     set_random_states(states, trainer.device)
     deal_time(trainer)
