@@ -49,6 +49,7 @@ OF_DATA = ("data_root", "in_channels", "out_channels", "targets", "use_augmented
 # Settings in which trainings may differ and yet be compared.
 FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset", "by_hand", "command", "data_report",
         "resolved"}
+OF_GROWING = {"shares", "start_stage"}  # change nothing in an arm that does not grow
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def arm_words(arm: str, text: str) -> list[str]:
 
 def comparable(settings: argparse.Namespace) -> dict:
     """Return the settings that trainings which are compared have alike within an arm, as JSON gives them back."""
-    return json.loads(json.dumps({key: value for key, value in vars(settings).items() if key not in FREE}))
+    free = FREE if settings.progressive and settings.model == "pgunet" else FREE | OF_GROWING
+    return json.loads(json.dumps({key: value for key, value in vars(settings).items() if key not in free}))
 
 
 def first_difference(was: dict, now: dict) -> str | None:
@@ -158,7 +160,7 @@ def check_settings(out: Path, trainings: list[Training], options: list[str]) -> 
     if kept and work_of(kept) != WORK:
         raise UserError(f"{path}: this study was begun with a network of other operations. Its trainings would not "
                         f"compare. Choose another --out")
-    common = comparable(parse(options))
+    common = {key: value for key, value in comparable(parse(options)).items() if key not in OF_ARMS}
     arms = {training.arm: comparable(training.settings()) for training in trainings}
     pairs = [("this study", kept.get("common", common), common)]
     pairs += [(f"arm {arm}", kept.get("arms", {}).get(arm, arms[arm]), arms[arm]) for arm in arms]

@@ -196,6 +196,12 @@ def test_a_training_that_fails_is_named_and_the_others_finish(shared_root, tmp_p
     assert experiments.main([*command, "good=--lr 0.1", *rest]) == 0
     assert experiments.main([*command, "good=--lr 0.2", *rest]) == 2, "an arm cannot become another"
     assert "arm good was begun with lr 0.1, asked for is 0.2" in capsys.readouterr().err
+    path = tmp_path / "o/settings.json"
+    settings = json.loads(path.read_text())
+    settings["common"]["shares"] = settings["arms"]["unet"]["shares"] = [1, 2, 3, 4]  # the default of another version
+    path.write_text(json.dumps(settings))
+    assert experiments.main(["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--arms", "unet",
+                             *rest]) == 0, "no arm here reads them"
 
 
 @pytest.mark.parametrize(("options", "message"), [
