@@ -55,13 +55,18 @@ def expected_duration(trainer, dataloaders: dict[int, tuple], with_quick: bool) 
         with_quick: name the quick preset, with its time, where the training is LONG.
     """
     seconds = expected_seconds(trainer, dataloaders)
-    said = (f"time: {duration(seconds)} to {duration(UNSURE * seconds)} on this machine, as busy as it is now (a step "
-            f"was timed; the first epochs will tell more)")
+    said = (f"time: {_in_words(seconds)} on this machine, as busy as it is now (a step was timed; the first epochs "
+            f"will tell more)")
     if with_quick and seconds > LONG:
         quick = expected_seconds(_quick_trainer(trainer), dataloaders)
-        said += (f"\n      --preset quick takes about {duration(quick)}: {PRESETS['quick']['base_channels']} channels "
-                 f"and fewer epochs; --max_minutes 30 ends in time")
+        said += (f"\n      --preset quick takes {_in_words(quick)}: {PRESETS['quick']['base_channels']} channels and "
+                 f"fewer epochs; --max_minutes 30 ends in time")
     return said
+
+
+def _in_words(seconds: float) -> str:
+    """Return the range in which a training of these estimated seconds ends."""
+    return f"{duration(seconds)} to {duration(UNSURE * seconds)}"
 
 
 def _quick_trainer(trainer):
