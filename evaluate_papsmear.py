@@ -24,6 +24,7 @@ from system.options import (
     Parser,
     add_device,
     add_precision,
+    add_views,
     checkpoint_list,
     command,
     flag,
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "ratios.png); for a network of both classes")
     parser.add_argument("--compare", metavar="OTHER", type=checkpoint_list,
                         help="a second checkpoint, scored on the same images and tested")
-    parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
+    add_views(parser.add_argument)
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the bootstrap (0)")
     parser.add_argument("--out", type=results_folder,
@@ -198,7 +199,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
     return {"sha256": [digest_of(Path(path)) for path in (*args.checkpoint, *(args.compare or ()))]} | {
         name: getattr(args, name) for name in ("data_root", "split", "use_augmented", "mask_suffix", "max_value",
-                                               "instances", "augment", "tile")}
+                                               "instances", "augment", "single_cell", "tile")}
 
 
 def refuse_existing(args: argparse.Namespace, folder: Path, interrupted: bool) -> None:
@@ -236,7 +237,8 @@ def open_predictor(args: argparse.Namespace, checkpoints: list[str]):
     from inference import Predictor
     from system.devices import set_up_process
 
-    predictor = Predictor(checkpoints, args.device, args.precision, args.tile, augment=args.augment)
+    predictor = Predictor(checkpoints, args.device, args.precision, args.tile, augment=args.augment,
+                          single_cell=args.single_cell)
     set_up_process(predictor.device, predictor.precision)
     predictor.max_value = args.max_value or predictor.max_value
     print(f"{joined(checkpoints)}: {predictor}")

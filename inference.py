@@ -9,6 +9,7 @@ and the logits go back to its size. With 'tile' the network sees the image at it
 tiles that give what the whole image would give.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from images.familiarity import describe, strangest
 from images.files import load_image, resize, to_image
 from images.resolutions import FINEST
 from nuclei.separation import separate_nuclei
+from nuclei.single import keep_one
 from nuclei.trust import Agreement
 from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
@@ -48,6 +50,7 @@ class Predictor(Described):
         batch_size: tiles at once; None takes 4 on CUDA and 1 elsewhere.
         augment: average over the eight flips and quarter turns.
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
+        single_cell: each image shows one cell, so keep one object of each class (see `nuclei.single`).
     Attributes:
         models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
         recipe: the data recipe (see `images.recipe`) of the first checkpoint; in all but the statistics of their
@@ -60,7 +63,8 @@ class Predictor(Described):
     """
 
     def __init__(self, checkpoints, device: str = "auto", precision: str = "auto", tile: int = 1024,
-                 batch_size: int | None = None, augment: bool = False, scale: int | None = None):
+                 batch_size: int | None = None, augment: bool = False, scale: int | None = None,
+                 single_cell: bool = False):
         paths = [Path(path) for path in ([checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints)]
         if not paths:
             raise UserError("checkpoints is empty; give one path or a list of at least one")
@@ -78,7 +82,10 @@ class Predictor(Described):
                 model.fold()
         if scale is not None:
             self.models[0].checked_scale(scale)
-        self.scale, self.augment = scale, augment
+        if single_cell and self.recipe.sizing == "tile":
+            raise UserError(f"{paths[0]}: this network sees images at their own scale, where one holds many nuclei. "
+                            f"Leave single_cell out; it is for networks that see the whole image at 256x256")
+        self.scale, self.augment, self.single_cell = scale, augment, single_cell
         self.batch_size = batch_size or (4 if self.device.type == "cuda" else 1)
         self.tile, self.margin = tile, max(tile_margin(model) for model in self.models)
         smallest = -(-(2 * self.margin + BLEND + STEP) // STEP) * STEP
@@ -108,6 +115,7 @@ class Predictor(Described):
         return (f"{count}stage {self.stage}, {'RGB' if self.in_channels == 3 else 'luminance'}, {sizing}; device "
                 f"{self.device}, precision {self.precision}, {torch.get_num_threads()} threads"
                 + (", flips and turns averaged" if self.augment else "")
+                + (", one object an image" if self.single_cell else "")
                 + (f", logits of scale {self.scale}" if self.scale else ""))
 
     def described(self) -> dict[str, str]:
@@ -180,8 +188,9 @@ class Predictor(Described):
             (H, W) int32, numbered from 1 without gaps, 0 for background.
         """
         boundary = probability[..., -1] if "boundary" in self.recipe.targets else None
+        whole = {"depth": math.inf} if self.single_cell else {}
         return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area,
-                               min_probability=self.min_probability)
+                               min_probability=self.min_probability, **whole)
 
     def unlike_training(self, pixels: np.ndarray, probability: np.ndarray) -> str | None:
         """Say in what way an image lies far from those that the network was trained on, or return None.
@@ -207,8 +216,11 @@ class Predictor(Described):
         height, width = pixels.shape[:2]
         small = torch.from_numpy(resize(pixels, FINEST).transpose(2, 0, 1).copy())[None]
         probability = self._mean_probability(small, lambda logits: F.interpolate(
-            logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True), agreement)
-        return probability[0].permute(1, 2, 0).contiguous().numpy()
+            logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True), agreement)[0].numpy()
+        if self.single_cell:
+            for k in range(self.classes):
+                probability[k] = keep_one(probability[k], self.threshold)
+        return np.ascontiguousarray(probability.transpose(1, 2, 0))
 
     def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, row_weights: np.ndarray,
                           agreement: Agreement | None) -> None:

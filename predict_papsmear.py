@@ -22,7 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from system.errors import FULL, DiskError, UserError, lacks_memory
-from system.options import Parser, add_device, add_precision, checkpoint_list, command, number, results_folder, whole
+from system.options import (
+    Parser,
+    add_device,
+    add_precision,
+    add_views,
+    checkpoint_list,
+    command,
+    number,
+    results_folder,
+    whole,
+)
 from system.text import of
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
@@ -70,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="lowest mean probability of a nucleus; 0 keeps faint ones (the middle of threshold and 1)")
     parser.add_argument("--pixel_size", type=number(0, above=True),
                         help="micrometres a pixel, for nuclei.csv; of the first level of slides (what their file says)")
-    parser.add_argument("--augment", action="store_true", help="average over the eight flips and quarter turns")
+    add_views(parser.add_argument)
     parser.add_argument("--scale", type=int, help="stop at this decoder level, e.g. 128 to skip the finest")
     parser.add_argument("--tile", type=whole(1), default=1024, help="pixels, for checkpoints of native scale (1024)")
     parser.add_argument("--max_value", type=whole(1),
@@ -99,7 +109,7 @@ def predict(args: argparse.Namespace) -> int:
     all_paths = list_images(args.images, IMAGE_SUFFIXES + SLIDE_SUFFIXES)
     paths = all_paths[index - 1::count]
     predictor = Predictor(args.checkpoint, device, args.precision, args.tile, augment=args.augment,
-                          scale=args.scale)
+                          scale=args.scale, single_cell=args.single_cell)
     set_up_process(predictor.device, predictor.precision)
     predictor.threshold = args.threshold or predictor.threshold
     predictor.max_value = args.max_value or predictor.max_value
@@ -138,7 +148,8 @@ def settings_of(args: argparse.Namespace, predictor) -> dict:
     """Return what the results depend on, for settings.json and --continue."""
     from system.archives import digest_of
 
-    names = "min_area", "min_probability", "pixel_size", "probability", "augment", "scale", "tile", "stream_above"
+    names = ("min_area", "min_probability", "pixel_size", "probability", "augment", "single_cell", "scale", "tile",
+             "stream_above")
     return {"checkpoint": args.checkpoint, "sha256": [digest_of(Path(path)) for path in args.checkpoint],
             "threshold": predictor.threshold, "max_value": predictor.max_value, "device": str(predictor.device),
             "precision": predictor.precision, "formats": list(args.formats)} | {

@@ -28,7 +28,7 @@ def separate_nuclei(probability: np.ndarray, threshold: float = 0.5, boundary: n
         boundary: (H, W) probability in [0, 1] of a nucleus' rim, if the network was taught it.
         interior: probability of being nucleus and not rim, from which the distance is taken.
         smoothing: standard deviation in pixels of the Gaussian on the distance.
-        depth: pixels; larger values separate less.
+        depth: pixels; larger values separate less, infinity nothing that is connected.
         min_area: pixels; smaller nuclei are removed, smaller holes filled (and corners that the edge cuts off).
         min_probability: nuclei of a lower mean probability are removed; None takes the middle of `threshold` and 1.
     Returns:

@@ -180,6 +180,13 @@ def add_precision(add: Callable, of: str = "") -> None:
         help=f"{of}auto takes bfloat16 where the machine computes in it, else float32 (auto)")
 
 
+def add_views(add: Callable) -> None:
+    """Add what a prediction makes of the answers of the network: --augment and --single_cell."""
+    add("--augment", action="store_true", help="average over the eight flips and quarter turns")
+    add("--single_cell", action="store_true", help="each image shows one cell: of each class keep one object, that of "
+                                                   "the largest sum of probabilities")
+
+
 class Parser(argparse.ArgumentParser):
     """Raise what is wrong as UserError, so that every refusal of a command line looks the same."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.measure import label
 
 import inference
 from checkpoints import load_checkpoint, save_checkpoint
@@ -18,6 +19,7 @@ from images.familiarity import describe, ranges_over
 from images.files import resize, save_png
 from images.resolutions import FINEST
 from inference import REACH, STEP, Predictor, plan_axis, tile_margin
+from nuclei.single import keep_one
 from unet import MODELS, ProgressiveUNet, UNet
 
 # ---- tiles
@@ -157,6 +159,21 @@ def test_folds_and_views_are_averaged(sizing, tmp_path):
     assert np.abs(straight - single[0]).max() > 1e-3
 
 
+def test_of_a_single_cell_one_object_of_each_class_is_kept(tmp_path):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3, out_channels=2))
+    image = noisy_image(200, 150, 3)
+    every, single = (Predictor(path, "cpu", "float32", single_cell=one) for one in (False, True))
+    before, after = every.predict(image), single.predict(image)
+    assert after.flags.c_contiguous
+    assert "one object an image" in str(single)
+    for k in range(2):
+        assert label(before[..., k] >= 0.5).max() > 1
+        assert label(after[..., k] >= 0.5).max() == 1
+        assert np.array_equal(after[..., k], keep_one(before[..., k], 0.5))
+    single.threshold = 0.6
+    assert np.array_equal(single.predict(image)[..., 0], keep_one(before[..., 0], 0.6)), "at the threshold of then"
+
+
 def test_predictor_refuses(tmp_path):
     grey = write_checkpoint(tmp_path / "grey.pth", lively_model())
     rgb = write_checkpoint(tmp_path / "rgb.pth", lively_model(in_channels=3))
@@ -171,6 +188,8 @@ def test_predictor_refuses(tmp_path):
     for tile_side in (200, 1000):
         with pytest.raises(ValueError, match="multiple of 16 and at least 304"):
             Predictor(tile, tile=tile_side)
+    with pytest.raises(ValueError, match="tile.pth: this network sees images at their own scale"):
+        Predictor(tile, single_cell=True)
     with pytest.raises(ValueError, match="logits at 32, 64, 128, 256"):
         Predictor(grey, scale=100)
     assert tile_margin(lively_model(2)) == (26 + 3) * 4

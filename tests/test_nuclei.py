@@ -17,6 +17,7 @@ from nuclei.blocks import BlockSeparation
 from nuclei.measurement import DIGITS, NucleusSums, measure_nuclei, rounded_measures
 from nuclei.outlines import OUTLINE, boundary, overlay
 from nuclei.separation import separate_nuclei
+from nuclei.single import keep_one
 from scoring.measures import instance_metrics
 
 # ---- separation
@@ -50,6 +51,12 @@ def test_a_boundary_channel_separates_what_its_shape_does_not():
     assert nuclei.max() == 2
     assert np.array_equal(nuclei > 0, probability > 0)
     assert nuclei[20, 38] != nuclei[20, 41]
+
+
+def test_an_infinite_depth_separates_nothing():
+    discs = two_discs(30)
+    assert separate_nuclei(discs, depth=1).max() == 2
+    assert np.array_equal(separate_nuclei(discs, depth=np.inf), discs >= 0.5)
 
 
 def test_small_and_thin_nuclei_and_holes():
@@ -99,6 +106,34 @@ def test_separation_of_a_drawn_field_recovers_its_nuclei():
 
 
 # ---- blocks
+
+
+# ---- one cell an image
+
+
+def disc_at(height, width, row, column, radius):
+    rows, columns = np.mgrid[:height, :width]
+    return np.hypot(rows - row, columns - column) <= radius
+
+
+@pytest.mark.parametrize(("kept", "others"), [
+    ((0.9, 50, 70, 18), [(0.9, 8, 10, 12), (0.9, 90, 130, 14)]),  # probability, row, column, radius
+    ((0.9, 15, 35, 15), [(0.6, 60, 110, 17)]),  # a larger object of which the network is less sure loses
+])
+def test_the_object_of_the_largest_sum_of_probabilities_is_kept(kept, others):
+    drawn = [value * disc_at(100, 150, *place) for value, *place in (kept, *others)]
+    # The rims of objects are soft: their probabilities below the threshold belong to them.
+    soft = ndimage.gaussian_filter(np.max(drawn, axis=0), 2).astype(np.float32)
+    alone = ndimage.gaussian_filter(drawn[0], 2)
+    found = keep_one(soft, 0.5)
+    assert np.array_equal(found >= 0.5, alone >= 0.5)
+    assert np.abs(found - alone).max() < 0.1, "no rim of the others stays"
+    assert found.dtype == np.float32
+
+
+def test_one_object_or_none_stays_as_it_is():
+    for probability in (np.full((20, 30), 0.4), np.full((20, 30), 0.7), 0.8 * disc_at(20, 30, 2, 2, 4)):
+        assert np.array_equal(keep_one(probability, 0.5), probability)
 
 
 def drawn_discs(rng, height, width, pixels_each=600) -> np.ndarray:

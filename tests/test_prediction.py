@@ -28,6 +28,7 @@ from nuclei import blocks as block_separation
 from nuclei import cells, streaming
 from nuclei.outlines import OUTLINE, boundary
 from progressive_trainer import ProgressiveTrainer
+from scoring.scores import score_pairs, scored_pairs
 from system import machine
 from unet import ProgressiveUNet
 from unet_parts import ToLogits
@@ -151,6 +152,27 @@ def test_faint_nuclei_are_left_out_unless_asked_for_and_it_is_said(tmp_path, cap
     assert predict_papsmear.main([*command, "--continue"]) == 2
     assert predict_papsmear.main([*command, "--min_probability", "1.5"]) == 2
     assert "--min_probability" in capsys.readouterr().err
+
+
+def test_of_a_single_cell_one_nucleus_is_predicted_and_scored(tmp_path, shared_root, capsys):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model())
+    save_png(tmp_path / "a.png", noisy_image(150, 200))
+    command = [str(path), str(tmp_path / "a.png"), "--min_area", "0", "--min_probability", "0", "--out"]
+    for name, options in (("every", []), ("single", ["--single_cell"])):
+        assert predict_papsmear.main([*command, str(tmp_path / name), *options]) == 0
+    assert len(read_rows(tmp_path / "every/nuclei.csv")) > 1
+    row, = read_rows(tmp_path / "single/nuclei.csv")
+    mask = np.asarray(Image.open(tmp_path / "single/a_mask.png")) == 255
+    assert mask.sum() == int(row["area"])
+    assert np.array_equal(load_instances(tmp_path / "single/a_instances.png"), mask)
+    assert predict_papsmear.main([*command, str(tmp_path / "every"), "--single_cell", "--continue"]) == 2
+    assert "single_cell" in capsys.readouterr().err
+    assert evaluate_papsmear.main([str(path), "--data_root", str(shared_root), "--single_cell", "--instances",
+                                   "--out", str(tmp_path / "scores")]) == 0
+    assert capsys.readouterr().out.count("one object an image") == 1
+    pair = scored_pairs(shared_root, "test")[0]
+    expected = score_pairs(Predictor(path, single_cell=True), [pair])[0]["dice"]
+    assert float(read_rows(tmp_path / "scores/scores.csv")[0]["dice"]) == pytest.approx(expected)
 
 
 def test_shards_share_the_list(tmp_path, monkeypatch, capsys):
