@@ -152,7 +152,7 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
     if groups < len(rows):
         print(f"{groups} groups of images, e.g. {rows[0]['group']}: intervals and tests resample groups")
     summary = {"checkpoint": joined(args.checkpoint), "sha256": kept[0].settings["sha256"][:len(args.checkpoint)],
-               "split": args.split,
+               "split": args.split, "augment": args.augment, "single_cell": args.single_cell,
                "images": str(pairs[0].image.parent), "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
     summary["trust_spearman"] = trust_in_dice(rows)

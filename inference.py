@@ -23,8 +23,9 @@ from images.cache import halve
 from images.familiarity import describe, strangest
 from images.files import load_image, resize, to_image
 from images.resolutions import FINEST
-from nuclei.separation import separate_nuclei
-from nuclei.single import keep_one
+from images.tiles import BLEND, STEP, plan_axis
+from nuclei.separation import middle_probability, separate_nuclei
+from nuclei.single import keep_cell
 from nuclei.trust import Agreement
 from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
@@ -35,9 +36,6 @@ from unet_parts import upsample2x
 # Pixels of the network's input, along an axis, over which a pixel acts on the logits: network -> stage -> pixels.
 # Measured by switching on one pixel at every position relative to the poolings; a test measures them again.
 REACH = {"pgunet": {1: 10, 2: 26, 3: 58, 4: 122}, "unet": {4: 107}}
-
-STEP = 2 ** LAST_STAGE  # tiles begin at multiples of it, where the poolings of the whole image begin
-BLEND = 2 * STEP        # pixels over which one tile gives way to the next
 
 
 class Predictor(Described):
@@ -50,13 +48,15 @@ class Predictor(Described):
         batch_size: tiles at once; None takes 4 on CUDA and 1 elsewhere.
         augment: average over the eight flips and quarter turns.
         scale: resolution of the decoder level at which to stop, e.g. 128 to skip the finest; its logits are enlarged.
-        single_cell: each image shows one cell, so keep one object of each class (see `nuclei.single`).
+        single_cell: each image shows one cell, so keep one object of each class (see `nuclei.single`), which is one
+            nucleus.
     Attributes:
         models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
         recipe: the data recipe (see `images.recipe`) of the first checkpoint; in all but the statistics of their
             training images the others agree with it.
         max_value: what is white in images of more than 8 bit, that of the recipe (see there) unless it is changed.
-        min_probability: lowest mean probability of a nucleus; None takes the middle of the threshold and 1.
+        min_probability: lowest mean probability of a nucleus; None takes the middle of the threshold and 1, and 0 with
+            single_cell.
         stage, threshold, device, precision: what was found and chosen.
     Raises:
         UserError: for files that are no checkpoints or do not belong together, and for settings out of range.
@@ -84,7 +84,7 @@ class Predictor(Described):
             self.models[0].checked_scale(scale)
         if single_cell and self.recipe.sizing == "tile":
             raise UserError(f"{paths[0]}: this network sees images at their own scale, where one holds many nuclei. "
-                            f"Leave single_cell out; it is for networks that see the whole image at 256x256")
+                            f"Leave --single_cell out; it is for networks that see the whole image at 256x256")
         self.scale, self.augment, self.single_cell = scale, augment, single_cell
         self.batch_size = batch_size or (4 if self.device.type == "cuda" else 1)
         self.tile, self.margin = tile, max(tile_margin(model) for model in self.models)
@@ -122,6 +122,7 @@ class Predictor(Described):
         """Return checkpoints, network, channels, sizing, threshold and device."""
         return {"checkpoints": ", ".join(map(str, self.paths)), "network": type(self.models[0]).__name__,
                 "stage": str(self.stage), **self.recipe.described(), "threshold": f"{self.threshold:g}",
+                "objects": "one an image" if self.single_cell else "all",
                 "device": f"{self.device}, {self.precision}"}
 
     def show(self, image, min_area: int = 30):
@@ -148,7 +149,7 @@ class Predictor(Described):
             agreement: is told how much the scales and views of the network agree (see `nuclei.trust`).
         Returns:
             (H, W, K) float32 probabilities in [0, 1] at the image's size: the classes, then the boundary of nuclei if
-            the network was taught it.
+            the network was taught it. With `single_cell` they are 0 where the present threshold finds other objects.
         Raises:
             ImageFileError: a UserError that says what is wrong with the image.
         """
@@ -190,7 +191,14 @@ class Predictor(Described):
         boundary = probability[..., -1] if "boundary" in self.recipe.targets else None
         whole = {"depth": math.inf} if self.single_cell else {}
         return separate_nuclei(probability[..., 0], self.threshold, boundary, min_area=min_area,
-                               min_probability=self.min_probability, **whole)
+                               min_probability=self.lowest_probability, **whole)
+
+    @property
+    def lowest_probability(self) -> float:
+        """Return the mean probability that a nucleus has at least."""
+        if self.min_probability is not None:
+            return self.min_probability
+        return 0.0 if self.single_cell else middle_probability(self.threshold)
 
     def unlike_training(self, pixels: np.ndarray, probability: np.ndarray) -> str | None:
         """Say in what way an image lies far from those that the network was trained on, or return None.
@@ -215,12 +223,15 @@ class Predictor(Described):
     def _predict_resized(self, pixels: np.ndarray, agreement: Agreement | None) -> np.ndarray:
         height, width = pixels.shape[:2]
         small = torch.from_numpy(resize(pixels, FINEST).transpose(2, 0, 1).copy())[None]
-        probability = self._mean_probability(small, lambda logits: F.interpolate(
-            logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True), agreement)[0].numpy()
+        mean = self._mean_probability(small, lambda logits: F.interpolate(
+            logits.cpu(), (height, width), mode="bilinear", align_corners=False, antialias=True), agreement)
+        probability = mean[0].permute(1, 2, 0).contiguous().numpy()
         if self.single_cell:
-            for k in range(self.classes):
-                probability[k] = keep_one(probability[k], self.threshold)
-        return np.ascontiguousarray(probability.transpose(1, 2, 0))
+            probability[..., :self.classes] = self._keep_cell(probability[..., :self.classes])
+        return probability
+
+    def _keep_cell(self, probability: np.ndarray) -> np.ndarray:
+        return keep_cell(probability, self.threshold, self.has_cytoplasm)
 
     def _add_row_of_tiles(self, total: np.ndarray, pixels: np.ndarray, row_weights: np.ndarray,
                           agreement: Agreement | None) -> None:
@@ -272,7 +283,10 @@ class Predictor(Described):
 
     def _compare(self, answers: list[list[torch.Tensor]], agreement: Agreement) -> None:
         """Compare the scales (N, K, H, W) of every view, from coarse to fine, with the mask that the finest give."""
-        mask = torch.stack([scales[-1] for scales in answers]).float().mean(dim=0) >= self.threshold
+        mean = torch.stack([scales[-1] for scales in answers]).float().mean(dim=0)
+        if self.single_cell:  # and so one image
+            mean = torch.from_numpy(self._keep_cell(mean[0].permute(1, 2, 0).cpu().numpy())).permute(2, 0, 1)[None]
+        mask = mean.to(answers[0][-1].device) >= self.threshold
         for view, (*coarser, finest) in enumerate(answers):
             agreement.add("views", view, finest, mask)
             for number, scale in enumerate(coarser):
@@ -307,36 +321,6 @@ def tile_margin(model) -> int:
     """
     reduction = 2 ** (LAST_STAGE - model.stage)
     return (REACH[model.name][model.stage] + (3 if reduction > 1 else 0)) * reduction
-
-
-def plan_axis(length: int, tile: int, margin: int) -> tuple[list[int], list[np.ndarray]]:
-    """Cover an axis with overlapping tiles.
-
-    Args:
-        length: pixels, a multiple of STEP.
-        margin: pixels at each inner side of a tile that get no weight.
-    Returns:
-        (offsets, weights): where the tiles begin, all multiples of STEP, and what each of their pixels counts, float32;
-        at every pixel of the axis the weights add up to 1.
-
-    >>> offsets, weights = plan_axis(144, 112, 24)
-    >>> offsets, [int((tile > 0).argmax()) for tile in weights], [int((tile > 0).sum()) for tile in weights]
-    ([0, 32], [0, 24], [88, 88])
-    """
-    if length <= tile:
-        return [0], [np.ones(length, np.float32)]
-    stride = (tile - 2 * margin - BLEND) // STEP * STEP
-    offsets = [*range(0, length - tile, stride), length - tile]
-    total = np.zeros(length)
-    weights = []
-    for offset in offsets:
-        place = np.arange(tile) + 0.5
-        left = np.clip((place - margin) / BLEND, 0, 1) if offset > 0 else 1.0
-        right = np.clip((tile - margin - place) / BLEND, 0, 1) if offset + tile < length else 1.0
-        weights.append(np.minimum(left, right) * np.ones(tile))
-        total[offset:offset + tile] += weights[-1]
-    return offsets, [(tile_weights / total[offset:offset + tile]).astype(np.float32)
-                     for offset, tile_weights in zip(offsets, weights, strict=True)]
 
 
 def _check_agreement(checkpoint: dict, first: dict, path: Path, first_path: Path) -> None:

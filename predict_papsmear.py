@@ -235,11 +235,8 @@ def predict_one(predictor, path: Path, result, args: argparse.Namespace, between
 
 def left_out_in_words(predictor, args: argparse.Namespace) -> str:
     """Return why no nucleus stayed of what is foreground."""
-    from nuclei.separation import middle_probability
-
-    lowest = middle_probability(predictor.threshold) if args.min_probability is None else args.min_probability
     return (f"; all of it was left out, as a nucleus has at least {args.min_area} pixels (--min_area) and a mean "
-            f"probability of {lowest:g} (--min_probability)")
+            f"probability of {predictor.lowest_probability:g} (--min_probability)")
 
 
 def slide_rows(predictor, path: Path, args: argparse.Namespace):

@@ -20,7 +20,7 @@ from pathlib import Path
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import DiskError, UserError, is_for_user
 from system.options import command, is_first_of_launch
-from training.settings import parse, run_settings
+from training.settings import grows, parse, run_settings
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -215,7 +215,7 @@ def new_model(args: argparse.Namespace):
     model = build_model(model_args)
     if args.model == "pgunet" and not args.progressive:
         model.start_whole()
-    model.set_stage(args.start_stage if args.model == "pgunet" and args.progressive else 4)
+    model.set_stage(args.start_stage if grows(args) else 4)
     if source:
         initialise(model, source, args.init_from)
     return model

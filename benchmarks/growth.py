@@ -36,7 +36,7 @@ from benchmarks.growth_tables import (
 )
 from system.errors import UserError
 from training.schedule import CLASSIC_WORK, WORK
-from training.settings import parse
+from training.settings import grows, parse
 
 # Torch, NumPy and all modules that need them are imported inside the functions: wrong options answer at once.
 
@@ -49,7 +49,7 @@ OF_DATA = ("data_root", "in_channels", "out_channels", "targets", "use_augmented
 # Settings in which trainings may differ and yet be compared.
 FREE = {*DECIDED, "data_root", "device", "num_workers", "cache_images", "preset", "by_hand", "command", "data_report",
         "resolved"}
-OF_GROWING = {"shares", "start_stage"}  # change nothing in an arm that does not grow
+OF_GROWING = {"shares", "old_lr_scale"}  # change nothing in an arm that does not grow
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def arm_words(arm: str, text: str) -> list[str]:
 
 def comparable(settings: argparse.Namespace) -> dict:
     """Return the settings that trainings which are compared have alike within an arm, as JSON gives them back."""
-    free = FREE if settings.progressive and settings.model == "pgunet" else FREE | OF_GROWING
+    free = FREE if grows(settings) else FREE | OF_GROWING
     return json.loads(json.dumps({key: value for key, value in vars(settings).items() if key not in free}))
 
 

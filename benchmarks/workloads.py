@@ -24,7 +24,8 @@ from images.pyramid import ImagePyramid
 from images.recipe import DataRecipe
 from images.resolutions import DEFAULT_BATCH_SIZES
 from images.splits import list_splits
-from inference import Predictor, plan_axis
+from images.tiles import plan_axis
+from inference import Predictor
 from pap_smear_dataset import create_progressive_dataloaders
 from preparation.sample import make_field
 from progressive_trainer import ProgressiveTrainer

@@ -9,7 +9,7 @@ The page is served to this machine alone, at http://127.0.0.1:7860. Nothing is s
 import argparse
 import sys
 
-from system.options import Parser, add_device, checkpoint_list, command, number, whole
+from system.options import Parser, add_device, add_views, checkpoint_list, command, number, whole
 
 # Torch and gradio are imported inside the functions: --help and wrong options answer at once.
 
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
                                                                  "commas, which are averaged")
     parser.add_argument("--port", type=whole(1, 65535), default=7860, help="of the page (7860)")
     parser.add_argument("--pixel_size", type=number(0, above=True), help="micrometres a pixel of the images, for areas")
+    add_views(parser.add_argument)
     add_device(parser.add_argument)
     return parser
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     from inference import Predictor
     from system.devices import set_up_process
 
-    predictor = Predictor(args.checkpoint, args.device)
+    predictor = Predictor(args.checkpoint, args.device, augment=args.augment, single_cell=args.single_cell)
     set_up_process(predictor.device, predictor.precision)
     print(f"{','.join(args.checkpoint)}: {predictor}")
     serve(predictor, ",".join(args.checkpoint), args.port, args.pixel_size)

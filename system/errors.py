@@ -36,13 +36,16 @@ NO_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 def check_continued(then: dict, now: dict, place: Path, remedy: str, may_differ: Collection[str] = ()) -> None:
     """Raise UserError with the first setting that differs from those of the work that --continue goes on with.
 
+    A setting that is younger than that work, so that it lacks it, was off then.
+
     Args:
         place: where `then` was found.
         remedy: what to do but going on with the options of then.
         may_differ: names of settings that are not compared.
     """
     for name in {**then, **now}:
-        if name not in may_differ and then.get(name) != now.get(name):
+        younger = name not in then and not now[name]
+        if name not in may_differ and not younger and then.get(name) != now.get(name):
             raise UserError(f"--continue: {name} was {then.get(name)!r} in {place}, and is now {now.get(name)!r}. Go "
                             f"on with the options of then, {remedy}")
 

@@ -183,8 +183,8 @@ def add_precision(add: Callable, of: str = "") -> None:
 def add_views(add: Callable) -> None:
     """Add what a prediction makes of the answers of the network: --augment and --single_cell."""
     add("--augment", action="store_true", help="average over the eight flips and quarter turns")
-    add("--single_cell", action="store_true", help="each image shows one cell: of each class keep one object, that of "
-                                                   "the largest sum of probabilities")
+    add("--single_cell", action="store_true", help="each image shows one cell: keep one nucleus, that of the largest "
+                                                   "sum of probabilities, and one object of each other class")
 
 
 class Parser(argparse.ArgumentParser):

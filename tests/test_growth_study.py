@@ -198,10 +198,15 @@ def test_a_training_that_fails_is_named_and_the_others_finish(shared_root, tmp_p
     assert "arm good was begun with lr 0.1, asked for is 0.2" in capsys.readouterr().err
     path = tmp_path / "o/settings.json"
     settings = json.loads(path.read_text())
-    settings["common"]["shares"] = settings["arms"]["unet"]["shares"] = [1, 2, 3, 4]  # the default of another version
+    for kept in (settings["common"], *settings["arms"].values()):
+        kept["shares"] = [1, 2, 3, 4]  # the default of another version
+    settings["arms"]["unet"]["old_lr_scale"] = 0.1
     path.write_text(json.dumps(settings))
-    assert experiments.main(["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--arms", "unet",
-                             *rest]) == 0, "no arm here reads them"
+    of_unet = ["growth", "--data_root", str(shared_root), "--out", str(tmp_path / "o"), "--arms", "unet"]
+    assert experiments.main([*of_unet, *rest]) == 0, "no arm here reads them"
+    capsys.readouterr()
+    assert experiments.main([*of_unet, "--arm", "good=--lr 0.1", *rest]) == 2, "this one grows"
+    assert "arm good was begun with shares [1, 2, 3, 4]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -12,14 +12,17 @@ import torch
 from PIL import Image
 from skimage.measure import label
 
-import inference
 from checkpoints import load_checkpoint, save_checkpoint
 from conftest import draw_pair, lively_model, noisy_image, write_checkpoint
+from images import tiles
 from images.familiarity import describe, ranges_over
 from images.files import resize, save_png
+from images.recipe import MASK, MASK_AND_BOUNDARY
 from images.resolutions import FINEST
-from inference import REACH, STEP, Predictor, plan_axis, tile_margin
-from nuclei.single import keep_one
+from images.tiles import STEP, plan_axis
+from inference import REACH, Predictor, tile_margin
+from nuclei.single import keep_cell
+from nuclei.trust import Agreement
 from unet import MODELS, ProgressiveUNet, UNet
 
 # ---- tiles
@@ -159,19 +162,30 @@ def test_folds_and_views_are_averaged(sizing, tmp_path):
     assert np.abs(straight - single[0]).max() > 1e-3
 
 
-def test_of_a_single_cell_one_object_of_each_class_is_kept(tmp_path):
-    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3, out_channels=2))
+@pytest.mark.parametrize("targets", [MASK, MASK_AND_BOUNDARY])
+def test_of_a_single_cell_one_object_of_each_class_is_kept(targets, tmp_path):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(in_channels=3, out_channels=2), targets=targets)
     image = noisy_image(200, 150, 3)
     every, single = (Predictor(path, "cpu", "float32", single_cell=one) for one in (False, True))
     before, after = every.predict(image), single.predict(image)
     assert after.flags.c_contiguous
     assert "one object an image" in str(single)
-    for k in range(2):
+    for k in range(single.classes):
         assert label(before[..., k] >= 0.5).max() > 1
-        assert label(after[..., k] >= 0.5).max() == 1
-        assert np.array_equal(after[..., k], keep_one(before[..., k], 0.5))
+        assert label(after[..., k] >= 0.5, connectivity=1).max() == 1
+    assert np.array_equal(after[..., :single.classes], keep_cell(before[..., :single.classes]))
+    assert np.array_equal(after[..., single.classes:], before[..., single.classes:]), "rims are left as they are"
     single.threshold = 0.6
-    assert np.array_equal(single.predict(image)[..., 0], keep_one(before[..., 0], 0.6)), "at the threshold of then"
+    assert np.array_equal(single.predict(image)[..., 0], keep_cell(before[..., :1], 0.6)[..., 0]), "that of now"
+
+
+def test_trust_is_in_the_object_that_is_kept(tmp_path):
+    path, image = write_checkpoint(tmp_path / "a.pth", lively_model()), noisy_image(FINEST, FINEST)
+    every, single = Agreement(), Agreement()
+    Predictor(path, "cpu", "float32").predict(image, every)
+    probability = Predictor(path, "cpu", "float32", single_cell=True).predict(image, single)
+    assert 0 < single.trust() < every.trust(), "what else was found speaks against it"
+    assert (probability >= 0.5).any()
 
 
 def test_predictor_refuses(tmp_path):
@@ -238,6 +252,6 @@ def test_nuclei_are_compared_at_the_scale_of_the_network(tmp_path):
 
 
 def test_docstring_examples_hold():
-    result = doctest.testmod(inference)
+    result = doctest.testmod(tiles)
     assert result.attempted >= 2
     assert result.failed == 0

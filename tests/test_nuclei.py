@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from scipy import ndimage
-from skimage.measure import regionprops_table
+from skimage.measure import label, regionprops_table
 from skimage.segmentation import find_boundaries
 
 from conftest import disc, labelled, random_nuclei
@@ -17,7 +17,7 @@ from nuclei.blocks import BlockSeparation
 from nuclei.measurement import DIGITS, NucleusSums, measure_nuclei, rounded_measures
 from nuclei.outlines import OUTLINE, boundary, overlay
 from nuclei.separation import separate_nuclei
-from nuclei.single import keep_one
+from nuclei.single import keep_cell
 from scoring.measures import instance_metrics
 
 # ---- separation
@@ -105,9 +105,6 @@ def test_separation_of_a_drawn_field_recovers_its_nuclei():
     assert instance_metrics(joined, drawn)["aji"] < 0.6
 
 
-# ---- blocks
-
-
 # ---- one cell an image
 
 
@@ -125,7 +122,7 @@ def test_the_object_of_the_largest_sum_of_probabilities_is_kept(kept, others):
     # The rims of objects are soft: their probabilities below the threshold belong to them.
     soft = ndimage.gaussian_filter(np.max(drawn, axis=0), 2).astype(np.float32)
     alone = ndimage.gaussian_filter(drawn[0], 2)
-    found = keep_one(soft, 0.5)
+    found = keep_cell(soft[..., None], 0.5)[..., 0]
     assert np.array_equal(found >= 0.5, alone >= 0.5)
     assert np.abs(found - alone).max() < 0.1, "no rim of the others stays"
     assert found.dtype == np.float32
@@ -133,7 +130,26 @@ def test_the_object_of_the_largest_sum_of_probabilities_is_kept(kept, others):
 
 def test_one_object_or_none_stays_as_it_is():
     for probability in (np.full((20, 30), 0.4), np.full((20, 30), 0.7), 0.8 * disc_at(20, 30, 2, 2, 4)):
-        assert np.array_equal(keep_one(probability, 0.5), probability)
+        assert np.array_equal(keep_cell(probability[..., None], 0.5)[..., 0], probability)
+
+
+def test_the_cytoplasm_of_a_single_cell_is_that_around_its_nucleus():
+    """A nucleus that divides its cytoplasm, and a neighbour of less nucleus and more cytoplasm."""
+    cells = np.zeros((60, 120, 2))
+    cells[20:40, 10:40, 1] = cells[10:50, 60:110, 1] = 0.8
+    cells[15:45, 20:30, 0] = 0.9
+    cells[20:30, 80:90, 0] = 0.9
+    cells[..., 1] *= cells[..., 0] == 0
+    expected = cells.copy()
+    expected[:, 50:] = 0
+    assert label(expected[..., 1] > 0).max() == 2, "on both sides of the nucleus"
+    assert np.array_equal(keep_cell(cells, 0.5, has_cytoplasm=True), expected)
+    without = cells * [0, 1]
+    assert np.array_equal(keep_cell(without, 0.5, has_cytoplasm=True), without), "no nucleus tells which"
+    assert np.array_equal(keep_cell(cells, 0.5)[:, :50, 1], np.zeros((60, 50))), "classes by themselves"
+
+
+# ---- blocks
 
 
 def drawn_discs(rng, height, width, pixels_each=600) -> np.ndarray:

@@ -4,6 +4,7 @@
 """
 
 import errno
+import json
 import re
 import tracemalloc
 from types import SimpleNamespace
@@ -157,22 +158,35 @@ def test_faint_nuclei_are_left_out_unless_asked_for_and_it_is_said(tmp_path, cap
 def test_of_a_single_cell_one_nucleus_is_predicted_and_scored(tmp_path, shared_root, capsys):
     path = write_checkpoint(tmp_path / "a.pth", lively_model())
     save_png(tmp_path / "a.png", noisy_image(150, 200))
-    command = [str(path), str(tmp_path / "a.png"), "--min_area", "0", "--min_probability", "0", "--out"]
-    for name, options in (("every", []), ("single", ["--single_cell"])):
+    command = [str(path), str(tmp_path / "a.png"), "--out"]
+    for name, options in (("every", ["--min_probability", "0"]), ("single", ["--single_cell"])):
         assert predict_papsmear.main([*command, str(tmp_path / name), *options]) == 0
     assert len(read_rows(tmp_path / "every/nuclei.csv")) > 1
     row, = read_rows(tmp_path / "single/nuclei.csv")
+    assert float(row["mean_probability"]) < 0.75, "unsure as it is: it is all there is"
     mask = np.asarray(Image.open(tmp_path / "single/a_mask.png")) == 255
-    assert mask.sum() == int(row["area"])
-    assert np.array_equal(load_instances(tmp_path / "single/a_instances.png"), mask)
-    assert predict_papsmear.main([*command, str(tmp_path / "every"), "--single_cell", "--continue"]) == 2
-    assert "single_cell" in capsys.readouterr().err
+    nuclei = load_instances(tmp_path / "single/a_instances.png")
+    assert mask.sum() <= int(row["area"]) == (nuclei == 1).sum(), "small holes are filled"
+    assert np.array_equal(nuclei >= mask, np.ones_like(mask))
+    assert predict_papsmear.main([*command, str(tmp_path / "single"), "--single_cell", "--min_probability", "1",
+                                  "--overwrite"]) == 0
+    assert "a mean probability of 1 (--min_probability)" in capsys.readouterr().out
+    again = [*command, str(tmp_path / "every"), "--min_probability", "0", "--continue"]
+    settings = tmp_path / "every/settings.json"
+    settings.write_text(re.sub(r'"single_cell": false,\s*', "", settings.read_text()))
+    assert "single_cell" not in settings.read_text()
+    assert predict_papsmear.main(again) == 0, "an option that is younger than the results was off"
+    assert predict_papsmear.main([*again, "--single_cell"]) == 2
+    assert "single_cell was " in capsys.readouterr().err
     assert evaluate_papsmear.main([str(path), "--data_root", str(shared_root), "--single_cell", "--instances",
                                    "--out", str(tmp_path / "scores")]) == 0
     assert capsys.readouterr().out.count("one object an image") == 1
     pair = scored_pairs(shared_root, "test")[0]
-    expected = score_pairs(Predictor(path, single_cell=True), [pair])[0]["dice"]
-    assert float(read_rows(tmp_path / "scores/scores.csv")[0]["dice"]) == pytest.approx(expected)
+    every, single = (score_pairs(Predictor(path, single_cell=one), [pair])[0]["dice"] for one in (False, True))
+    row = read_rows(tmp_path / "scores/scores.csv")[0]
+    assert float(row["dice"]) == pytest.approx(single) != pytest.approx(every)
+    assert row["nuclei_found"] == "1"
+    assert json.loads((tmp_path / "scores/summary.json").read_text())["single_cell"] is True
 
 
 def test_shards_share_the_list(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,8 @@ from hypothesis.extra.numpy import arrays
 
 from conftest import lively_model, noisy_image, write_checkpoint
 from images.bands import even_spans, windows
-from inference import BLEND, STEP, Predictor, plan_axis, tile_margin
+from images.tiles import BLEND, STEP, plan_axis
+from inference import Predictor, tile_margin
 from scoring.measures import (
     INSTANCE_METRICS,
     PIXEL_METRICS,

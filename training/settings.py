@@ -218,13 +218,17 @@ def parse(argv: list[str] | None, description: str = "") -> argparse.Namespace:
     return args
 
 
+def grows(args: argparse.Namespace) -> bool:
+    """Tell whether the network of these settings grows, and is not trained at 256 pixels from the start."""
+    return args.model == "pgunet" and args.progressive
+
+
 def _plan_epochs(args: argparse.Namespace, by_hand: dict) -> None:
     """Check the stages that are trained against the epochs given by hand, or deal the budget to them."""
-    grows = args.model == "pgunet" and args.progressive
-    if not grows and args.start_stage != 1:
+    if not grows(args) and args.start_stage != 1:
         raise UserError("--start_stage is for a network that grows; leave it out with --progressive false or "
                         "--model unet")
-    first = args.start_stage if grows else len(RESOLUTIONS)
+    first = args.start_stage if grows(args) else len(RESOLUTIONS)
     given = [name for name in ("epochs_per_stage", "max_minutes", "budget") if name in by_hand]
     if given == ["epochs_per_stage"] and "shares" in by_hand:
         given.append("shares")
@@ -237,7 +241,7 @@ def _plan_epochs(args: argparse.Namespace, by_hand: dict) -> None:
         return
     if args.budget:
         epoch = CLASSIC_WORK / WORK[max(WORK)] if args.model == "unet" else 1.0
-        if not grows and args.budget < epoch:
+        if not grows(args) and args.budget < epoch:
             raise UserError(f"--budget {args.budget:g} pays for no epoch at 256 pixels; with --model {args.model} one "
                             f"takes {epoch:.3g}. Take at least that")
         args.epochs_per_stage = deal(args.budget / epoch, args.shares, first)
@@ -246,7 +250,8 @@ def _plan_epochs(args: argparse.Namespace, by_hand: dict) -> None:
         raise UserError("--shares deals a --budget or --max_minutes to the stages, and there is none. Give both, e.g. "
                         "--budget 10")
     trained = len(RESOLUTIONS) + 1 - first
-    if len(args.epochs_per_stage) > 1 and (not grows or len(args.epochs_per_stage) not in {len(RESOLUTIONS), trained}):
+    wrong = not grows(args) or len(args.epochs_per_stage) not in {len(RESOLUTIONS), trained}
+    if len(args.epochs_per_stage) > 1 and wrong:
         rule = f"stages {first}..4 are trained, so give one number, or {trained} joined by commas" if trained > 1 else \
             "stage 4 alone is trained, so give one number"
         raise UserError(f"--epochs_per_stage {','.join(map(str, args.epochs_per_stage))}: {rule}")
