@@ -174,7 +174,7 @@ def test_of_a_single_cell_one_nucleus_is_predicted_and_scored(tmp_path, shared_r
     again = [*command, str(tmp_path / "every"), "--min_probability", "0", "--continue"]
     settings = tmp_path / "every/settings.json"
     settings.write_text(re.sub(r'"single_cell": false,\s*', "", settings.read_text()))
-    assert "single_cell" not in settings.read_text()
+    assert '"single_cell"' not in settings.read_text()
     assert predict_papsmear.main(again) == 0, "an option that is younger than the results was off"
     assert predict_papsmear.main([*again, "--single_cell"]) == 2
     assert "single_cell was " in capsys.readouterr().err
