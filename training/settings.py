@@ -42,7 +42,7 @@ PRESETS = {
 }
 # Data set, time on a server CPU, and what a run with seed 0 scored (docs/results.md, docs/earlier_results.md).
 PRESET_RESULTS = {
-    "quick": ("data", "8 minutes on one core in float32", "Dice 0.963 on the 16 test images of the sample"),
+    "quick": ("data", "6 minutes on one core in float32", "Dice 0.963 on the 16 test images of the sample"),
     "herlev": ("data_herlev", "10 minutes on one core in bfloat16, 24 to 35 in float32",
                "Dice 0.907 over five folds, 0.912 with --single_cell in evaluation"),
     "monuseg": ("data_monuseg", "74 minutes on one core in bfloat16 for 931 tiles",
