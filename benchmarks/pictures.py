@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from system.text import of
 
+IN_A_ROW = 2  # panels of a picture
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -72,10 +73,15 @@ def dice_over_operations(curves: dict[str, dict[str, list]], work: Iterable[floa
         work: operations of an image at each stage.
     """
     factors = ", ".join(f"{n:g}" for n in work)
-    figure = Figure(figsize=(6.5 * len(curves), 4.2), layout="constrained")
+    columns = min(len(curves), IN_A_ROW)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(6.5 * columns, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in panels[len(curves):]:
+        unused.remove()
     lines = {arm: {"color": f"C{k % 10}", "linestyle": DASHES[k // 10 % len(DASHES)]}
              for k, arm in enumerate(dict.fromkeys(arm for arms in curves.values() for arm in arms))}
-    for axis, (title, arms) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
+    for axis, (title, arms) in zip(panels, curves.items(), strict=False):
         for arm, seeds in arms.items():
             line = lines[arm] | {"marker": "." if len(seeds[0]) == 1 else None}  # a point is no line
             last = np.mean([curve[-1][2] for curve in seeds])

@@ -338,6 +338,16 @@ def test_every_arm_has_a_line_of_its_own(tmp_path, monkeypatch):
     assert len({(to_rgba(line.get_color()), line.get_linestyle()) for line in lines}) == len(lines) == 14
 
 
+def test_many_budgets_have_panels_in_rows(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    dice_over_operations({f"budget {i}": {"direct": [[(4, 99, 0.5)]]} for i in range(5)}, WORK.values(),
+                         tmp_path / "a.png")
+    assert [axis.get_title() for axis in drawn[0].axes] == [f"budget {i}" for i in range(5)]
+    width, height = drawn[0].get_size_inches()
+    assert width < 1.2 * height, "not one long row"
+
+
 def test_a_study_of_equal_time_stands_after_those_of_operations(tmp_path):
     write_study(tmp_path, {("direct", "2min", "0"): [(4, 185, 0.5)], ("direct", "10", "0"): [(4, 185, 0.5)],
                            ("grown", "2min", "0"): [(1, 40, 0.4), (4, 225, 0.6)]})
