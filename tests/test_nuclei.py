@@ -23,9 +23,13 @@ from scoring.measures import instance_metrics
 # ---- separation
 
 
+def disc_at(height: int, width: int, row: float, column: float, radius: float) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return np.hypot(rows - row, columns - column) <= radius
+
+
 def two_discs(distance: float, radius: float = 20.0) -> np.ndarray:
-    rows, columns = np.mgrid[:100, :140]
-    return np.minimum(np.hypot(rows - 50, columns - 50), np.hypot(rows - 50, columns - 50 - distance)) <= radius
+    return disc_at(100, 140, 50, 50, radius) | disc_at(100, 140, 50, 50 + distance, radius)
 
 
 def test_touching_discs_are_separated_where_they_touch():
@@ -106,11 +110,6 @@ def test_separation_of_a_drawn_field_recovers_its_nuclei():
 
 
 # ---- one cell an image
-
-
-def disc_at(height, width, row, column, radius):
-    rows, columns = np.mgrid[:height, :width]
-    return np.hypot(rows - row, columns - column) <= radius
 
 
 @pytest.mark.parametrize(("kept", "others"), [
