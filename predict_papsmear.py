@@ -188,10 +188,13 @@ def predict_all(predictor, paths: list[Path], results, args: argparse.Namespace,
 
 def refuse_lost_folder(error: BaseException, folder: Path) -> None:
     """Raise DiskError if an error is one of the folder of the results, into which no other image could be written."""
+    if not folder.is_dir():
+        raise DiskError(f"{folder}: it was removed, and with it what was written. Start the same command again without "
+                        f"--continue") from None
     if isinstance(error, OSError) and error.errno in FULL:
         reason = error.strerror
     else:
-        reason = "it was removed" if not folder.is_dir() else "" if os.access(folder, os.W_OK) else "it is read-only"
+        reason = "" if os.access(folder, os.W_OK) else "it is read-only"
     if reason:
         raise DiskError(f"{folder}: {reason}. Finished images are written. Make room or mend the disk, then go on with "
                         f"the same command and --continue") from None

@@ -106,6 +106,9 @@ def way_on(folder: Path) -> Iterator[None]:
         raise UserError(f"a process that decodes images has died ({str(error).splitlines()[0]}). Was it killed, or is "
                         f"the memory full? Continue with --resume {folder} --num_workers 0") from None
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_dir():
+            raise DiskError(f"{folder}: the run folder was removed while the run was writing into it, and nothing of "
+                            f"the run is left. Start it again") from None
         if not is_for_user(error):
             raise
         saved = f"Make room or mend the disk, then continue with --resume {folder}" if (folder / "last.pth").exists() \

@@ -64,15 +64,17 @@ def metadata_of(checkpoint: dict, path: Path) -> dict[str, str]:
     channels = list(recipe.class_names) or [f"class {k + 1}" if recipe.classes > 1 else "foreground"
                                             for k in range(recipe.classes)]
     channels += ["rim of nuclei"] * ("boundary" in recipe.targets)
-    whole = f"the whole image, brought to {RESOLUTIONS[-1]}x{RESOLUTIONS[-1]} pixels by area means"
+    side = RESOLUTIONS[checkpoint["stage"] - 1]
+    reduced = f", {RESOLUTIONS[-1] // side} times smaller in height and width by area means" * (side < RESOLUTIONS[-1])
+    shown = f"the whole image, brought to {side}x{side} pixels by area means" if recipe.sizing == "resize" else \
+        f"the image at its own scale{reduced}, or parts of it"
     return {
         "input": f"{INPUT}: (N, {recipe.in_channels}, H, W) float32 in [0, 1], "
-                 f"{'RGB' if recipe.in_channels == 3 else 'luminance'}, H and W at least {SMALLEST}; "
-                 + (whole if recipe.sizing == "resize" else "the image at its own scale, or parts of it"),
+                 f"{'RGB' if recipe.in_channels == 3 else 'luminance'}, H and W at least {SMALLEST}; {shown}",
         "output": f"{OUTPUT}: (N, {recipe.target_channels}, H, W) float32 in [0, 1]",
         "channels": ", ".join(channels), "classes": str(recipe.classes), "in_channels": str(recipe.in_channels),
         "threshold": f"{checkpoint['threshold']:g}", "sizing": recipe.sizing,
-        "resolution": str(RESOLUTIONS[checkpoint["stage"] - 1]), "stage": str(checkpoint["stage"]),
+        "resolution": str(side), "stage": str(checkpoint["stage"]),
         "microns_per_pixel": f"{recipe.microns_per_pixel:g}" if recipe.microns_per_pixel else "",
         "max_value": str(recipe.max_value), "model": json.dumps(checkpoint["model_args"]), "sha256": digest_of(path)}
 

@@ -256,7 +256,7 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
         targets: ('mask',) or ('mask', 'boundary') (see targets.py).
         cache_images: keep what was decoded, in memory if that takes less than a quarter of what is free, else in
             memory-mapped files; None does the same, but decodes at every step where there is no space for them.
-        max_value: what is white in images of more than 8 bit (see images/recipe.py).
+        max_value: what is white in images of more than 8 bit (see images/recipe.py); 0 for what dataset.json says.
         mask_suffix: what the names of masks have behind those of their images, e.g. '_mask'.
     Raises:
         DatasetError: one error that lists every problem of all these splits.
@@ -264,9 +264,9 @@ def open_pyramids(data_root: Path, in_channels: int = 1, out_channels: int = 1, 
     """
     data_root = find_data_root(data_root)
     splits, problems = find_splits(data_root, use_augmented, wanted, mask_suffix)
-    sizing, microns, names = description_of(data_root)
-    recipe = DataRecipe(sizing, targets, in_channels, out_channels, max_value=max_value, microns_per_pixel=microns,
-                        class_names=names if len(names) == out_channels else ())
+    sizing, microns, names, white = description_of(data_root)
+    recipe = DataRecipe(sizing, targets, in_channels, out_channels, max_value=max_value or white,
+                        microns_per_pixel=microns, class_names=names if len(names) == out_channels else ())
     pyramids = {split: ImagePyramid(pairs, recipe) for split, pairs in splits.items()}
     # With problems nothing is kept, so that they are reported, whether there is space or not.
     caches = open_caches([(len(p), p.channels) for p in pyramids.values()],

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from images.listing import composed, left_out, list_folder, name_of
 from images.pairs import KINDS, TREE, Pair, originals, pair_folder, source_name, what_is_there
-from images.recipe import NAMES_RULE, PIXEL_SIZE_RULE, SIZINGS, are_class_names, is_pixel_size
+from images.recipe import LARGEST_VALUE, NAMES_RULE, PIXEL_SIZE_RULE, SIZINGS, are_class_names, is_pixel_size
 from system.errors import UserError
 from system.text import compiled, shown, unguarded
 
@@ -102,11 +102,15 @@ def find_splits(data_root: Path, use_augmented: bool = True, wanted: Iterable[st
 
 
 class Description(NamedTuple):
-    """What dataset.json says: how images become 256x256, micrometres of a pixel (0: unknown), names of the classes."""
+    """What dataset.json says: how images become 256x256, micrometres of a pixel (0: unknown), names of the classes.
+
+    `max_value` is what was white in the images of more than 8 bit that these were made from (see images/recipe.py).
+    """
 
     sizing: str = "resize"
     microns_per_pixel: float = 0.0
     class_names: tuple[str, ...] = ()
+    max_value: int = 0
 
 
 def description_of(data_root: Path) -> Description:
@@ -136,7 +140,11 @@ def description_of(data_root: Path) -> Description:
     if names is not None and not (type(names) is list and are_class_names(names)):
         raise DatasetError(data_root, [f"{path}: classes is {shown(repr(names))[:80]}; it must be a list of the names "
                                        f"of the classes, {NAMES_RULE}, or be left out"])
-    return Description(sizing, float(microns or 0), tuple(names or ()))
+    white = known.get("max_value", 0)
+    if type(white) is not int or not 0 <= white <= LARGEST_VALUE:
+        raise DatasetError(data_root, [f"{path}: max_value is {shown(repr(white))[:80]}; it must be a whole number "
+                                       f"from 0 to {LARGEST_VALUE}, or be left out"])
+    return Description(sizing, float(microns or 0), tuple(names or ()), white)
 
 
 def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]:

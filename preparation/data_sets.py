@@ -143,15 +143,18 @@ class PreparedData:
         count.groups.add(source.group)
         count.nuclei += nuclei
 
-    def finish(self, microns_per_pixel: float | None = None, extra: str = "", classes: tuple[str, ...] = ()) -> str:
+    def finish(self, microns_per_pixel: float | None = None, extra: str = "", classes: tuple[str, ...] = (),
+               max_value: int = 0) -> str:
         """Write manifest, description, contact sheet and report; return the report.
 
         Args:
             extra: text that goes between the table and the notes.
             classes: names of the values 1, 2, ... of masks with several classes.
+            max_value: what was white in the source images, which are written with 8 bit; 0 for that of their type.
         """
         description = {"format": FORMAT, "sizing": self.sizing, "source": self.description,
-                       "microns_per_pixel": microns_per_pixel} | ({"classes": list(classes)} if classes else {})
+                       "microns_per_pixel": microns_per_pixel} | ({"classes": list(classes)} if classes else {}) \
+            | ({"max_value": max_value} if max_value else {})
         (self.root / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         with open(self.root / MANIFEST, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -168,7 +168,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
                 problems.append(str(error))
         if problems:
             raise DatasetError(image_dir, problems)
-        return data.finish(microns_per_pixel)
+        return data.finish(microns_per_pixel, max_value=max_value)
 
 
 def assign(names: list[str], group_regex: str | None, seed: int,

@@ -297,6 +297,8 @@ REFUSED = {
     "unknown sizing": (description('{"sizing": "crop"}'), "sizing is 'crop'; it must be one of"),
     "pixel size of text": (description('{"sizing": "resize", "microns_per_pixel": "big"}'), "it must be 0, or a"),
     "pixel size of kilometres": (description('{"sizing": "resize", "microns_per_pixel": 1e308}'), "it must be 0, or a"),
+    "white of text": (description('{"sizing": "resize", "max_value": "4095"}'), "max_value is '4095'; it must be a"),
+    "white below 0": (description('{"sizing": "resize", "max_value": -1}'), "max_value is -1; it must be a"),
     "pixel size of a list": (description('{"sizing": "resize", "microns_per_pixel": []}'), "it must be 0, or a number"),
     "twin classes": (description('{"sizing": "resize", "classes": ["a", "a"]}'), "classes, all different"),
     "class that steers": (description('{"sizing": "resize", "classes": ["\\u001b[2J"]}'), "cannot be printed"),

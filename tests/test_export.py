@@ -21,6 +21,7 @@ from images.files import save_png
 from inference import Predictor
 from system.archives import digest_of
 from unet import ProgressiveUNet, UNet
+from unet_parts import upsample2x
 
 NETWORKS = {"grey": (4, 1, 1, ProgressiveUNet), "RGB, rims": (4, 3, 2, ProgressiveUNet),
             "stage 2": (2, 1, 3, ProgressiveUNet), "classic": (4, 3, 1, UNet)}
@@ -81,6 +82,22 @@ def test_a_written_graph_computes_what_the_network_does(kind, name, tmp_path):
     assert len(metadata["channels"].split(", ")) == model.out_channels
     assert ("rim of nuclei" in metadata["channels"]) == ("rims" in name)
     assert metadata["sha256"] == digest_of(path)
+
+
+@pytest.mark.parametrize("sizing", ["resize", "tile"])
+def test_what_is_said_of_the_input_gives_the_probabilities_of_a_prediction(sizing, tmp_path):
+    """Of a checkpoint of stage 2 an image of 256x256 goes in with 64x64 pixels."""
+    model = lively_model(2)
+    path = write_checkpoint(tmp_path / "a.pth", model, sizing)
+    image = np.random.default_rng(0).integers(0, 256, (256, 256), np.uint8)
+    small = image.reshape(64, 4, 64, 4).mean((1, 3))
+    found = graphs.graph_of(load_checkpoint(path), path)(torch.tensor(small / 255, dtype=torch.float32)[None, None])
+    enlarged = upsample2x(upsample2x(found.detach().logit())).sigmoid()[0, 0].numpy()
+    predicted = Predictor(path, "cpu", "float32").predict(image)[..., 0]
+    assert predicted.std() > 0.01, "not all alike"
+    assert np.abs(enlarged - predicted).max() < 0.1 * predicted.std()
+    said = graphs.metadata_of(load_checkpoint(path), path)["input"]
+    assert {"resize": "brought to 64x64 pixels", "tile": "at its own scale, 4 times smaller in height"}[sizing] in said
 
 
 def test_a_graph_that_differs_does_not_stay(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from images.pyramid import open_pyramids
 from images.report import check_dataset
 from images.splits import DatasetError, grouped, list_splits
 from pap_smear_dataset import create_progressive_dataloaders
+from preparation.drawn import import_drawn
 from training import run_folder
 
 
@@ -224,6 +225,10 @@ def test_white_of_12_bit(tmp_path, capsys):
     assert "for 12 bit pass --max_value 4095" in capsys.readouterr().out
     assert prepare_data.main(["check", str(twelve), "--max_value", "4095"]) == 0
     assert "warning" not in capsys.readouterr().out
+    # A data set that is made of them has 8 bit, and tells the network what is white in the files that it will predict.
+    import_drawn("label-tiff", twelve / "train/images", twelve / "train/masks", tmp_path / "made", max_value=4095)
+    assert open_pyramids(tmp_path / "made")["train"].recipe.max_value == 4095
+    assert open_pyramids(tmp_path / "made", max_value=1023)["train"].recipe.max_value == 1023
     command = ["--output_dir", str(tmp_path), *ONE_STAGE]
     for name, options in (("eight", []), ("twelve", ["--max_value", "4095"])):
         assert train_papsmear.main([*command, "--data_root", str(tmp_path / name), "--experiment_name", f"run_{name}",

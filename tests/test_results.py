@@ -352,7 +352,8 @@ def test_a_folder_that_is_removed_meanwhile_ends_it(command, tmp_path, capsys, m
     image_row = results.image_row
     monkeypatch.setattr(results, "image_row", remove)
     predict(command, out, code=3)
-    assert "it was removed" in capsys.readouterr().err
+    assert f"{out}: it was removed, and with it what was written. Start the same command again without --continue" in \
+        capsys.readouterr().err
     assert len(begun) == 3
 
 

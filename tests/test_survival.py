@@ -28,6 +28,7 @@ import predict_papsmear
 import train_papsmear
 from checkpoints import load_checkpoint, load_model, save_checkpoint, untrained_checkpoint
 from conftest import (
+    ONE_STAGE,
     PROJECT,
     TINY,
     lively_model,
@@ -443,6 +444,20 @@ def test_a_folder_that_is_removed_is_not_made_anew(root, tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="the run folder was removed while the run was writing into it"):
         trainer.record(train, valid)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_whose_folder_is_removed_says_so(root, tmp_path, monkeypatch, capsys):
+    def removed_first(trainer, *arguments):
+        shutil.rmtree(trainer.folder.path)
+        record(trainer, *arguments)
+
+    record = ProgressiveTrainer.record
+    monkeypatch.setattr(ProgressiveTrainer, "record", removed_first)
+    assert train_papsmear.main(["--data_root", str(root), "--output_dir", str(tmp_path), "--experiment_name", "run",
+                                *ONE_STAGE]) == 3
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'run'}: the run folder was removed while the run was writing "
+                                            "into it, and nothing of the run is left. Start it again\n")
     assert not (tmp_path / "run").exists()
 
 
