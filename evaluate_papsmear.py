@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="evaluate_papsmear.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=checkpoint_list,
-                        help="a checkpoint, or several joined by commas, which are averaged")
+                        help="a checkpoint, a run folder, or several joined by commas, which are averaged")
     parser.add_argument("--data_root", default="data", help="folder with train|valid|test / images|masks (data)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="what is scored (test)")
     parser.add_argument("--use_augmented", default=True, type=flag, nargs="?", const=True, metavar="true|false",
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="finds the patient or field of view in a name; intervals and tests resample groups, not "
                              "images (what manifest.csv tells)")
     parser.add_argument("--mask_suffix", type=name_ending, default="", metavar="END",
-                        help="that names of masks have behind those of images, e.g. _mask (none)")
+                        help="what names of masks add to those of images, e.g. _mask (none)")
     parser.add_argument("--max_value", type=whole(1),
                         help="white in images of more than 8 bit, e.g. 4095 for 12 bit (that of the checkpoint)")
     parser.add_argument("--instances", action="store_true", help="compare nucleus by nucleus too: AJI, PQ, DQ, SQ, F1")

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="predict_papsmear.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=checkpoint_list,
-                        help="a checkpoint, or several joined by commas, which are averaged")
+                        help="a checkpoint, a run folder, or several joined by commas, which are averaged")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=results_folder, help="folder for the results")
     existing = parser.add_mutually_exclusive_group()

@@ -58,7 +58,7 @@ SHARED_OPTIONS = {
     "--max_value": {"type": whole(0), "default": 0,
                     "help": "white in images of more than 8 bit, e.g. 4095 for 12 bit (0: that of their type)"},
     "--mask_suffix": {"type": name_ending, "default": "", "metavar": "END",
-                      "help": "that names of masks have behind those of images, e.g. _mask (none)"},
+                      "help": "what names of masks add to those of images, e.g. _mask (none)"},
     "--classes": {"type": class_list, "default": (), "metavar": "A,B",
                   "help": "classes, layers or categories that are nuclei (all but those whose name says otherwise, "
                           "such as Ignore*)"},

@@ -177,7 +177,7 @@ def add_device(add: Callable) -> None:
 def add_precision(add: Callable, of: str = "") -> None:
     """Add --precision, `of` a network among others."""
     add("--precision", choices=PRECISIONS, default="auto",
-        help=f"{of}auto takes bfloat16 where the machine computes in it, else float32 (auto)")
+        help=f"{of}auto takes bfloat16 where it is at least as fast, else float32 (auto)")
 
 
 def add_views(add: Callable) -> None:

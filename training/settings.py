@@ -124,14 +124,14 @@ def _add_data_options(add: Callable) -> None:
     add("--use_augmented", default=True, help="take flipped_*, mirrored_*, rotated_X_* (true)", **BOOLEAN)
     add("--augment_probability", type=number(0, 1), default=0.5, help="of each transform (0.5)")
     add("--augment_strength", type=number(0, 3), default=1.0, help="factor on their amounts (1)")
-    add("--group_regex", type=regex, help="finds field of view or patient in a name, e.g. '^\\d+'")
+    add("--group_regex", type=regex, help="finds field of view or patient in a name, for the report, e.g. '^\\d+'")
     add("--in_channels", type=int, choices=(1, 3), default=1, help="1 luminance, 3 RGB (1)")
     add("--out_channels", type=whole(1, MOST_CHANNELS - 1), default=1,
         help="classes; above 1 masks are label images 0..K (1)")
     add("--max_value", type=whole(0), default=0,
         help="white in images of more than 8 bit, e.g. 4095 for 12 bit (0: that of their type)")
     add("--mask_suffix", type=name_ending, default="", metavar="END",
-        help="that names of masks have behind those of images, e.g. _mask (none)")
+        help="what names of masks add to those of images, e.g. _mask (none)")
     add("--targets", type=target_list, default=MASK, metavar="mask[,boundary]",
         help="mask,boundary: learn the rims of nuclei too, which separates those that touch (mask)")
     add("--cache_images", default=None, **BOOLEAN, help="false: decode at every step, instead of once into memory or, "
@@ -146,7 +146,7 @@ def _add_network_options(add: Callable) -> None:
     add("--progressive", default=True, help="false: stage 4 from the start (true)", **BOOLEAN)
     add("--base_channels", type=whole(1, WIDEST), default=64, help="channels at 256 pixels (64)")
     add("--init_from", type=checkpoint_path, metavar="CHECKPOINT",
-        help="start from its weights; channels, width and targets are its own, unless given")
+        help="start from its weights, or the best of a run folder; network, width, channels and targets are its own")
     add("--start_stage", type=int, choices=(1, 2, 3, 4), default=1, help="first stage trained (1)")
 
 
@@ -190,7 +190,7 @@ def _add_output_options(add: Callable) -> None:
         help="between two last.pth within an epoch; 0 saves at the end of epochs alone (10)")
     add("--keep", type=whole(0), default=3, help="how many stage_X_epoch_Y.pth stay (3)")
     add("--resume", type=run_folder, metavar="RUN_FOLDER",
-        help="continue a run with its own settings; --epochs_per_stage may make the last stage longer")
+        help="continue a run with its own settings; --epochs_per_stage may change the last stage")
     add("--overwrite", default=False, action="store_true", help="replace what an earlier run of that name wrote")
     add("--dry_run", default=False, action="store_true",
         help="print settings, data report, disk space and memory, and stop")
