@@ -32,6 +32,7 @@ import math
 import pickle
 import re
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,10 +192,11 @@ def non_finite(value, name: str = "checkpoint") -> str:
 
 def check_plain(value, name: str) -> None:
     """Raise UserError unless `value` is made of plain types and tensors alone, which is what loads safely."""
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
+            check_plain(key, f"a key of {name}")
             check_plain(item, f"{name}[{key!r}]")
-    elif isinstance(value, list | tuple):
+    elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             check_plain(item, f"{name}[{i}]")
     elif type(value) not in (type(None), bool, int, float, str, torch.Tensor):
@@ -258,9 +260,10 @@ def load_resumable(path: Path, model_args: dict) -> dict:
     if lacking := [name for name in OF_RUNS if saved[name] is None]:
         raise UserError(f"{path}: it holds no {', '.join(lacking)}, so no run goes on from it. Resume from another "
                         f"file of the run, e.g. previous.pth, or start another with --init_from {path}")
-    if saved["stage"] < LAST_STAGE and not saved["unborn"]:
-        raise UserError(f"{path}: it holds the parts of stage {saved['stage']} alone, so a run cannot go on from "
-                         f"it as it was. Resume from last.pth, or start another run with --init_from")
+    alone = saved["stage"] < LAST_STAGE and not saved["unborn"]
+    if alone or saved["epoch"] and not saved["history"] and not saved["position"]:  # best_, final_ and stage_ files
+        raise UserError(f"{path}: it holds the weights of stage {saved['stage']} alone, so a run cannot go on from it "
+                        f"as it was. Resume from last.pth, or start another run with --init_from")
     if saved["model_args"] != model_args:
         raise UserError(f"{path}: it holds {saved['model_args']}, the trainer's network is {model_args}. Build it "
                          f"with unet.build_model")

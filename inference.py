@@ -86,6 +86,8 @@ class Predictor(Described):
             raise UserError(f"{paths[0]}: this network sees images at their own scale, where one holds many nuclei. "
                             f"Leave --single_cell out; it is for networks that see the whole image at 256x256")
         self.scale, self.augment, self.single_cell = scale, augment, single_cell
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
         self.batch_size = batch_size or (4 if self.device.type == "cuda" else 1)
         self.tile, self.margin = tile, max(tile_margin(model) for model in self.models)
         smallest = -(-(2 * self.margin + BLEND + STEP) // STEP) * STEP

@@ -65,7 +65,8 @@ class PapSmearDataset(Described, Dataset):
         # In shared memory, so that workers that live on see a change.
         self._size_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.update_target_size(target_size)
-        self.pyramid = pyramid or open_pyramids(data_root, in_channels, out_channels, use_augmented, cache_images,
+        self.pyramid = pyramid if pyramid is not None else open_pyramids(
+            data_root, in_channels, out_channels, use_augmented, cache_images,
                                                 (split,), targets, max_value, mask_suffix)[split]
 
     @property

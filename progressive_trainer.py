@@ -147,9 +147,9 @@ class ProgressiveTrainer(Described):
         """
         new = stage != self.model.stage
         if new:
-            self._position = None
             for network in {self.model, self.evaluated_model}:
                 network.set_stage(stage)
+            self._position = None
         self.course.enter(stage, new, epochs)
 
     def train_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
@@ -167,10 +167,15 @@ class ProgressiveTrainer(Described):
             UserError: for a loader whose first batch is something else; what is wrong and what to change.
             NonFiniteLossError: with stage, epoch, batch and file names; the batch changes no weight and no statistic.
         """
+        if self.model.stage not in self.plan.epochs:
+            raise UserError(f"stage {self.model.stage} is not planned: epochs are {self.plan.epochs}, so its rate "
+                            f"would be 0. Begin with set_stage({min(self.plan.epochs)}), or plan it: "
+                            f"set_stage({self.model.stage}, epochs=...)")
         recipe = self._begin_epoch(loader, epoch)
-        saved, self._position = self._position if epoch == self.finished_epochs else None, None
-        metrics = TrainingEpoch(self, loader, epoch, recipe.classes, saved).run(
-            lambda batch: self._begin_steps(batch, recipe))
+        saved = self._position if epoch == self.finished_epochs else None
+        training = TrainingEpoch(self, loader, epoch, recipe.classes, saved)
+        self._position = None
+        metrics = training.run(lambda batch: self._begin_steps(batch, recipe))
         self.course.finished_epochs = epoch + 1
         return metrics
 
@@ -236,6 +241,11 @@ class ProgressiveTrainer(Described):
         Raises:
             UserError: where disk or memory has no room for the run, before anything is written.
         """
+        planned = [STAGE_RESOLUTIONS[stage] for stage in self.plan.epochs]
+        if missing := [side for side in planned if side not in dataloaders]:
+            raise UserError(f"dataloaders holds {list(dataloaders)}, but training goes through {planned} pixels. Give "
+                            f"(train, valid) for {', '.join(map(str, missing))} too, or build the trainer with a "
+                            f"network at a later stage")
         refuse_lack_of_space(self)
         refuse_large_batches(self, dataloaders)
         try:

@@ -19,6 +19,8 @@ from system.atomic import atomic_write
 from system.errors import UserError
 
 MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything is decoded
+UPPER_BITS = "upper bits alone"  # in the info of an image of which Pillow drops the lower 8 of 16 bit
+DARK_UPPER_BITS = 17  # below this lie the upper 8 bit of 12
 
 
 def image_size(path: Path, max_pixels: float = math.inf) -> tuple[int, int]:
@@ -145,7 +147,10 @@ def in_channels(name: Path | str, raw: np.ndarray, channels: int, max_value: int
 def _open(path: Path, file: BinaryIO | None = None) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = None  # Pillow refuses beyond 1.8e8 pixels; `max_pixels` takes the place of that
     try:
-        return Image.open(file or path)
+        image = Image.open(file or path)
+        image.info[UPPER_BITS] = image.format == "PNG" and not image.mode.startswith("I") and any(
+            ";16" in str(tile[3]) for tile in image.tile)
+        return image
     except UnidentifiedImageError:
         if path.suffix.lower() in tiff.SUFFIXES and (image := _deep_image(path, file)):
             return image
@@ -236,8 +241,11 @@ def loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO 
         raw = tiff.read_deep(path, file) if tags else None
         turned_round = raw is None and image.mode in ("1", "L")  # by Pillow, where 0 is white
         if raw is None:
+            upper_bits = image.info.get(UPPER_BITS)
             image.load()
             raw = _pixels(image, palette)
+            if upper_bits:
+                raw = _from_upper_bits(path, raw, palette)
         elif orientation(image) != 1:
             raw = _turned(raw, orientation(image))
         if tags.get(262) == 0 and raw.ndim == 2 and raw.dtype.kind in "bu":
@@ -248,6 +256,18 @@ def loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO 
         raise
     except READER_ERRORS as error:
         raise ImageFileError(f"{path}: damaged or cut off ({error}). Export it again or remove it") from None
+
+
+def _from_upper_bits(path: Path, raw: np.ndarray, palette: bool) -> np.ndarray:
+    """Return as uint16 what Pillow reads of a PNG of 16 bit with colours or transparency: the upper 8 bit of a value.
+
+    Refused is what has nothing there, as a picture of a camera of 12 bit and a mask of 0 and 1, and what must be exact.
+    """
+    high = int(raw.max())
+    if high < DARK_UPPER_BITS or not palette:
+        raise ImageFileError(f"{path}: a PNG of 16 bit with colours or transparency, of which only the upper 8 bit can "
+                             f"be read, and these hold 0..{high}. Save it as TIFF, or with 8 bit")
+    return raw.astype(np.uint16) * 257
 
 
 def _turned(raw: np.ndarray, way: int) -> np.ndarray:
@@ -283,6 +303,9 @@ def _to_8_bit(path: Path | str, raw: np.ndarray, max_value: int = 0) -> np.ndarr
         raise ImageFileError(f"{path}: {np.count_nonzero(~np.isfinite(raw))} of {raw.size} values are infinite or no "
                              f"numbers (NaN). Write what these pixels are, e.g. 0")
     if max_value:
+        if raw.dtype.kind == "f" and 0 < high <= 1 < max_value:
+            raise ImageFileError(f"{path}: floating-point values up to {high:g} found, which lie in 0..1 already, but "
+                                 f"--max_value {max_value} was given. Leave it out, or multiply by {max_value}")
         if not (low >= 0 and high <= max_value):
             raise ImageFileError(f"{path}: values {low:g}..{high:g} found, but --max_value {max_value} says what is "
                                  f"white; they must lie in 0..{max_value}. Pass the largest value that the camera "

@@ -13,6 +13,7 @@ from images.files import ImageFileError, loaded, opened, upright
 MAX_GREY_SHARE = 0.20  # of a mask's pixels; real JPEG masks have up to 0.07 between 64 and 191
 FEW_VALUES = 32        # up to which the values of a mask are looked at one by one: JPEG and smooth edges make more
 NEAR = 8               # how far values of one colour may lie apart
+APART = 32             # how far JPEG moves the channels of a grey pixel apart
 MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
 
 
@@ -120,7 +121,7 @@ def _meaning_of_alpha(path: Path, raw: np.ndarray, alpha: np.ndarray) -> np.ndar
 def _grey_of_mask(path: Path, raw: np.ndarray) -> np.ndarray:
     """Reduce an RGB mask to one plane; its three channels must agree, as they do in a grey file saved as RGB."""
     spread = int((raw.max(axis=2).astype(int) - raw.min(axis=2)).max())
-    if spread > 32:
+    if spread > (APART if raw.max() > 2 * APART else 0):  # small numbers are labels, in one channel or more
         colours = np.unique(raw.reshape(-1, 3), axis=0)
         example = tuple(int(v) for v in colours[-1])
         raise ImageFileError(f"{path}: a colour-coded mask ({len(colours)} colours, e.g. {example}); {MASK_RULE}. "

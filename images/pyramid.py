@@ -222,7 +222,8 @@ def read_image(pair: Pair, recipe: DataRecipe) -> tuple[np.ndarray, str]:
     """Read an image as `images.files.load_image` does, and say what a user may not expect of that, '' for nothing."""
     with opened(pair.image) as image:
         turned = orientation(image) != 1  # before it is loaded: a TIFF forgets it then
-        raw, deep = loaded(pair.image, image), image.mode.startswith("I")
+        raw = loaded(pair.image, image)
+        deep = image.mode.startswith("I") or raw.dtype == np.uint16
     words = ""
     if turned:
         with opened(pair.mask) as mask:

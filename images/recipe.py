@@ -109,6 +109,9 @@ class DataRecipe:
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"{this}: {name} is {getattr(self, name)!r}, but {getattr(other, name)!r} in {that}; "
                                 f"they must agree in it")
+        if self.class_names and other.class_names and self.class_names != other.class_names:
+            raise UserError(f"{this}: its classes are {', '.join(self.class_names)}, those of {that} "
+                            f"{', '.join(other.class_names)}; they must be the same in the same order")
 
 
 def is_pixel_size(value) -> bool:

@@ -156,7 +156,7 @@ def group_names(names: Iterable[str], group_regex: str | None) -> dict[str, str]
         return {name: name for name in names}
     pattern = compiled(group_regex)
     found = {name: pattern.search(name) for name in names}
-    missed = [name for name, match in found.items() if not match or match.group(pattern.groups and 1) is None]
+    missed = [name for name, match in found.items() if not match or not match.group(pattern.groups and 1)]
     if missed:
         raise UserError(f"--group_regex {group_regex!r} finds nothing in {len(missed)} names, e.g. {missed[0]!r}; it "
                          f"must match every source name. Widen it, e.g. '^\\d+' for leading digits, '^[^_]+' for all "

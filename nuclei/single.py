@@ -20,13 +20,14 @@ def keep_cell(probability: np.ndarray, threshold: float = 0.5, has_cytoplasm: bo
         The same (H, W, K), 0 at pixels that lie nearest to another object, so that no soft rim of one stays.
     """
     kept = probability.copy()
+    has_cytoplasm = has_cytoplasm and bool((probability[..., 0] >= threshold).any())  # else of each class one object
     for k in range(1 if has_cytoplasm else probability.shape[2]):
         objects, count = label(probability[..., k] >= threshold, return_num=True, connectivity=1)
         if count > 1:
             sums = np.bincount(objects.ravel(), probability[..., k].ravel())
             kept[..., k] *= _nearest(objects) == 1 + sums[1:].argmax()
     nucleus = kept[..., 0] >= threshold
-    if has_cytoplasm and nucleus.any():
+    if has_cytoplasm:
         cells = label(nucleus | (probability[..., 1] >= threshold), connectivity=1)
         kept[..., 1] *= _nearest(cells) == cells[nucleus][0]
     return kept

@@ -46,8 +46,9 @@ def cell_ratios(name: str, drawn: np.ndarray, drawn_cytoplasm: np.ndarray, found
     partner = dict(zip(table.drawn[matched].tolist(), table.found[matched].tolist(), strict=True))
     cytoplasm = []
     for nuclei, mask in ((drawn, drawn_cytoplasm), (found, found_cytoplasm)):
-        labels = np.unique(nuclei[nuclei > 0])
-        cytoplasm.append(cytoplasm_areas([nuclei], [mask], *mask.shape, int(nuclei.max()) + 1)[labels])
+        labels, dense = np.unique(np.append(nuclei, 0), return_inverse=True)  # numbers may be large; 0 is the first
+        dense = dense[:-1].reshape(nuclei.shape)
+        cytoplasm.append(cytoplasm_areas([dense], [mask], *mask.shape, len(labels))[1:])
     rows = []
     for i, area in enumerate(table.drawn_areas.tolist()):
         row = {"image": name} | _areas("drawn", area, int(cytoplasm[0][i]))

@@ -173,7 +173,7 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
         if (name in MEASURES or name.startswith("dice_")) and name in others[0]:
             values = np.array([a[name] - b[name] for a, b in zip(rows, others, strict=True)])
             low, high, means = bootstrap_mean(values, seed, groups)
-            tail = min((means <= 0).mean(), (means >= 0).mean())
+            tail = min((means <= 0).mean(), (means >= 0).mean()) if groups.max() else 1.0  # one group tells nothing
             result[name] = {"difference": float(values.mean()), "low": low, "high": high,
                             "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
                             "p_wilcoxon": wilcoxon_p(np.bincount(groups, values) / np.bincount(groups))}

@@ -17,6 +17,7 @@ import train_papsmear
 from conftest import TINY, copy_pair, disc, move_pair, run_script, write_data_set
 from images.dealing import write_splits
 from images.files import save_png
+from images.pyramid import open_pyramids
 from images.report import check_dataset
 from images.splits import DatasetError, leaked, list_splits
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
@@ -266,3 +267,8 @@ def test_images_that_all_lie_in_train_are_dealt(tmp_path):
     write_splits(root)
     assert [len(pairs) for pairs in list_splits(root).values()] == [14, 3, 3]
     check_dataset(root)
+
+
+def test_a_pyramid_of_no_image_is_not_the_bundled_sample(shared_root):
+    pyramid = open_pyramids(shared_root)["train"].subset([])
+    assert len(PapSmearDataset(split="train", pyramid=pyramid)) == 0

@@ -4,6 +4,10 @@
 """
 
 
+import struct
+import zlib
+from functools import partial
+
 import numpy as np
 import pytest
 import tifffile
@@ -13,7 +17,7 @@ from conftest import noisy_image
 from images import bands as image_bands
 from images.bands import BandStore, ImageRows, TiffLayout, even_spans, small_tiff, windows, write_tiff
 from images.files import ImageFileError, image_size, load_image, save_png, to_image
-from images.masks import load_instances
+from images.masks import load_instances, load_mask
 
 # ---- images in memory and whole files
 
@@ -209,3 +213,44 @@ def test_bands_are_stored_and_written(dtype, tmp_path):
 
 def test_windows_of_one_band():
     assert [list(part) for part in windows(iter([np.arange(5)]), [(0, 5)])] == [[0, 1, 2, 3, 4]]
+
+
+def save_png16(path, pixels) -> None:
+    """Write (H, W, 2), (H, W, 3) or (H, W, 4) as PNG of 16 bit, which Pillow cannot."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+                     + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_png_of_16_bit_with_colours_or_transparency(channels, tmp_path):
+    """Of such a file the upper 8 bit alone are read: what lies in the lower ones is refused, not read as black."""
+    path = tmp_path / "a.png"
+    pixels = np.full((20, 24, channels), 65535)
+    pixels[5:15, 5:15, :3 - 2 * (channels == 2)] = 40000
+    save_png16(path, pixels)
+    assert np.array_equal(np.unique(load_image(path, 1)), [40000 >> 8, 255])
+    assert load_image(path, 1, max_value=65535).max() == 255
+    with pytest.raises(ImageFileError, match="--max_value 16383 says what is white"):
+        load_image(path, 1, max_value=16383)
+    with pytest.raises(ImageFileError, match="of which only the upper 8 bit"):
+        load_instances(path)
+    for largest in (1, 1023, 4095):
+        save_png16(path, pixels // 65535 * largest)
+        for read in (partial(load_image, channels=3), partial(load_image, channels=3, max_value=4095), load_mask):
+            with pytest.raises(ImageFileError, match="Save it as TIFF, or with 8 bit"):
+                read(path)
+    save_png16(path, pixels // 65535 * 65535)
+    assert load_mask(path).sum() == 20 * 24 - 100
+
+
+def test_floating_point_below_1_is_none_of_a_camera(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20))
+    with pytest.raises(ImageFileError, match="which lie in 0..1 already"):
+        load_image(tmp_path / "a.tif", 1, max_value=4095)
+    assert load_image(tmp_path / "a.tif", 1, max_value=1).max() == 255

@@ -23,6 +23,7 @@ from images.tiles import STEP, plan_axis
 from inference import REACH, Predictor, tile_margin
 from nuclei.single import keep_cell
 from nuclei.trust import Agreement
+from system.errors import UserError
 from unet import MODELS, ProgressiveUNet, UNet
 
 # ---- tiles
@@ -255,3 +256,18 @@ def test_docstring_examples_hold():
     result = doctest.testmod(tiles)
     assert result.attempted >= 2
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("batch_size", [-1, 0, 2.5])
+def test_a_batch_has_an_image(batch_size, tmp_path):
+    path = write_checkpoint(tmp_path / "a.pth", lively_model(), "tile")
+    with pytest.raises(UserError, match="batch_size is .*; it must be a whole number of at least 1"):
+        Predictor(path, "cpu", batch_size=batch_size)
+
+
+def test_networks_of_other_classes_are_not_averaged(tmp_path):
+    model = lively_model(out_channels=2)
+    paths = [write_checkpoint(tmp_path / f"{names[0]}.pth", model, class_names=names)
+             for names in (("nucleus", "cytoplasm"), ("cytoplasm", "nucleus"))]
+    with pytest.raises(UserError, match="its classes are cytoplasm, nucleus, those of .* nucleus, cytoplasm"):
+        Predictor(paths, "cpu")

@@ -33,7 +33,7 @@ from images.listing import list_folder
 from images.pairs import originals, source_name
 from images.recipe import MASK_AND_BOUNDARY
 from images.report import check_dataset
-from images.splits import list_splits
+from images.splits import group_names, list_splits
 from images.targets import instance_file, load_target
 from system.errors import UserError
 
@@ -245,3 +245,9 @@ def test_a_data_set_is_made_of_such_names_too(odd_names, tmp_path):
     report = check_dataset(tmp_path / "out")
     assert report.totals == {"source images": 3}, "the manifest is found again"
     assert report.leakage["source images"] == {"valid": (0, 1), "test": (0, 1)}
+
+
+def test_an_expression_that_finds_nothing_in_a_name_deals_no_patient_twice(tmp_path):
+    with pytest.raises(UserError, match="finds nothing in 2 names, e.g. 'anna_1'"):
+        group_names(["anna_1", "anna_2", "7_1"], r"^\d*")
+    assert group_names(["7_1", "7_2"], r"^\d*") == {"7_1": "7", "7_2": "7"}

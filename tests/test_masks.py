@@ -190,3 +190,15 @@ def test_the_report_says_how_masks_were_read(tmp_path):
     assert [w.split(", e.g.")[0] for w in found] == [
         "1 mask(s) in which 0 is stored for white, read as it is shown: white is foreground",
         "1 mask(s) of one colour with varying transparency, read from the alpha channel: opaque is foreground"]
+
+
+@pytest.mark.parametrize("colours", [((1, 0, 0), (2, 0, 0)), ((1, 0, 0), (0, 2, 0)), ((0, 0, 1), (0, 0, 1))])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_small_numbers_in_one_channel_are_no_grey(colours, classes, tmp_path):
+    mask = np.zeros((40, 40, 3), np.uint8)
+    mask[5:20, 5:20], mask[22:35, 22:35] = colours
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    with pytest.raises(ImageFileError, match="a colour-coded mask"):
+        load_mask(tmp_path / "a.png", classes)
+    Image.fromarray(np.repeat(mask.max(2, keepdims=True), 3, 2)).save(tmp_path / "grey.png")
+    assert load_mask(tmp_path / "grey.png", 2).any(axis=2).sum() == 15 * 15 + 13 * 13

@@ -4,6 +4,7 @@
 """
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -91,3 +92,14 @@ def test_a_ratio_needs_both_classes_by_name(tmp_path, capsys):
     (root / "dataset.json").write_text('{"sizing": "resize", "classes": "nucleus"}')
     assert evaluate_papsmear.main([str(checkpoint), "--data_root", str(root), "--device", "cpu"]) == 2
     assert "classes is 'nucleus'; it must be a list of the names" in capsys.readouterr().err
+
+
+def test_large_numbers_of_nuclei_take_no_memory():
+    drawn, cytoplasm = labelled((20, 20), (2, 5, 2, 5), (12, 15, 5, 15)), np.ones((20, 20), bool)
+    large = np.where(drawn == 2, 2_000_000_000, drawn)
+    tracemalloc.start()
+    rows = cell_ratios("a.png", large, cytoplasm, large, cytoplasm)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == cell_ratios("a.png", drawn, cytoplasm, drawn, cytoplasm)
+    assert peak < 2 ** 24

@@ -362,3 +362,9 @@ def test_dice_of_discs_matches_its_geometry():
     a, b = (torch.from_numpy(np.hypot(rows - 200, columns - x) <= 80)[None, None] for x in (200, 280))
     overlap = 2 * 80 ** 2 * math.acos(0.5) - 80 / 2 * math.sqrt(4 * 80 ** 2 - 80 ** 2)  # lens of two equal circles
     assert pixel_metrics(a, b)["dice"].item() == pytest.approx(overlap / (math.pi * 80 ** 2), abs=0.005)
+
+
+def test_one_group_tells_nothing():
+    rows, others = ([{"image": str(i), "group": "a", "dice": 0.5 + shift} for i in range(50)] for shift in (0, 0.01))
+    result = compare(rows, others)["dice"]
+    assert (result["p_bootstrap"], result["p_wilcoxon"]) == (1.0, 1.0)

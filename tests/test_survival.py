@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,27 @@ def test_another_number_of_batches_is_refused(root, tmp_path):
     again.resume(tmp_path / "run/last.pth")
     with pytest.raises(UserError, match="cut off after batch 2 of 3, but the loader has 4 batches"):
         again.train_epoch(DataLoader(loaders[32][0].dataset, 2), 0)
+    assert again.position_in_words == ", and batch 2 of 3 of the next", "the right data go on from there"
+    again.train_epoch(loaders[32][0], 0)
+    assert again.position_in_words == ""
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_weights_for_use_are_not_resumed_from(average, root, tmp_path):
+    options = {"epochs_per_stage": [0, 0, 0, 2], "average": average}
+    trainer, loaders = make_trainer(root, tmp_path / "run", **options)
+    trainer.fit(loaders, say=lambda _: None)
+    for name in ("best_stage_4.pth", "final_model.pth"):
+        with pytest.raises(UserError, match="it holds the weights of stage 4 alone.*Resume from last.pth"):
+            make_trainer(root, **options)[0].resume(tmp_path / "run" / name)
+    make_trainer(root, **options)[0].resume(tmp_path / "run/last.pth")
+
+
+@pytest.mark.parametrize("config", [{np.int64(1): 2}, {"a": {Path("x"): 2}}, {"a": os.terminal_size((1, 2))},
+                                    {"a": defaultdict(int)}], ids=["NumPy key", "path as key", "tuple", "dictionary"])
+def test_settings_that_could_not_be_loaded_are_refused_before_they_are_saved(config):
+    with pytest.raises(UserError, match="checkpoints hold None, bool, int"):
+        ProgressiveTrainer(lively_model(), "cpu", config=config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -20,6 +20,7 @@ from progressive_trainer import ProgressiveTrainer
 from scoring.measures import pixel_metrics, soft_dice
 from system.errors import NonFiniteLossError, UserError
 from training.averaging import AveragedNetwork
+from training.batches import finest_masks, measured_statistics
 from training.dealing import deal
 from training.memory import training_memory
 from training.run_folder import COLUMNS, RunFolder
@@ -557,3 +558,40 @@ def test_a_run_from_before_a_column_was_there_goes_on(tmp_path):
     first, second = folder.rows()
     assert math.isnan(first["processor_seconds"])
     assert (first["loss"], second["processor_seconds"]) == (1, 2)
+
+
+def test_masks_of_augmented_images_and_of_nameless_ones_have_no_finer_ones(shared_root):
+    loaders = create_progressive_dataloaders(shared_root, dict.fromkeys((32, 64, 128, 256), 2))
+    trained, validated = (next(iter(loader)) for loader in loaders[32][:2])
+    assert finest_masks(loaders[32][0], trained, trained["mask"]) is None
+    assert finest_masks(loaders[32][1], validated, validated["mask"]).shape[-1] == 256
+    nameless = {name: validated[name] for name in ("image", "mask")}
+    assert finest_masks(loaders[32][1], nameless, validated["mask"]) is None
+
+
+def test_a_stage_without_a_plan_is_not_trained_at_rate_0(shared_root):
+    trainer, loaders = make_trainer(shared_root, epochs_per_stage=(0, 1, 1, 1))
+    with pytest.raises(UserError, match=r"stage 1 is not planned: epochs are \{2: 1, 3: 1, 4: 1\}"):
+        trainer.train_epoch(loaders[32][0], 0)
+    with pytest.raises(UserError, match="epochs_per_stage is"):
+        trainer.set_stage(2, epochs=0)
+    trainer.set_stage(3)
+    trainer.train_epoch(loaders[128][0], 0)
+    trainer.set_stage(1, epochs=2)
+    assert trainer.plan.epochs == {1: 2, 2: 1, 3: 1, 4: 1}
+    assert trainer.train_epoch(loaders[32][0], 0)["lr"] > 0
+
+
+def test_fit_without_a_loader_of_a_stage_is_refused(shared_root, tmp_path):
+    trainer, loaders = make_trainer(shared_root, tmp_path / "run")
+    with pytest.raises(UserError, match=r"training goes through \[32, 64, 128, 256\] pixels. Give .* for 32, 128 too"):
+        trainer.fit({64: loaders[64], 256: loaders[256]})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_channel_that_is_constant_has_a_deviation_of_1(shared_root):
+    loader = [{"image": torch.stack([torch.rand(2, 32, 32), torch.full((2, 32, 32), 0.25)], 1),
+               "mask": torch.zeros(2, 1, 32, 32)}]
+    mean, std = measured_statistics(loader, ProgressiveUNet(in_channels=2, base_channels=2))
+    assert (mean[1], std[1]) == (0.25, 1.0)
+    assert 0.2 < std[0] < 0.4

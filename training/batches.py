@@ -88,10 +88,12 @@ def agreed_recipe(loader: Loader, known: DataRecipe | None) -> DataRecipe | None
 def finest_masks(loader: Loader, batch: dict, mask: torch.Tensor) -> torch.Tensor | None:
     """Return the masks of a batch at 256 pixels, on the device of `mask` (N, K, S, S).
 
-    None where `mask` is as fine, and for a data set that has no finer ones.
+    None where `mask` is as fine, and for a data set that has no finer ones, or none that fit: of images that are
+    augmented, or whose names a loader leaves out.
     """
-    finest = getattr(getattr(loader, "dataset", None), "finest_masks", None)
-    if finest is None or mask.shape[-1] == FINEST:
+    data = getattr(loader, "dataset", None)
+    finest = getattr(data, "finest_masks", None)
+    if finest is None or mask.shape[-1] == FINEST or data.augment_probability or "name" not in batch:
         return None
     return finest(batch["name"]).to(mask.device)
 
@@ -141,4 +143,5 @@ def measured_statistics(loader: Loader, model) -> tuple[tuple[float, ...], tuple
         pixels += image.shape[0] * image.shape[2] * image.shape[3]
     pixels, *flat = all_reduce_sum(pixels, *sums.flatten().tolist())
     mean, square = torch.tensor(flat, dtype=torch.float64).view(2, -1) / pixels
-    return tuple(mean.tolist()), tuple((square - mean ** 2).clamp_min(0).sqrt().tolist())
+    std = (square - mean ** 2).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())  # a channel may be constant

@@ -34,10 +34,10 @@ class Course:
             self.finished_epochs = 0
         whole = self._whole
         if epochs is not None or stage not in whole.epochs:
-            whole = whole.with_epochs(stage, epochs or next(iter(whole.epochs.values())))
+            whole = whole.with_epochs(stage, next(iter(whole.epochs.values())) if epochs is None else epochs)
         self._whole = whole
         # What lies below the first stage that is trained is no part of the run.
-        self.plan = whole.starting_at(min(self.plan.epochs) if self.begun else stage)
+        self.plan = whole.starting_at(min(stage, *self.plan.epochs) if self.begun else stage)
 
     def step(self) -> None:
         """Note that the optimizer has stepped: what is planned from here on was begun."""
