@@ -11,7 +11,8 @@ A checkpoint is a dictionary of plain types and tensors; it loads with `weights_
     data            the data recipe (see images/recipe.py); a DataRecipe once it is loaded, its fields in the file
     threshold       probability from which a pixel is foreground
     epoch           epochs finished within the stage
-    score           validation Dice of these weights (None for a network that was not validated)
+    score           validation Dice of these weights, in last.pth of the averaged ones if there are any (None: not
+                    validated)
     best_scores     stage -> best validation Dice so far
     plan            epochs of each stage, rate and schedule (see training.schedule.TrainingPlan)
     position        in last.pth, where it was saved in the middle of an epoch (see training/position.py); else None

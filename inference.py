@@ -52,8 +52,8 @@ class Predictor(Described):
             nucleus.
     Attributes:
         models: networks in eval mode, with batch normalisation folded into the convolutions: for prediction alone.
-        recipe: the data recipe (see `images.recipe`) of the first checkpoint; in all but the statistics of their
-            training images the others agree with it.
+        recipe: the data recipe (see `images.recipe`) of the first checkpoint; the others agree with it in all but
+            the statistics of their training images and micrometres per pixel.
         max_value: what is white in images of more than 8 bit, that of the recipe (see there) unless it is changed.
         min_probability: lowest mean probability of a nucleus; None takes the middle of the threshold and 1, and 0 with
             single_cell.

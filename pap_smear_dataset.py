@@ -41,7 +41,8 @@ class PapSmearDataset(Described, Dataset):
         out_channels: mask channels.
         cache_images: decode once, and keep the images in memory or, if they are many, in memory-mapped files; None
             does so where there is space (see images/cache.py).
-        pyramid: the split as already decoded; data_root, use_augmented, cache_images and targets are then not used.
+        pyramid: the split as already decoded; data_root, channels, use_augmented, cache_images and targets are then
+            not used.
         targets: ('mask',), or ('mask', 'boundary') for one mask channel more: the rims of the nuclei.
         augment_strength: factor on the amounts of the random transforms, 0..3.
         max_value, mask_suffix: see `images.pyramid.open_pyramids`; not used with a pyramid.
@@ -191,7 +192,7 @@ class ProgressiveLoader(Described):
     A train loader shuffles and augments; the order is a function of (seed, resolution, epoch). Each pass is the next
     epoch unless `set_epoch` says which. No image is dropped, except that batch normalisation cannot use a last
     training batch of one. Of several processes (see system/processes.py) each gets its part of every batch,
-    which may be empty. Workers are only used while files are decoded at every step; they stay for the next epoch
+    which may be empty. Workers make sense while files are decoded at every step; they stay for the next epoch
     of a train loader and leave when a loader of another resolution starts.
     """
 

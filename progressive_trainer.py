@@ -156,8 +156,9 @@ class ProgressiveTrainer(Described):
         """Train on every batch of a loader once.
 
         Args:
-            loader: yields `image` (N, C, S, S) float in [0, 1], `mask` (N, K, S, S) in [0, 1] and, for messages,
-                `name`; S is the resolution of the stage. It carries the recipe of its data (see images/recipe.py).
+            loader: yields `image` (N, C, S, S) float in [0, 1], `mask` (N, K, S, S) in [0, 1] and, for messages
+                and the masks of 256 pixels in validation, `name`; S is the resolution of the stage. It carries the
+                recipe of its data (see images/recipe.py).
             epoch: within the stage, from 0; decides order, augmentation and learning rate.
         Returns:
             'loss', 'soft_dice' and the pixel metrics, all at the stage's resolution, as means over images; 'lr',
@@ -185,7 +186,8 @@ class ProgressiveTrainer(Described):
 
         Returns:
             'loss' and 'soft_dice' at the stage's resolution; the pixel metrics at 256 pixels, of the enlarged logits,
-            so that they compare across stages; 'foreground' (share predicted), 'empty_masks' (how many).
+            so that they compare across stages (at the stage's where a loader augments or has no `PapSmearDataset`);
+            'foreground' (share predicted), 'empty_masks' (how many).
         """
         check_loader(loader)
         network = self.evaluated_model.eval()

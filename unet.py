@@ -122,7 +122,10 @@ class Network(Described, nn.Module):
         return bool((self.image_mean != 0).any() or (self.image_std != 1).any())
 
     def set_image_statistics(self, mean, std) -> None:
-        """Store mean and standard deviation of the training images, one number a channel, on the scale [0, 1]."""
+        """Store mean and standard deviation (raised to 0.001) of the training images, on the scale [0, 1].
+
+        Each is one number a channel, or one for all.
+        """
         self.image_mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
         self.image_std.copy_(torch.as_tensor(std, dtype=torch.float32).clamp_min(1e-3))
 

@@ -84,7 +84,7 @@ class EncoderLevel(nn.Module):
 
 
 class BottomLevel(nn.Sequential):
-    """Convolve what the finest of the coarse levels hands down, twice; the image is not seen here.
+    """Convolve what the coarsest level that sees the image hands down, twice; the image is not seen here.
 
     (N, finer_channels, 2H, 2W) -> (N, channels, H, W).
     """

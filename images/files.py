@@ -37,7 +37,8 @@ def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS, max_valu
 
     Args:
         channels: 1 for luminance (ITU-R 601), 3 for RGB. Palettes are resolved and alpha is dropped. 16 bit is scaled
-            by its type (65535 becomes 255), never by the values found; floating point must lie in [0, 1].
+            by its type (65535 becomes 255), never by the values found; of a PNG with colours or transparency the upper
+            8 bit are read, and one that has nothing there is refused. Floating point must lie in [0, 1].
         max_pixels: an image of more is refused before it is decoded.
         max_value: what becomes 255 instead of 65535 or 1.0; 8 bit stays as it is.
     """
@@ -57,7 +58,7 @@ def to_image(image: np.ndarray | Image.Image, channels: int, name: str = "the im
 
     Args:
         image: (H, W), (H, W, 1) grey, (H, W, 2) grey with alpha, (H, W, 3) RGB or (H, W, 4) RGB with alpha, of bool,
-            uint8, uint16 or floating point in [0, 1]; or a Pillow image of any mode.
+            uint8, uint16 or floating point in [0, 1] (0..max_value, if that is given); or a Pillow image of any mode.
         name: what to call it in an error.
         max_value: as for `load_image`.
     Raises:

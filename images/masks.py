@@ -20,8 +20,8 @@ MASK_RULE = "a mask holds 0/255, 0/1 or boolean values"
 def load_mask(path: Path, classes: int = 1) -> np.ndarray:
     """Read a mask as (H, W, classes) bool.
 
-    With one class the file holds 0/255, 0/1 or boolean values; anti-aliased or JPEG grey is cut at half. With more
-    classes it is a label image: 0 is background and pixels of value k belong to channel k - 1.
+    With one class the file holds 0/255, 0/65535, 0/1 or boolean values; anti-aliased or JPEG grey is cut at half.
+    With more classes it is a label image: 0 is background and pixels of value k belong to channel k - 1.
     Where all that is visible has one colour and transparency varies, the mask is the alpha channel. A TIFF in which 0
     is white is read as it is shown, unless ImageJ wrote it or it holds labels: then as it is stored.
     This is where a mask becomes {0, 1}.
@@ -119,7 +119,7 @@ def _meaning_of_alpha(path: Path, raw: np.ndarray, alpha: np.ndarray) -> np.ndar
 
 
 def _grey_of_mask(path: Path, raw: np.ndarray) -> np.ndarray:
-    """Reduce an RGB mask to one plane; its three channels must agree, as they do in a grey file saved as RGB."""
+    """Reduce an RGB mask to one plane; its three channels must agree, but for what JPEG changes."""
     spread = int((raw.max(axis=2).astype(int) - raw.min(axis=2)).max())
     if spread > (APART if raw.max() > 2 * APART else 0):  # small numbers are labels, in one channel or more
         colours = np.unique(raw.reshape(-1, 3), axis=0)

@@ -83,7 +83,7 @@ class ImagePyramid:
         return f"in memory-mapped files in {self._cache.folder}" if self._cache.folder else "in memory"
 
     def subset(self, indices: Iterable[int]) -> "ImagePyramid":
-        """Return these images alone, decoded anew and kept in memory."""
+        """Return these images alone, decoded anew and kept in memory; statistics are theirs, and problems not told."""
         chosen = ImagePyramid([self.pairs[i] for i in indices], self.recipe)
         chosen.read_all(ImageCache(len(chosen), chosen.channels))
         return chosen

@@ -107,8 +107,9 @@ def measure_nuclei(sums: NucleusSums, labels: Callable[[], Iterable[np.ndarray]]
     """Measure all nuclei of an image: DIGITS, and CELL_DIGITS if there is a class for the cytoplasm.
 
     Circularity is 4 pi area / perimeter^2 and at most 1, as in ImageJ: nothing is rounder than a disc, and what lies
-    above comes from counting the few pixels of a small nucleus (a disc of radius 5 would have 1.03, of radius 20 it has
-    0.94, of radius 100 0.91: pixels make long outlines longer). It is not a number (NaN) where the perimeter is 0.
+    above comes from counting the few pixels of a small nucleus (a disc of radius 5 around a corner of pixels
+    would have 1.03, of radius 20 it has 0.94, of radius 100 0.91: pixels make long outlines longer). It is not a number
+    (NaN) where the perimeter is 0.
     Solidity is the area divided by that of the convex hull. `nucleus_to_cytoplasm` is the area of the nucleus divided
     by that of its cytoplasm, to which the nucleus does not belong (see `nuclei.cells`), NaN without any.
 

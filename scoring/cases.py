@@ -43,7 +43,7 @@ class Case:
 
     def found(self, threshold: float) -> np.ndarray:
         """Return the predicted masks (K, H, W) bool."""
-        return self.probability >= round(threshold * 255)  # to the same side as the probability, see `to_bytes`
+        return self.probability >= round(threshold * 255)  # to within 1/510 of the threshold, see `to_bytes`
 
     def dice_of(self, channel: int, threshold: float) -> float:
         """Return Dice of one class: of the whole image where there is one class, else of the pixels that are here."""
@@ -152,7 +152,7 @@ def save_cases(path: Path, cases: list[Case], **tables: np.ndarray) -> None:
 def load_cases(path: Path) -> tuple[list[Case], dict[str, np.ndarray]]:
     """Return the cases and the tables of a file.
 
-    Raises OSError or ValueError for a file that is none, or cut off.
+    Raises ValueError for a file that is missing, none, or cut off.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

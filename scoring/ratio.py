@@ -68,7 +68,8 @@ def compare_ratios(rows: list[dict]) -> dict:
 
     Ratios of cells spread over orders of magnitude, so agreement is that of their logarithms (Bland and Altman 1999,
     section 3.1): `factor` is the geometric mean of predicted / drawn, and between `low` and `high` it lies for 95 % of
-    cells. `pearson` is the correlation of the logarithms, `spearman` that of the ranks; both are None below 3 cells.
+    cells. `pearson` is the correlation of the logarithms, `spearman` that of the ranks. All are
+    None below 3 cells, and the correlations where ratios do not vary.
     """
     drawn, predicted = _both(rows)
     result: dict = {"cells": len(rows), "compared": len(drawn),

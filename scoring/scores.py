@@ -150,7 +150,7 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
 
 
 def trust_in_dice(rows: list[dict]) -> float | None:
-    """Return Spearman's correlation of trust and Dice over images; None where one of them does not vary."""
+    """Return Spearman's correlation of trust and Dice over images; None for fewer than 3, or if one does not vary."""
     values = np.array([(row["trust"], row["dice"]) for row in rows if "trust" in row]).reshape(-1, 2)
     return float(stats.spearmanr(*values.T).statistic) if len(values) > 2 and np.ptp(values, axis=0).all() else None
 
@@ -159,8 +159,9 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     """Compare two lists of rows image by image: measure -> difference, low, high, p_bootstrap, p_wilcoxon.
 
     `difference` is the mean of the first minus the second; its interval is a paired bootstrap over groups as in
-    `summarise`, `p_bootstrap` twice the share of resampled differences on the other side of 0, and `p_wilcoxon` that of
-    Wilcoxon's signed rank test (scipy) over the means of the groups; it is 1 where none differs.
+    `summarise`, `p_bootstrap` twice the share of resampled differences on the other side of 0 (at least 2 / RESAMPLES),
+    and `p_wilcoxon` that of Wilcoxon's signed rank test (scipy) over the means of the groups; it is 1 where none
+    differs. Of a single group both are 1, as nothing can be resampled.
 
     Raises:
         ValueError: if the rows are not of the same images in the same order.

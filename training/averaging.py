@@ -10,7 +10,7 @@ from unet import LAST_STAGE, Network
 class AveragedNetwork:
     """A copy of a network whose weights follow those of the original slowly, each part from its own birth.
 
-    The decay of a part's n-th update is min(decay, (1 + n) / (10 + n)): a young part follows quickly, so that its
+    The decay of a part's update n, from 0, is min(decay, (1 + n) / (10 + n)): a young part follows quickly, so that its
     untrained start is soon forgotten, and a growth leaves the averages of older parts as they are. Running statistics
     of batch normalisation are those of the original; averaged or computed anew they bring nothing
     (docs/experiments.md).

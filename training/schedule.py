@@ -91,7 +91,8 @@ class TrainingPlan:
         linearly over 2 % of the run's epochs from the start of the stage of its birth (or from the start of the run,
         if that stage comes before the plan; or from that of the next stage, if it is skipped). Parts that an earlier
         stage has trained go on more slowly: where all learn at the full rate, Dice falls in the first epochs after a
-        growth (docs/experiments.md). What is not born yet has a rate of 0.
+        growth (docs/experiments.md). What is not born yet has a rate of 0, and all has at a stage below the plan. With
+        the schedule 'stage' each stage's epochs are in place of the run's work.
         """
         born = min((planned for planned in self.epochs if planned >= born), default=born)  # when the run meets it
         if born > stage:
