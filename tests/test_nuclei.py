@@ -404,11 +404,3 @@ def test_an_overlay_carries_the_labels_of_nuclei_that_they_do_not_hide():
     another = np.where(nuclei == 7, 1, nuclei)
     assert (overlay(image, another) != drawn).any(), "another number"
     assert np.array_equal(overlay(image, np.zeros_like(nuclei)), image)
-
-
-def test_a_cell_without_a_nucleus_has_one_cytoplasm():
-    probability = np.zeros((40, 80, 2))
-    probability[5:15, 5:15, 1], probability[10:30, 50:70, 1] = 0.9, 0.8
-    found = keep_cell(probability, 0.5, has_cytoplasm=True)[..., 1] >= 0.5
-    assert found.sum() == 20 * 20
-    assert found[20, 60]
