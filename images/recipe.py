@@ -16,6 +16,7 @@ TARGETS = (MASK, MASK_AND_BOUNDARY)
 CELL = ("nucleus", "cytoplasm")  # names of two classes that make cells
 YOUNG = {"max_value", "microns_per_pixel", "class_names"}  # fields that older checkpoints lack
 LARGEST_VALUE = 2 ** 32 - 1  # of a pixel in the files that are read
+MAX_VALUE_RULE = f"a whole number from 0 to {LARGEST_VALUE}"
 COARSEST = 1e6  # micrometres a pixel, beyond which the squares of it say nothing
 PIXEL_SIZE_RULE = f"0, or a number from {1 / COARSEST:g} to {COARSEST:g}"
 NAMES_RULE = "all different, without line breaks and other characters that cannot be printed"
@@ -59,8 +60,7 @@ class DataRecipe:
         for name, holds, rule in (
                 ("in_channels", type(self.in_channels) is int and self.in_channels > 0, "a whole number of at least 1"),
                 ("classes", type(self.classes) is int and self.classes > 0, "a whole number of at least 1"),
-                ("max_value", type(self.max_value) is int and 0 <= self.max_value <= LARGEST_VALUE,
-                 f"a whole number from 0 to {LARGEST_VALUE}"),
+                ("max_value", is_max_value(self.max_value), MAX_VALUE_RULE),
                 ("microns_per_pixel", is_pixel_size(self.microns_per_pixel), PIXEL_SIZE_RULE),
                 ("class_names", not self.class_names or len(self.class_names) == self.classes
                  and are_class_names(self.class_names), f"a name a class, here {self.classes}, {NAMES_RULE}"),
@@ -112,6 +112,11 @@ class DataRecipe:
         if self.class_names and other.class_names and self.class_names != other.class_names:
             raise UserError(f"{this}: its classes are {', '.join(self.class_names)}, those of {that} "
                             f"{', '.join(other.class_names)}; they must be the same in the same order")
+
+
+def is_max_value(value) -> bool:
+    """Tell whether a value can be what is white in images of more than 8 bit, or 0 for the largest of their type."""
+    return type(value) is int and 0 <= value <= LARGEST_VALUE
 
 
 def is_pixel_size(value) -> bool:

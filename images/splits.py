@@ -17,7 +17,15 @@ from typing import NamedTuple
 
 from images.listing import composed, left_out, list_folder, name_of
 from images.pairs import KINDS, TREE, Pair, originals, pair_folder, source_name, what_is_there
-from images.recipe import LARGEST_VALUE, NAMES_RULE, PIXEL_SIZE_RULE, SIZINGS, are_class_names, is_pixel_size
+from images.recipe import (
+    MAX_VALUE_RULE,
+    NAMES_RULE,
+    PIXEL_SIZE_RULE,
+    SIZINGS,
+    are_class_names,
+    is_max_value,
+    is_pixel_size,
+)
 from system.errors import UserError
 from system.text import compiled, shown, unguarded
 
@@ -141,9 +149,9 @@ def description_of(data_root: Path) -> Description:
         raise DatasetError(data_root, [f"{path}: classes is {shown(repr(names))[:80]}; it must be a list of the names "
                                        f"of the classes, {NAMES_RULE}, or be left out"])
     white = known.get("max_value", 0)
-    if type(white) is not int or not 0 <= white <= LARGEST_VALUE:
-        raise DatasetError(data_root, [f"{path}: max_value is {shown(repr(white))[:80]}; it must be a whole number "
-                                       f"from 0 to {LARGEST_VALUE}, or be left out"])
+    if not is_max_value(white):
+        raise DatasetError(data_root, [f"{path}: max_value is {shown(repr(white))[:80]}; it must be {MAX_VALUE_RULE}, "
+                                       f"or be left out"])
     return Description(sizing, float(microns or 0), tuple(names or ()), white)
 
 
