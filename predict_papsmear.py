@@ -128,6 +128,9 @@ def predict(args: argparse.Namespace) -> int:
               + (f"; {len(paths) - len(left)} are finished, {len(left)} are left" if args.go_on else ""))
         if words := scale_warning(predictor, args.pixel_size):
             print(f"warning: {words}")
+        if others := results.other_parts():
+            print(f"warning: {folder} holds {', '.join(others)} of an earlier prediction, which shared the images "
+                  f"otherwise (--shard), so its rows may be outdated. Remove what you no longer need")
         failed, black = predict_all(predictor, left, results, args, asked)
     if black:
         print(f"warning: {len(black)} of {len(left)} images came out all black; the highest probability in them is "
@@ -271,14 +274,16 @@ def predict_in_memory(predictor, path: Path, result, args: argparse.Namespace):
     """Predict one image as a whole and write its files; return a `nuclei.streaming.Prediction`."""
     import numpy as np
 
-    from images.files import instances_suffix, load_image, save_instances, save_png, to_image
+    from images.files import TURNED, instances_suffix, load_and_tell, save_instances, save_png, to_image
     from nuclei.measurement import NucleusSums, measure_nuclei
     from nuclei.outlines import overlay
     from nuclei.results import class_endings
     from nuclei.streaming import Prediction
     from nuclei.trust import Agreement
 
-    image = load_image(path, 3, int(args.max_pixels), predictor.max_value)
+    image, turned, dark = load_and_tell(path, 3, int(args.max_pixels), predictor.max_value)
+    if turned or dark:
+        print(f"{path.name}: " + "; ".join([f"{TURNED}, and its results too"] * turned + [dark] * bool(dark)))
     pixels = to_image(image, predictor.in_channels)
     agreement = Agreement()
     probability = predictor.predict(pixels, agreement)

@@ -42,6 +42,8 @@ def report(args: argparse.Namespace) -> None:
     if out.suffix != ".html" or out.is_dir():
         raise UserError(f"--out {out}: {'a folder' if out.is_dir() else f'its ending is {out.suffix!r}'}; the page is "
                         f"a file that ends in .html")
+    if out.name == "report.html" and (out.parent / "config.json").exists():
+        raise UserError(f"--out {out}: that is the page of the run in this folder. Choose another name")
     if os.path.lexists(out) and not args.overwrite:
         raise UserError(f"{out}: exists already, and nothing is overwritten unasked. Choose another --out, or pass "
                         f"--overwrite")

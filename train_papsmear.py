@@ -20,7 +20,7 @@ from pathlib import Path
 from images.resolutions import DEFAULT_BATCH_SIZES, RESOLUTIONS
 from system.errors import DiskError, UserError, is_for_user
 from system.options import command, is_first_of_launch
-from training.settings import grows, parse, run_settings
+from training.settings import parse, run_settings
 
 # Torch and all modules that need it are imported inside the functions: --help and wrong options answer at once.
 
@@ -158,6 +158,7 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     from progressive_trainer import ProgressiveTrainer
     from system.devices import choose_device, choose_precision, compute_reproducibly, set_up_process
     from system.processes import world_size
+    from training.start import name_other_images, new_model
     from training.time_limit import TimeLimit
     from unet import count_parameters
 
@@ -168,8 +169,10 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     set_up_process(device, precision)
-    model = new_model(args)
+    model, source = new_model(args)
     pyramids, fingerprint, report = open_data(args)
+    if source:
+        name_other_images(args, source, pyramids["train"].recipe)
     kept, workers = pyramids["train"].kept, decoding_workers(args, pyramids["train"])
     batch_sizes = DEFAULT_BATCH_SIZES | args.batch_sizes
     no_settings = ("resume", "dry_run", "overwrite", "by_hand") + ("epochs_per_stage",) * bool(time_limit)
@@ -195,33 +198,6 @@ def prepare(args: argparse.Namespace, folder: Path, begun: float | None = None):
         average=args.average, compile=args.compile, time_limit=time_limit,
         overwrite=args.overwrite, config=config, save_minutes=args.save_minutes)
     return model, trainer, loaders
-
-
-def new_model(args: argparse.Namespace):
-    """Build the network at its first stage, with the weights of --init_from if they were asked for."""
-    import torch
-
-    from checkpoints import load_checkpoint
-    from images.recipe import DataRecipe
-    from system.devices import choose_device
-    from training.memory import refuse_lack_of_memory
-    from unet import build_model
-
-    source = load_checkpoint(Path(args.init_from)) if args.init_from and not args.resume else None
-    if source:
-        adopt(args, source)
-    torch.manual_seed(args.seed)
-    recipe = DataRecipe(targets=args.targets, in_channels=args.in_channels, classes=args.out_channels)
-    model_args = {"model": args.model, "in_channels": args.in_channels, "base_channels": args.base_channels,
-                  "out_channels": recipe.target_channels}
-    refuse_lack_of_memory(model_args, choose_device(args.device))
-    model = build_model(model_args)
-    if args.model == "pgunet" and not args.progressive:
-        model.start_whole()
-    model.set_stage(args.start_stage if grows(args) else 4)
-    if source:
-        initialise(model, source, args.init_from)
-    return model
 
 
 def open_data(args: argparse.Namespace) -> tuple[dict, str, list[str]]:
@@ -265,39 +241,6 @@ def data_fingerprint(args: argparse.Namespace, pyramids: dict) -> str:
                          f"(fingerprint {fingerprint[:8]}..., then {args.data_fingerprint[:8]}...). Point --data_root "
                          f"at the same files, or start another run")
     return fingerprint
-
-
-def adopt(args: argparse.Namespace, source: dict) -> None:
-    """Take network and channels from the checkpoint of --init_from, where they were not given by hand.
-
-    Raises:
-        UserError: for what was given and contradicts the checkpoint, as few weights would fit.
-    """
-    from images.splits import description_of
-
-    recipe, model = source["data"], source["model_args"]
-    sizing = description_of(args.data_root).sizing
-    if sizing != recipe.sizing:
-        print(f"warning: {args.init_from} was trained on a data set of sizing '{recipe.sizing}', {args.data_root} is "
-              f"one of '{sizing}': its weights know nuclei at another size")
-    there = {"model": model["model"], "base_channels": model["base_channels"], "in_channels": recipe.in_channels,
-             "out_channels": recipe.classes, "targets": recipe.targets}
-    for name, value in there.items():
-        asked = getattr(args, name)
-        if asked != value and name in args.by_hand:
-            shown = (",".join(v) if isinstance(v, tuple) else v for v in (value, asked))
-            raise UserError("--init_from {}: its network has {} {}, asked for is {}. Leave --{} out, or start without "
-                            "--init_from".format(args.init_from, name, *shown, name))
-        setattr(args, name, value)
-
-
-def initialise(model, source: dict, path: str) -> None:
-    """Take over the weights of a checkpoint and say which parts came, which are new and which found no place."""
-    carried, new, left_out = model.transfer_weights(source["model"])
-    print(f"{path} (stage {source['stage']}) into stage {model.stage}:")
-    for title, names in (("carried", carried), ("new", new), ("left out", left_out)):
-        parts = dict.fromkeys(next((p for p in model.parts() if name.startswith(f"{p}.")), name) for name in names)
-        print(f"  {title}: {len(names)} tensors" + (f" of {', '.join(parts)}" if parts else ""))
 
 
 def print_memory(args: argparse.Namespace, model, trainer) -> None:

@@ -19,6 +19,11 @@ from system.atomic import atomic_write
 from system.errors import UserError
 
 MAX_PIXELS = 500_000_000  # of an image, checked on its header before anything is decoded
+DARK_16_BIT = 6554  # a tenth of the range
+DARK = ("of 16 bit without a value above a tenth of the range, as of a camera of 12 bit, read almost black; for 12 bit "
+        "pass --max_value 4095")
+TURNED = "turned upright by EXIF"
+DEEP = "deep"  # in the info of a picture that stands for pixels of a depth that Pillow does not know: these
 UPPER_BITS = "upper bits alone"  # in the info of an image of which Pillow drops the lower 8 of 16 bit
 DARK_UPPER_BITS = 17  # below this lie the upper 8 bit of 12
 
@@ -42,8 +47,18 @@ def load_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS, max_valu
         max_pixels: an image of more is refused before it is decoded.
         max_value: what becomes 255 instead of 65535 or 1.0; 8 bit stays as it is.
     """
+    return load_and_tell(path, channels, max_pixels, max_value)[0]
+
+
+def load_and_tell(path: Path, channels: int, max_pixels: float = MAX_PIXELS,
+                  max_value: int = 0) -> tuple[np.ndarray, bool, str]:
+    """Read as `load_image`; return also whether EXIF turned it, and in words why it comes out dark, '' if not."""
     with opened(path, max_pixels) as image:
-        return in_channels(path, loaded(path, image), channels, max_value)
+        turned = orientation(image) != 1  # before it is loaded: a TIFF forgets it then
+        raw = loaded(path, image)
+        deep = image.mode.startswith("I") or raw.dtype == np.uint16
+    dark = deep and raw.max() < DARK_16_BIT and not max_value
+    return in_channels(path, raw, channels, max_value), turned, DARK if dark else ""
 
 
 def decode_image(path: Path, file: BinaryIO, channels: int, max_value: int = 0) -> np.ndarray:
@@ -173,7 +188,7 @@ def opened(path: Path, max_pixels: float = MAX_PIXELS) -> Iterator[Image.Image]:
 
 
 def _deep_image(path: Path, file: BinaryIO | None) -> Image.Image | None:
-    """Read a grey TIFF of a depth that Pillow does not know; None for what is no such TIFF."""
+    """Read a TIFF of a depth that Pillow does not know; None for what is no such TIFF."""
     try:
         raw = tiff.read_deep(path, file, alone=True)
     except ImageFileError:
@@ -183,7 +198,9 @@ def _deep_image(path: Path, file: BinaryIO | None) -> Image.Image | None:
     if raw is None or raw.size > 3 * MAX_PIXELS:
         return None
     if raw.ndim == 3:
-        return Image.fromarray(_to_8_bit(path, raw))
+        image = Image.new("RGB", raw.shape[1::-1])
+        image.info[DEEP] = raw
+        return image
     if raw.dtype.kind == "f":
         return Image.fromarray(raw.astype(np.float32))
     return Image.fromarray(raw.astype(np.int32)) if abs(raw.astype(float)).max() < 2 ** 31 else None
@@ -238,6 +255,8 @@ def loaded(path: Path, image: Image.Image, palette: bool = True, file: BinaryIO 
             stored, not as they are shown.
     """
     tags = image.tag_v2 if image.format == "TIFF" else {}
+    if DEEP in image.info:
+        return image.info[DEEP]
     try:
         raw = tiff.read_deep(path, file) if tags else None
         turned_round = raw is None and image.mode in ("1", "L")  # by Pillow, where 0 is white

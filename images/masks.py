@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from images import tiff
 from images.files import ImageFileError, loaded, opened, upright
+from images.numbering import is_flat, odd_numbers
 
 MAX_GREY_SHARE = 0.20  # of a mask's pixels; real JPEG masks have up to 0.07 between 64 and 191
 FEW_VALUES = 32        # up to which the values of a mask are looked at one by one: JPEG and smooth edges make more
@@ -23,7 +23,8 @@ def load_mask(path: Path, classes: int = 1) -> np.ndarray:
     With one class the file holds 0/255, 0/65535, 0/1 or boolean values; anti-aliased or JPEG grey is cut at half.
     With more classes it is a label image: 0 is background and pixels of value k belong to channel k - 1.
     Where all that is visible has one colour and transparency varies, the mask is the alpha channel. A TIFF in which 0
-    is white is read as it is shown, unless ImageJ wrote it or it holds labels: then as it is stored.
+    is white is read as it is shown, unless ImageJ wrote it, tifffile wrote it from booleans, or it holds labels: then
+    as it is stored.
     This is where a mask becomes {0, 1}.
     """
     raw = _values(path, classes == 1, tiff.inverts_when_shown if classes == 1 else _always)
@@ -61,6 +62,44 @@ def load_instances(path: Path) -> np.ndarray:
     return raw.astype(np.int32)
 
 
+def load_drawn(path: Path) -> tuple[np.ndarray, bool, str]:
+    """Read an instance map, or a mask in its place, and tell which it is.
+
+    A mask is what `load_mask` reads, if no number but its largest fills an area, and what holds one number alone.
+
+    Returns:
+        (H, W) int32, of 0 and 1 for a mask; whether it is a mask; and what is odd about the numbers, '' for nothing.
+    Raises:
+        ImageFileError: also for numbers of classes and for values between numbers, which are no nuclei.
+    """
+    lossy = is_lossy(path)
+    try:
+        mask = load_mask(path)[..., 0].astype(np.int32)
+    except ImageFileError:
+        if lossy:
+            raise
+        mask = None
+    if lossy:
+        return mask, True, ""
+    try:
+        labels = load_instances(path)
+    except ImageFileError:
+        if mask is None:
+            raise
+        return mask, True, ""
+    values = np.unique(labels)
+    filling = np.unique(labels[is_flat(labels) & (labels > 0)])
+    if mask is not None and (len(filling) < 2 or len(values) > FEW_VALUES):
+        return mask, True, ""
+    if np.count_nonzero(values) == 1:
+        return (labels > 0).astype(np.int32), True, ""
+    odd, most = odd_numbers(labels)
+    if most:
+        raise ImageFileError(f"{path}: {odd}; an instance map has a whole number for each nucleus and nothing between. "
+                             f"Number the nuclei, or write 255 for them and 0 for all else")
+    return labels, False, f"{odd}; each number counts as one nucleus" if odd else ""
+
+
 def is_lossy(path: Path) -> bool:
     """Tell whether the values of a file went through JPEG, so that a value near another may have been that other."""
     with opened(path) as image:
@@ -71,7 +110,7 @@ def how_it_is_read(path: Path) -> str:
     """Return what a user may not expect of how a binary mask is read, '' if there is nothing."""
     with opened(path) as image:
         if image.format == "TIFF" and image.tag_v2.get(262) == 0:
-            return ("in which 0 is stored for white, read as ImageJ measures it: as it is stored"
+            return ("in which 0 is stored for white, read as ImageJ and tifffile mean it: as it is stored"
                     if tiff.inverts_when_shown(image.tag_v2) else
                     "in which 0 is stored for white, read as it is shown: white is foreground")
         alpha = _alpha(image)
@@ -142,10 +181,9 @@ def _binary(path: Path, raw: np.ndarray) -> np.ndarray:
     full = 255 if high <= 255 else 65535
     # Labels and instance numbers make flat areas of other values than two; edges, smoothed or from JPEG, do not. JPEG
     # makes some near the two, and many values.
-    flat = ndimage.maximum_filter(raw, 3) == ndimage.minimum_filter(raw, 3)
     values = np.unique(raw)
     low = 0 if len(values) <= FEW_VALUES and not is_lossy(path) else 0.1 * full
-    labels = np.unique(raw[flat & (raw > low) & (raw < 0.9 * full)])
+    labels = np.unique(raw[is_flat(raw) & (raw > low) & (raw < 0.9 * full)])
     if high < 0.75 * full or len(labels):
         classes = f", or pass --out_channels {high} if its values 1..{high} are classes" if high <= 8 else ""
         ignored = f". If {full} marks pixels to ignore, decide for each whether it is 0 or 255" if high == full else ""

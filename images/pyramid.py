@@ -20,7 +20,7 @@ from scipy import ndimage
 from images.cache import FILES_REACH_NEW_PROCESSES, ImageCache, halve, open_caches
 from images.duplicates import Appearance, appearance
 from images.familiarity import describe, ranges_over
-from images.files import ImageFileError, in_channels, loaded, opened, orientation, resize
+from images.files import TURNED, ImageFileError, load_and_tell, opened, orientation, resize
 from images.masks import how_it_is_read
 from images.pairs import Pair
 from images.recipe import MASK, DataRecipe
@@ -30,7 +30,6 @@ from images.targets import load_target
 from system.machine import cpu_count
 from system.processes import progress
 
-DARK_16_BIT = 6554  # a tenth of the range
 AHEAD = 4 * cpu_count()  # pairs that are decoded before they are counted
 
 
@@ -220,20 +219,13 @@ def stamp(pair: Pair) -> tuple:
 
 def read_image(pair: Pair, recipe: DataRecipe) -> tuple[np.ndarray, str]:
     """Read an image as `images.files.load_image` does, and say what a user may not expect of that, '' for nothing."""
-    with opened(pair.image) as image:
-        turned = orientation(image) != 1  # before it is loaded: a TIFF forgets it then
-        raw = loaded(pair.image, image)
-        deep = image.mode.startswith("I") or raw.dtype == np.uint16
-    words = ""
+    image, turned, words = load_and_tell(pair.image, recipe.in_channels, max_value=recipe.max_value)
     if turned:
         with opened(pair.mask) as mask:
             if orientation(mask) == 1:
-                words = ("turned upright by EXIF, whose masks are not turned; where a mask was drawn on the picture as "
-                         "it is stored, it does not fit")
-    if not words and deep and raw.max() < DARK_16_BIT and not recipe.max_value:
-        words = ("of 16 bit without a value above a tenth of the range, as of a camera of 12 bit, so they come out "
-                 "almost black; for 12 bit pass --max_value 4095")
-    return in_channels(pair.image, raw, recipe.in_channels, recipe.max_value), words
+                words = (f"{TURNED}, whose masks are not turned; where a mask was drawn on the picture as it is "
+                         f"stored, it does not fit")
+    return image, words
 
 
 def _lost(mask: np.ndarray) -> list[bool]:

@@ -89,10 +89,14 @@ def _refuse_missing_parts(path: Path, page: tifffile.TiffPage) -> None:
 def inverts_when_shown(tags) -> bool:
     """Tell whether stored values are not meant as they are shown: 0 is white, but ImageJ measures what is stored.
 
+    tifffile too says of an array of True and False that 0 is white, and stores True as 1.
+
     Args:
         tags: of a page, number -> value.
     """
-    return tags.get(262) == 0 and str(tags.get(270, "")).startswith("ImageJ=")
+    by_imagej = str(tags.get(270, "")).startswith("ImageJ=")
+    of_booleans = str(tags.get(305, "")).startswith("tifffile") and np.max(tags.get(258, 1)) == 1
+    return tags.get(262) == 0 and (by_imagej or of_booleans)
 
 
 def is_lossy(tags) -> bool:

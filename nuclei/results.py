@@ -27,7 +27,7 @@ from system.text import cell, shown
 
 IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "cut_by_border", "foreground", "mean_area")
 IMAGE_MICROMETRE_COLUMNS = ("mean_area_um2", "nuclei_per_mm2")
-LAST_COLUMNS = ("highest_probability", "trust", "flags", "unlike_training", "seconds", "run")
+LAST_COLUMNS = ("highest_probability", "trust", "flags", "unlike_training", "seconds", "bytes", "modified", "run")
 MAY_DIFFER = ("checkpoint", "device", "precision")  # between a prediction and the one that goes on with it
 # A table into which rows are put in the place of others is written anew. Where that took longer than SHORT seconds, it
 # waits, and what is finished with it, for PATIENCE times as long.
@@ -35,6 +35,8 @@ SHORT, PATIENCE = 0.02, 20
 FIRST_LOOKS = 5  # images that are named for a look
 OTHER_FILES = ("overlay.png", "nuclei.geojson", "labels.tif", "labels.ome.tif", "rois.zip")
 UNFINISHED = ".unfinished"
+CORRECTED = 2  # seconds after the last row, from which on a change is none of the prediction's own
+PART = re.compile(r"images(_\d+_of_(?P<parts>\d+))?\.csv")
 LEFT = re.compile(rf"(?P<picture>.+){UNFINISHED}|\.(?P<file>.+?)({UNFINISHED})?\.\w{{8}}\.tmp",
                   re.DOTALL)  # by a killed process
 
@@ -116,7 +118,8 @@ class ResultsFolder:
             paths: the images of this process.
             overwrite: replace their results.
             go_on: leave out those that the last prediction into this folder has finished.
-            endings: of files that a finished image must have, e.g. 'overlay.png'.
+            endings: of files that a finished image must have, e.g. 'overlay.png'; files of other formats are removed,
+                but not if they were changed after the last prediction.
         Raises:
             UserError: for results that are there unasked, or made with other settings than those to go on with.
         """
@@ -125,30 +128,33 @@ class ResultsFolder:
         if go_on:
             self._check_settings(runs)
             self._check_columns()
-        elif not overwrite:
+        elif overwrite:
+            self._refuse_corrected(paths, endings)
+        else:
             self._refuse_existing(paths)
         self._lock.enter_context(held_lock(self._lock_file, "this folder", "choose another --out"))
         self._run = list(runs)[-1] if go_on else datetime.now(UTC).isoformat(timespec="microseconds")
         measured = Counter(row["image"] for row in read_table(self.nuclei))
-        recorded = {row["image"]: row.get("run") if row.get("nuclei") == str(measured[row["image"]]) else ""
+        recorded = {row["image"]: row if row.get("nuclei") == str(measured[row["image"]]) else {}
                     for row in read_table(self.images)}  # an image whose nuclei were lost is not finished
         if not go_on:
             with atomic_write(self._settings_file) as file:
                 file.write(json.dumps({"runs": runs | {self._run: self.settings}}, indent=2).encode() + b"\n")
         self._tidy(paths, set(recorded))
-        return [path for path in paths if recorded.get(cell(path.name)) != self._run
+        return [path for path in paths
+                if not ({"run": self._run} | file_columns(path)).items() <= recorded.get(cell(path.name), {}).items()
                 or not all((self.path / f"{path.stem}_{ending}").exists() for ending in endings)]
 
     @contextlib.contextmanager
     def image(self, path: Path) -> Iterator[ImageResults]:
         """Give what one image's results are written to; if all goes well, they take the place of its earlier ones."""
-        results = ImageResults(self.path, path, self.classes)
+        results, there = ImageResults(self.path, path, self.classes), file_columns(path)
         try:
             yield results
         except BaseException:
             results.discard()
             raise
-        results.row |= {"image": results.name, "run": self._run}
+        results.row |= {"image": results.name, "run": self._run} | there
         self._waiting.append(results)
         if time.monotonic() - self._committed >= PATIENCE * self._took:
             self.commit()
@@ -246,6 +252,25 @@ class ResultsFolder:
                             f"on with an interrupted prediction by --continue, or replace the results of these images "
                             f"by --overwrite")
 
+    def _refuse_corrected(self, paths: list[Path], endings: Iterable[str]) -> None:
+        """Raise UserError for outlines that were changed since, and that would be removed and not replaced."""
+        if not self.images.exists():
+            return
+        begun = self.images.stat().st_mtime + CORRECTED
+        of_png = () if OTHER_FILES[0] in endings else ("instances.png", "instances.tif")
+        others = [name for name in (*of_png, *OTHER_FILES[1:]) if name not in endings]
+        for file in (self.path / f"{path.stem}_{name}" for path in paths for name in others):
+            if file.exists() and file.stat().st_mtime > begun:
+                raise UserError(f"{file}: changed after the prediction that wrote it, as by a correction. --overwrite "
+                                f"would remove it, as --format does not name its kind. Move it away, or choose another "
+                                f"--out")
+
+    def other_parts(self) -> list[str]:
+        """Return the tables of earlier predictions that shared the images otherwise; what they say may be outdated."""
+        ours = PART.fullmatch(self.images.name)["parts"]
+        return sorted(file.name for file in self.path.iterdir()
+                      if (match := PART.fullmatch(file.name)) and match["parts"] != ours)
+
     def _tidy(self, paths: list[Path], recorded: set[str]) -> None:
         """Take away what a killed process left: unfinished pictures, and rows of images that it did not finish.
 
@@ -265,6 +290,13 @@ class ResultsFolder:
                 rows = (row for row in read_table(table) if row["image"] in kept)
                 write_table(table, columns, ({name: row.get(name, "") for name in columns} for row in rows), sync=False)
             self._names[table] = kept
+
+
+def file_columns(path: Path) -> dict[str, str]:
+    """Return what tells the file of an image from another of its name, as images.csv has it."""
+    found = path.stat()
+    modified = datetime.fromtimestamp(found.st_mtime, UTC)
+    return {"bytes": str(found.st_size), "modified": modified.isoformat(timespec="microseconds")}
 
 
 def image_row(prediction, size: tuple[int, int], pixel_size: float | None) -> dict:

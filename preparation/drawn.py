@@ -15,9 +15,9 @@ import numpy as np
 from scipy import ndimage
 
 from images.dealing import deal_groups, few_groups
-from images.files import ImageFileError, image_size, load_image
+from images.files import TURNED, ImageFileError, image_size, load_and_tell
 from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of, place
-from images.masks import is_lossy, load_instances, load_mask
+from images.masks import load_drawn
 from images.pairs import originals_among, source_name
 from images.splits import SHARES, SPLITS, DatasetError, group_names
 from preparation.annotation_files import read_coco, read_geojson
@@ -112,22 +112,17 @@ def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
 
 
 def read_label_image(path: Path, image: Path) -> Drawn:
-    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch.
-
-    JPEG changes numbers, so a JPEG file is taken for a mask.
-    """
-    lossy = is_lossy(path)
-    labels = load_mask(path)[..., 0].astype(np.int32) * 255 if lossy else load_instances(path)
+    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch."""
+    labels, is_mask, odd = load_drawn(path)
     shape = image_size(image)
     if labels.shape != shape:
         raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but {image} has {shape[0]}x"
                              f"{shape[1]}; both must have one size. Export the labels at the image's size")
-    values = np.unique(labels[labels > 0])
-    pieces, count = ndimage.label(labels, np.ones((3, 3))) if len(values) == 1 else (labels, 0)
-    if count > 1 or len(values) == 1 and values[0] in (255, 65535):
-        return pieces.astype(np.int32), [f"a mask of 0 and {values[0]}, not of labels: each connected piece is taken "
-                                         f"as one nucleus, also where several touch"]
-    return np.searchsorted(values, labels, side="right").astype(np.int32), []
+    if is_mask:
+        pieces, count = ndimage.label(labels, np.ones((3, 3)))
+        return pieces.astype(np.int32), ["a mask, not labels: each connected piece is taken as one nucleus, also where "
+                                         "several touch"] * (count > 0)
+    return np.searchsorted(np.unique(labels[labels > 0]), labels, side="right").astype(np.int32), [odd] * bool(odd)
 
 
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
@@ -198,7 +193,11 @@ def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, 
     elif areas.max() > FRAME_SHARE * labels.size:
         data.note(source.origin, f"one region covers {areas.max() / labels.size:.0%} of the image. Is it a frame "
                                  f"around the nuclei? It hides all that come after it")
-    data.add(source, load_image(path, 3, max_value=max_value), labels, overlap)
+    image, turned, dark = load_and_tell(path, 3, max_value=max_value)
+    data.note(source.origin, *([f"an image {dark}"] if dark else []), *([
+        f"{TURNED}; what was drawn on the picture as it is stored does not fit. Look at the contact sheet"]
+        if turned else []))
+    data.add(source, image, labels, overlap)
 
 
 def _images_alone(images: dict[str, Path], folder: Path, annotations: Path) -> dict[str, Path]:

@@ -137,14 +137,15 @@ def summarise(rows: list[dict], seed: int = 0) -> dict:
     """Return the number of images and empty masks, and of every measure over images: mean, std, low, high.
 
     `low` and `high` bound the percentile bootstrap interval (Efron 1979) of the mean at 95 %, from 10000 resamples of
-    the groups, each with all its images (of the images, where rows tell no groups).
+    the groups, each with all its images (of the images, where rows tell no groups); of a single group, of which nothing
+    can be resampled, they are 0 and 1.
     """
     summary = {"images": len(rows), "empty_masks": sum(row["empty"] for row in rows)}
     groups = group_numbers(rows)
     for name in rows[0]:
         if name in MEASURES or name.startswith("dice_"):
             values = np.array([row[name] for row in rows])
-            low, high, _ = bootstrap_mean(values, seed, groups)
+            low, high, _ = bootstrap_mean(values, seed, groups) if groups.any() else (0.0, 1.0, None)
             summary[name] = {"mean": float(values.mean()), "std": float(values.std()), "low": low, "high": high}
     return summary
 
@@ -159,9 +160,10 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     """Compare two lists of rows image by image: measure -> difference, low, high, p_bootstrap, p_wilcoxon.
 
     `difference` is the mean of the first minus the second; its interval is a paired bootstrap over groups as in
-    `summarise`, `p_bootstrap` twice the share of resampled differences on the other side of 0 (at least 2 / RESAMPLES),
-    and `p_wilcoxon` that of Wilcoxon's signed rank test (scipy) over the means of the groups; it is 1 where none
-    differs. Of a single group both are 1, as nothing can be resampled.
+    `summarise`, `p_bootstrap` twice the share of resampled differences on the other side of 0, and `p_wilcoxon` that of
+    Wilcoxon's signed rank test (scipy) over the means of the groups; it is 1 where none differs. `p_bootstrap` is at
+    least 2 / RESAMPLES and, of n groups, 2 / 2^n, which is how often n differences of one sign come by chance. Of a
+    single group both are 1 and the interval is -1 to 1, as nothing can be resampled.
 
     Raises:
         ValueError: if the rows are not of the same images in the same order.
@@ -170,13 +172,14 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
         raise ValueError(f"the rows are of different images ({len(rows)} and {len(others)}); a paired comparison needs "
                          f"the same ones in one order")
     result, groups = {}, group_numbers(rows)
+    least_p = max(2 / RESAMPLES, 2.0 ** -int(groups.max()))
     for name in rows[0]:
         if (name in MEASURES or name.startswith("dice_")) and name in others[0]:
             values = np.array([a[name] - b[name] for a, b in zip(rows, others, strict=True)])
-            low, high, means = bootstrap_mean(values, seed, groups)
-            tail = min((means <= 0).mean(), (means >= 0).mean()) if groups.max() else 1.0  # one group tells nothing
+            low, high, means = bootstrap_mean(values, seed, groups) if groups.any() else (-1.0, 1.0, np.zeros(1))
+            tail = min((means <= 0).mean(), (means >= 0).mean())
             result[name] = {"difference": float(values.mean()), "low": low, "high": high,
-                            "p_bootstrap": float(min(1, max(2 * tail, 2 / RESAMPLES))),
+                            "p_bootstrap": float(min(1, max(2 * tail, least_p))),
                             "p_wilcoxon": wilcoxon_p(np.bincount(groups, values) / np.bincount(groups))}
     return result
 
@@ -198,14 +201,13 @@ def bootstrap_mean(values: np.ndarray, seed: int, groups: np.ndarray) -> tuple[f
     """Return the bounds of the percentile bootstrap interval of the mean (scipy), and the resampled means.
 
     Args:
-        values: (N,) floating point; of a single group the interval and all means are the mean.
-        groups: (N,) the number of the group of each; groups are resampled, and the mean is over all their values.
+        values: (N,) floating point.
+        groups: (N,) the number of the group of each, at least two; groups are resampled, and the mean is over all their
+            values.
     Returns:
         low, high, means (RESAMPLES,).
     """
     counts, sums = np.bincount(groups), np.bincount(groups, values)
-    if len(sums) == 1:  # scipy refuses it
-        return float(values.mean()), float(values.mean()), np.repeat(values.mean(), RESAMPLES)
 
     def mean(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
         return sums.sum(axis=axis) / counts.sum(axis=axis)

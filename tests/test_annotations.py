@@ -303,7 +303,7 @@ def test_a_jpeg_among_label_images_is_a_mask(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     labels, notes = read_label_image(tmp_path / "a.jpg", tmp_path / "image.png")
     assert labels.max() == 2, "not a nucleus for each grey level"
-    assert "a mask of 0 and 255" in notes[0]
+    assert "a mask, not labels: each connected piece" in notes[0]
 
 
 @pytest.mark.parametrize("text", ['<?xml version="1.0" encoding="foo"?><Annotations/>',

@@ -225,8 +225,11 @@ def test_white_of_12_bit(tmp_path, capsys):
     assert "for 12 bit pass --max_value 4095" in capsys.readouterr().out
     assert prepare_data.main(["check", str(twelve), "--max_value", "4095"]) == 0
     assert "warning" not in capsys.readouterr().out
+    drawn = ("label-tiff", twelve / "train/images", twelve / "train/masks")
+    assert "files, e.g. train_0.png, train_1.png, train_2.png: an image of 16 bit without a value above a tenth" in \
+        import_drawn(*drawn, tmp_path / "dark")
     # A data set that is made of them has 8 bit, and tells the network what is white in the files that it will predict.
-    import_drawn("label-tiff", twelve / "train/images", twelve / "train/masks", tmp_path / "made", max_value=4095)
+    assert "a value above" not in import_drawn(*drawn, tmp_path / "made", max_value=4095)
     assert open_pyramids(tmp_path / "made")["train"].recipe.max_value == 4095
     assert open_pyramids(tmp_path / "made", max_value=1023)["train"].recipe.max_value == 1023
     command = ["--output_dir", str(tmp_path), *ONE_STAGE]
@@ -248,6 +251,18 @@ def test_a_start_from_a_checkpoint_of_another_sizing_is_doubted(shared_root, tmp
     start = write_checkpoint(tmp_path / "a.pth", lively_model(), "tile")
     assert train_papsmear.main(["--data_root", str(shared_root), "--dry_run", "--init_from", str(start)]) == 0
     assert f"warning: {start} was trained on a data set of sizing 'tile'" in capsys.readouterr().out
+
+
+def test_a_start_from_a_checkpoint_of_other_images_is_doubted(shared_root, tmp_path, capsys):
+    command = ["--data_root", str(shared_root), "--dry_run", "--init_from"]
+    for white, ranges, words in ((0, (0.6, 0.7), ""), (0, (0.1, 0.2), "brightness 0."),
+                                 (4095, (0.6, 0.7), "white is")):
+        start = write_checkpoint(tmp_path / f"{white}.pth", lively_model(), max_value=white,
+                                 ranges={"brightness": ranges})
+        assert train_papsmear.main([*command, str(start)]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"warning: {start}")]
+        assert len(said) == bool(words)
+        assert words in "".join(said)
 
 
 def test_a_comparison_has_a_folder_of_its_own(shared_root, tmp_path, capsys):

@@ -254,3 +254,10 @@ def test_floating_point_below_1_is_none_of_a_camera(tmp_path):
     with pytest.raises(ImageFileError, match="which lie in 0..1 already"):
         load_image(tmp_path / "a.tif", 1, max_value=4095)
     assert load_image(tmp_path / "a.tif", 1, max_value=1).max() == 255
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint32, np.int32, np.float32, np.float64])
+def test_white_of_colours_of_every_type(dtype, tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 4096, (30, 40, 3)).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb")
+    assert np.array_equal(load_image(tmp_path / "a.tif", 3, max_value=4095), np.round(rgb * (255 / 4095)))

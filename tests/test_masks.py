@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import draw_pair, write_data_set
 from images.files import ImageFileError, image_size, load_image
-from images.masks import load_instances, load_mask
+from images.masks import load_drawn, load_instances, load_mask
 from images.report import check_dataset
 from images.splits import DatasetError
 
@@ -94,6 +94,111 @@ def test_labels_and_masks_of_fiji_are_read_as_they_are_stored(dtype, compression
     assert np.array_equal(load_mask(tmp_path / "mask.tif")[..., 0], MASK > 0)
     assert np.array_equal(load_mask(tmp_path / "mask_other.tif")[..., 0], MASK == 0), "as other programs show it"
     assert np.array_equal(load_image(tmp_path / "mask.tif", 1)[..., 0], 255 - MASK), "a picture is what it looks like"
+
+
+def test_booleans_of_tifffile_are_read_as_they_were_meant(tmp_path):
+    """tifffile says of them that 0 is white, and stores True as 1: shown, they are inverted."""
+    tifffile.imwrite(tmp_path / "a.tif", MASK > 0)
+    assert np.array_equal(load_mask(tmp_path / "a.tif")[..., 0], MASK > 0)
+    Image.fromarray(MASK == 0).save(tmp_path / "b.tif")
+    assert np.array_equal(load_mask(tmp_path / "b.tif")[..., 0], MASK == 0), "of another program as it is shown"
+
+
+def nuclei_in_rows(count=12) -> np.ndarray:
+    """Return (90, 120) uint8 with nuclei of 12x12 pixels numbered 1..count, of which the upper touch."""
+    labels = np.zeros((90, 120), np.uint8)
+    for i in range(count):
+        row, column = divmod(i, 6)
+        labels[5 + 30 * row:17 + 30 * row, 4 + (12 if row == 0 else 18) * column:][:, :12] = i + 1
+    return labels
+
+
+SOFT = Image.fromarray(((nuclei_in_rows() > 0) * 255).astype(np.uint8)).resize((200, 150), Image.Resampling.BICUBIC)
+DRAWN_AS_MASKS = {
+    "hard": (nuclei_in_rows() > 0).astype(np.uint8) * 255, "smooth": np.asarray(SOFT),
+    "of 16 bit": np.asarray(SOFT).astype(np.uint16) * 257, "RGB": np.repeat(np.asarray(SOFT)[..., None], 3, axis=2),
+    "of 200": (nuclei_in_rows() > 0).astype(np.uint8) * 200, "empty": np.zeros((9, 9), np.uint8)}
+
+
+@pytest.mark.parametrize("name", DRAWN_AS_MASKS)
+def test_a_mask_in_place_of_labels_is_cut_at_half(name, tmp_path):
+    """Each grey value of a smooth edge was a nucleus of its own."""
+    mask = DRAWN_AS_MASKS[name]
+    Image.fromarray(mask).save(tmp_path / "a.png" if mask.ndim == 3 else tmp_path / "a.tif")
+    labels, is_mask, odd = load_drawn(next(tmp_path.iterdir()))
+    grey = mask if mask.ndim == 2 else mask[..., 0]
+    assert is_mask
+    assert not odd
+    assert np.array_equal(labels, grey.astype(float) >= max(grey.max() / 2, 1))
+
+
+def test_a_mask_that_went_through_jpeg_and_png_is_cut_at_half(tmp_path):
+    mask = DRAWN_AS_MASKS["hard"]
+    Image.fromarray(mask).save(tmp_path / "a.jpg", quality=60)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "a.png")))) > 40
+    labels, is_mask, _ = load_drawn(tmp_path / "a.png")
+    assert is_mask
+    assert (labels != (mask > 0)).mean() < 0.01
+
+
+def cells_of_classes() -> np.ndarray:
+    """Return a nucleus (2) within its cytoplasm (1), once."""
+    labels = np.zeros((60, 60), np.uint8)
+    labels[5:50, 5:50], labels[20:30, 20:30] = 1, 2
+    return labels
+
+
+NO_NUMBERS = {
+    "classes": (np.where(nuclei_in_rows() % 2, 1, 2) * (nuclei_in_rows() > 0), "2 of 2 numbers, e.g. 1, stand for sev"),
+    "128 and 255": (np.where(nuclei_in_rows() % 2, 128, 255) * (nuclei_in_rows() > 0), "2 of 2 numbers, e.g. 128"),
+    "numbers that begin again": (np.where(nuclei_in_rows(18) > 9, nuclei_in_rows(18) - 9, nuclei_in_rows(18)),
+                                 "9 of 9 numbers, e.g. 1, stand for several separate pieces"),
+    "a class within another": (cells_of_classes(), "1 of 2 pieces, e.g. of number 2, lie within another"),
+    "labels made smaller": (np.asarray(Image.fromarray(nuclei_in_rows() * 10).resize((80, 60), Image.Resampling.BOX)),
+                            "most of them thin and at the edge of another"),
+    "a smooth mask of 180": (np.asarray(SOFT) / 255 * 180, "most of them thin and at the edge of another")}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_numbers_that_are_not_of_nuclei_are_refused(name, tmp_path):
+    labels, words = NO_NUMBERS[name]
+    Image.fromarray(np.asarray(labels).astype(np.uint16)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageFileError, match=words) as caught:
+        load_drawn(tmp_path / "a.tif")
+    assert "Number the nuclei, or write 255" in str(caught.value)
+
+
+def confluent() -> np.ndarray:
+    """Return cells of 9x9 pixels without a gap."""
+    return np.kron(np.arange(1, 101, dtype=np.uint16).reshape(10, 10), np.ones((9, 9), np.uint16))
+
+
+def two_of_large_numbers() -> np.ndarray:
+    """Return a part of a label map in which two numbers are left that could be the white of a mask."""
+    labels = np.zeros((40, 40), np.uint8)
+    labels[5:15, 5:15], labels[5:15, 15:25] = 240, 255
+    return labels
+
+
+@pytest.mark.parametrize("labels", [nuclei_in_rows(), nuclei_in_rows()[::4, ::4], confluent(), two_of_large_numbers()])
+def test_numbers_of_nuclei_are_taken_as_they_are(labels, tmp_path):
+    Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "a.tif")
+    found, is_mask, odd = load_drawn(tmp_path / "a.tif")
+    assert np.array_equal(found, labels)
+    assert not is_mask
+    assert not odd
+
+
+def test_a_few_numbers_in_several_pieces_are_named(tmp_path):
+    labels = nuclei_in_rows()
+    labels[80:83, 80:83] = 4  # of 144 pixels 9: a stray one
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    assert load_drawn(tmp_path / "a.png")[1:] == (False, "")
+    labels[80:86, 80:86] = 4
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    assert load_drawn(tmp_path / "a.png")[2] == ("1 of 12 numbers, e.g. 4, stand for several separate pieces; each "
+                                                 "number counts as one nucleus")
 
 
 def test_instance_maps_that_went_through_jpeg_are_refused(tmp_path):

@@ -403,7 +403,7 @@ def test_drawn_annotations_by_group_and_what_does_not_fit(tmp_path, capsys):
     assert "finds nothing" in refused([*command, "--group_regex", "^x"], capsys)
     assert "no regular expression" in refused([*command, "--group_regex", "("], capsys)
     save_png(drawn / "lonely.png", mask[:10])
-    Image.new("RGB", (80, 64)).save(drawn / "d_2.png")
+    Image.fromarray(np.arange(64 * 80 * 3, dtype=np.uint8).reshape(64, 80, 3)).save(drawn / "d_2.png")
     message = refused(command, capsys)
     assert all(part in message for part in ("2 problems", "10x80", "one channel"))
     assert "annotations" in refused([*command, "--annotations", tmp_path / "no"], capsys)

@@ -526,6 +526,7 @@ def test_wrong_pages_are_refused_in_one_sentence(run, tmp_path, capsys):
             ([run, "--out", "a.html"], "the page of one run is report.html in its folder"),
             ([run, run], "a run is named twice"),
             ([run, tmp_path / "empty", "--out", "a.png"], "its ending is '.png'"),
+            ([run, tmp_path / "empty", "--out", run / "report.html", "--overwrite"], "the page of the run in this"),
             ([run, tmp_path / "empty", "--out", tmp_path / "c.html"], "nothing is overwritten unasked")):
         assert report_runs.main(list(map(str, arguments))) == 2
         said = capsys.readouterr().err

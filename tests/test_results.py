@@ -6,12 +6,14 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate_papsmear
 import predict_papsmear
@@ -230,6 +232,58 @@ def test_an_image_that_fails_is_tried_again_and_keeps_its_earlier_results(comman
     predict(command, out, "--continue", "--threshold", "0.6")
     predict(command, tmp_path / "new", "--threshold", "0.6")
     assert content(out) == content(tmp_path / "new")
+
+
+def test_another_image_of_the_same_name_is_not_finished(command, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(command, out)
+    save_png(images / "b.png", noisy_image(64, 64, seed=99))
+    capsys.readouterr()
+    predict(command, out, "--continue")
+    assert f"{len(NAMES) - 1} are finished, 1 are left" in capsys.readouterr().out
+    predict(command, tmp_path / "new")
+    assert content(out) == content(tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["nuclei.geojson", "instances.png"])
+def test_corrected_outlines_are_not_removed_by_a_prediction_of_other_kinds(kind, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(command, out, "--format", "png,geojson")
+    file = out / f"b_{kind}"
+    later = file.stat().st_mtime + 60
+    os.utime(file, (later, later))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    predict(command, out, "--overwrite", "--format", "ome-tiff", code=2)
+    assert f"{file}: changed after the prediction that wrote it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    predict(command, out, "--overwrite", "--format", "png,geojson")
+    predict(command, out, "--overwrite", "--format", "ome-tiff")
+    assert not file.exists(), "as the prediction wrote it"
+
+
+def test_tables_of_other_parts_are_named(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(command, out, "--shard", "1/2")
+    predict(command, out, "--shard", "2/2")
+    assert "warning" not in capsys.readouterr().out
+    predict(command, out, "--overwrite")
+    assert f"warning: {out} holds images_1_of_2.csv, images_2_of_2.csv of an earlier" in capsys.readouterr().out
+    predict(command, out, "--shard", "1/3", "--overwrite")
+    assert "holds images.csv, images_1_of_2.csv, images_2_of_2.csv" in capsys.readouterr().out
+
+
+def test_what_one_may_not_expect_of_an_image_is_said(command, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noisy_image(64, 48)[..., 0]).save(tmp_path / "turned.png", exif=exif)
+    save_png(tmp_path / "deep.png", noisy_image(64, 64)[..., 0].astype(np.uint16) * 16)
+    predict([command[0], str(tmp_path / "turned.png"), str(tmp_path / "deep.png"), *command[2:]], tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "turned.png: turned upright by EXIF, and its results too\n" in said
+    assert re.search("deep.png: of 16 bit without a value above a tenth .* pass --max_value 4095\n", said)
+    predict([command[0], str(tmp_path / "deep.png"), *command[2:]], tmp_path / "out", "--max_value", "4095",
+            "--overwrite")
+    assert "deep.png: of 16 bit" not in capsys.readouterr().out
 
 
 def test_two_predictions_into_one_folder(command, tmp_path, capsys):

@@ -223,9 +223,10 @@ def test_interval_is_the_percentile_bootstrap(monkeypatch):
 
 
 def test_one_image_alone():
-    assert summarise(scored([0.7]))["dice"] == {"mean": 0.7, "std": 0, "low": 0.7, "high": 0.7}
+    """A single image says nothing of how others would do, so that its interval is all that can be."""
+    assert summarise(scored([0.7]))["dice"] == {"mean": 0.7, "std": 0, "low": 0, "high": 1}
     result = compare(scored([0.75]), scored([0.5]))["dice"]
-    assert (result["difference"], result["low"], result["high"]) == (0.25, 0.25, 0.25)
+    assert (result["difference"], result["low"], result["high"]) == (0.25, -1, 1)
 
 
 def test_comparison_is_paired():
@@ -365,6 +366,16 @@ def test_dice_of_discs_matches_its_geometry():
 
 
 def test_one_group_tells_nothing():
-    rows, others = ([{"image": str(i), "group": "a", "dice": 0.5 + shift} for i in range(50)] for shift in (0, 0.01))
+    rows, others = ([{"image": str(i), "group": "a", "dice": 0.5 + shift, "empty": 0} for i in range(50)]
+                    for shift in (0, 0.01))
     result = compare(rows, others)["dice"]
     assert (result["p_bootstrap"], result["p_wilcoxon"]) == (1.0, 1.0)
+    assert (result["low"], result["high"]) == (-1, 1)
+    assert (summarise(rows)["dice"]["low"], summarise(rows)["dice"]["high"]) == (0, 1)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5])
+def test_few_groups_of_one_sign_are_no_proof(groups):
+    rows, others = ([{"image": str(i), "group": str(i % groups), "dice": 0.5 + shift + i / 1000} for i in range(30)]
+                    for shift in (0.1, 0))
+    assert compare(rows, others)["dice"]["p_bootstrap"] == 2 / 2 ** groups
