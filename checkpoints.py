@@ -211,6 +211,9 @@ def load_checkpoint(path: Path) -> dict:
     if path.parts[:1] == ("hf:",):  # Path has made one slash of two
         raise UserError(f"{path}: an address, and a file is read here. Download it first: python export_model.py "
                         f"hf://{'/'.join(path.parts[1:])} --format archive --out model.pth")
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, where a checkpoint is needed. Name one of the files in it: "
+                        f"{', '.join(sorted(file.name for file in path.glob('*.pth'))) or 'it holds no .pth'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file. Checkpoints are OUTPUT_DIR/NAME/best_stage_4.pth and its neighbours")
     verify_archive(path)

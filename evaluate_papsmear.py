@@ -155,6 +155,11 @@ def score(args: argparse.Namespace, folder: Path, predictor, other, pairs: list,
                "split": args.split, "augment": args.augment, "single_cell": args.single_cell,
                "images": str(pairs[0].image.parent), "seed": args.seed, "scores": summarise(rows, args.seed)}
     print_scores(summary["scores"])
+    lost = [row["image"] for row in rows if row["dice"] > 0 and row.get("nuclei_found") == 0 < row["nuclei_drawn"]]
+    if lost:
+        print(f"warning: in {len(lost)} of {len(rows)} images, e.g. {lost[0]}, all nuclei were left out as too small "
+              f"or too faint, so AJI and PQ are 0 there: a nucleus has a mean probability of at least "
+              f"{predictor.lowest_probability:g}, the middle of threshold and 1. Train longer")
     summary["trust_spearman"] = trust_in_dice(rows)
     if summary["trust_spearman"] is not None:
         print(f"trust in an image and its Dice: Spearman's correlation {summary['trust_spearman']:.2f}")

@@ -61,7 +61,9 @@ class PapSmearDataset(Described, Dataset):
             raise UserError(f"augment_probability is {augment_probability!r}; it must lie in [0, 1]")
         if not 0 <= augment_strength <= MAX_STRENGTH:
             raise UserError(f"augment_strength is {augment_strength!r}; it must lie in [0, {MAX_STRENGTH:g}]")
-        self.split, self.seed, self.augment_strength = split, seed, augment_strength
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise UserError(f"seed is {seed!r}; it must be a whole number of at least 0")
+        self.split, self.seed, self.augment_strength = split, int(seed), augment_strength
         self.augment_probability = augment_probability if split == "train" else 0.0
         # In shared memory, so that workers that live on see a change.
         self._size_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -132,13 +134,17 @@ class PapSmearDataset(Described, Dataset):
             image, mask = augment(image, mask, numbers, self.augment_probability, self.augment_strength)
         return {"image": image, "mask": mask, "name": [self.pyramid.names[i] for i in raw["indices"]]}
 
-    def finest_masks(self, names: list[str]) -> torch.Tensor:
-        """Return the area fractions (N, K, 256, 256) float32 in [0, 1] of the masks with these names."""
+    def finest_masks(self, names: list[str]) -> torch.Tensor | None:
+        """Return the area fractions (N, K, 256, 256) float32 in [0, 1] of the masks with these names.
+
+        None of images that are augmented, which none of these masks fits.
+        """
+        if self.augment_probability:
+            return None
         if not hasattr(self, "_index"):
             self._index = {name: i for i, name in enumerate(self.pyramid.names)}
         indices = np.array([self._index[name] for name in names], dtype=np.int64)
         return self.pyramid.batch(FINEST, indices)[1].float().div_(255)
-
 
     def show(self, index: int):
         """Return a matplotlib figure of `self[index]`: image, outlines, each channel of the mask."""

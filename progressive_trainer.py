@@ -16,14 +16,12 @@ from torch import nn
 
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
-from reporting.report import refresh_report
-from system.devices import autocast, choose_device, choose_precision, fitting, random_states, set_random_states
+from system.devices import autocast, choose_device, choose_precision, fitting
 from system.errors import UserError
 from system.notebooks import Described, LiveFigure
 from system.processes import is_main_process, progress, world_size
 from training.averaging import AveragedNetwork
 from training.batches import Loader, agreed_recipe, check_batch, check_loader, finest_masks, recipe_for
-from training.console import epoch_lines
 from training.course import Course
 from training.epoch import TrainingEpoch
 from training.keeping import Keeper
@@ -33,13 +31,13 @@ from training.memory import memory_explained, refuse_large_batches
 from training.optimization import parameter_groups
 from training.parallel import ParallelSteps, synchronised
 from training.run_bar import RunBar
-from training.run_folder import COLUMNS, OF_STEPS, RunFolder, numbers, said_and_passed_over
+from training.run_folder import COLUMNS, OF_STEPS, RunFolder, numbers
 from training.schedule import OLD_LR_SCALE, WORK, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, snapshot
 from training.space import refuse_lack_of_space
+from training.stages import train_stages
 from training.steps import OptimizerSteps
-from training.survey import survey_stage
-from training.time_limit import TimeLimit, deal_time, rehearse
+from training.time_limit import TimeLimit, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
 
@@ -150,7 +148,7 @@ class ProgressiveTrainer(Described):
             for network in {self.model, self.evaluated_model}:
                 network.set_stage(stage)
             self._position = None
-        self.course.enter(stage, new, epochs)
+        self.course.enter(self.model.stage, new, epochs)
 
     def train_epoch(self, loader: Loader, epoch: int) -> dict[str, float]:
         """Train on every batch of a loader once.
@@ -256,7 +254,8 @@ class ProgressiveTrainer(Described):
                 rehearse(self, dataloaders, say)
                 self.keeper.between_epochs()
             with RunBar(self, say if is_main_process() else lambda line: None) as self.bar:
-                self._train_stages(dataloaders, self.bar)
+                train_stages(self, dataloaders, self.bar)
+            self._live.draw(self.curves, last=True)
         except (KeyboardInterrupt, UserError):
             if self.folder and self.folder.withdraw():
                 self._config_written = False
@@ -269,33 +268,6 @@ class ProgressiveTrainer(Described):
             self.folder.draw_curves()
             self.folder.log_graph(self.evaluated_model)
             self.folder.close()
-
-    def _train_stages(self, dataloaders: dict[int, tuple], bar: RunBar) -> None:
-        """Train the stages that are not finished."""
-        stage = self.course.next_stage(self.model.stage)
-        while stage is not None:
-            self.set_stage(stage)
-            train_loader, valid_loader = dataloaders[STAGE_RESOLUTIONS[stage]][:2]
-            bar.enter(self.finished_epochs)
-            if self.time_limit:
-                self.time_limit.begin_stage()
-            while self.course.left(stage) > 0:
-                epoch = self.finished_epochs
-                train = self.train_epoch(train_loader, epoch)
-                valid = self.validate_epoch(valid_loader, epoch)
-                self.record(train, valid)
-                bar.validated(valid["dice"])
-                for line in epoch_lines(stage, epoch, self.plan.epochs[stage], train, valid, bar.left_in_words()):
-                    bar.say(line)
-                if self.time_limit:
-                    self.time_limit.end_epoch(stage)
-                    deal_time(self)
-                if self.course.left(stage) > 0 or self.course.next_stage(stage + 1):
-                    self.keeper.between_epochs()
-            if self.folder:
-                self._show_stage(valid_loader, self.folder)
-            stage = self.course.next_stage(stage + 1)
-        self._live.draw(self.curves, last=True)
 
     def leave_group(self) -> None:
         """Let go what belongs to a group of processes; to be called before the group ends. Training may go on after."""
@@ -379,11 +351,3 @@ class ProgressiveTrainer(Described):
         return {"network": type(self.model).__name__, "device": f"{self.device}, {self.precision}",
                 **self.course.described(self.model.stage),
                 "writes": str(self.folder.path) if self.folder else "nothing"}
-
-    def _show_stage(self, loader: Loader, folder: RunFolder) -> None:
-        """Write pictures and report of the stage that has ended; what comes after is as if nothing had been drawn."""
-        states = random_states(self.device)
-        with said_and_passed_over(f"predictions_stage_{self.model.stage}.png"):
-            folder.show_stage(survey_stage(self, loader), self.course.run_epoch(self.model.stage))
-        refresh_report(folder.path)
-        set_random_states(states, self.device)

@@ -218,7 +218,7 @@ class ProgressiveUNet(Network):
         """Go to a stage, 1..4, up or down, without touching a weight."""
         if stage not in STAGE_RESOLUTIONS:
             raise UserError(f"stage is {stage!r}; it must be one of {list(STAGE_RESOLUTIONS)}")
-        self.stage = stage
+        self.stage = int(stage)  # NumPy's do not load safely
 
     def start_whole(self) -> None:
         """Draw random weights for `from_finer`, which growth starts at zero; for training at the last stage alone."""

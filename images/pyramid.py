@@ -26,7 +26,7 @@ from images.pairs import Pair
 from images.recipe import MASK, DataRecipe
 from images.resolutions import FINEST, RESOLUTIONS
 from images.splits import DatasetError, description_of, find_data_root, find_splits
-from images.targets import load_target
+from images.targets import instance_file, load_target, odd_instances
 from system.machine import cpu_count
 from system.processes import progress
 
@@ -183,7 +183,8 @@ class ImagePyramid:
             appearance=appearance(image), darker=some and grey[inside].mean() < grey[~inside].mean(),
             areas=np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].ravel())[1:], stamp=stamp(pair),
             readings=[(f"{kind} {words}", path) for kind, words, path in (
-                ("mask(s)", words_on_mask, pair.mask), ("image(s)", words_on_image, pair.image)) if words])
+                ("mask(s)", words_on_mask, pair.mask), ("image(s)", words_on_image, pair.image),
+                ("instance map(s)", odd_instances(pair, whole[..., 0]), instance_file(pair))) if words])
 
 
 class PairFacts(NamedTuple):

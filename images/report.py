@@ -114,6 +114,7 @@ def check_dataset(data_root="data", group_regex: str | None = None, in_channels:
     leakage["pictures"] = {split: (len(equal) + len(near), counts[split]["images"])
                            for split, (equal, near) in by_pixels.items()}
     report.warnings += leakage_warnings(report, pyramids, by_pixels, group_regex)
+    report.warnings += chosen_by_test(pyramids, group_regex)
     unlisted = [pair for pair in everything if not pair.origin]
     if len(unlisted) < len(everything) and unlisted:
         report.warnings.append(f"{len(unlisted)} of {len(everything)} images are not in {MANIFEST}, e.g. "
@@ -186,6 +187,21 @@ def leakage_warnings(report: DatasetReport, pyramids: dict[str, ImagePyramid], b
         found.append(f"for a split without leakage: python prepare_data.py split "
                      f"{shlex.quote(report.data_root)}{regex}")
     return found
+
+
+def chosen_by_test(pyramids: dict[str, ImagePyramid], group_regex: str | None) -> list[str]:
+    """Return what of test is in valid as well, by which the epoch is chosen."""
+    valid, test = pyramids["valid"], pyramids["test"]
+    end = "By valid the epoch is chosen, so that test is not independent"
+    same, groups = leaked({"train": valid.pairs, "test": test.pairs}, "test", group_regex)
+    if same:
+        return [f"{same} of {groups} groups or source images of test are in valid as well. {end}"]
+    equal, near = shared(*([facts.appearance for facts in p.facts] for p in (valid, test)))
+    if pictures := equal | near:
+        j, i = next(iter(pictures.items()))
+        return [f"{len(pictures)} images of test show, or nearly show, the picture of one in valid, e.g. "
+                f"{test.pairs[j].image} and {valid.pairs[i].image}. {end}"]
+    return []
 
 
 def mask_warnings(pyramids: dict[str, ImagePyramid], counts: dict[str, dict]) -> list[str]:

@@ -14,9 +14,11 @@ from skimage.segmentation import find_boundaries
 from images.files import ImageFileError
 from images.listing import file_named
 from images.masks import load_instances, load_mask
+from images.numbering import odd_numbers
 from images.pairs import KINDS, Pair
 from images.recipe import MASK
 
+ALIKE = 0.8  # IoU of a mask and its instance map, below which they do not show the same nuclei
 RIM = 2 / 256  # width of the rim inside a nucleus, as a share of the image's longer side: 2 pixels at 256
 
 
@@ -64,3 +66,18 @@ def drawn_nuclei(pair: Pair, mask: np.ndarray) -> np.ndarray:
         raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but the mask {pair.mask} has "
                              f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Prepare the data set again")
     return labels
+
+
+def odd_instances(pair: Pair, mask: np.ndarray) -> str:
+    """Return what speaks against the instance map beside an image with this mask (H, W) bool, '' for nothing."""
+    if instance_file(pair) is None:
+        return ""
+    try:
+        labels = drawn_nuclei(pair, mask)
+    except ImageFileError as error:
+        return f"that cannot serve ({error})"
+    either = np.count_nonzero((labels > 0) | mask)
+    if either and np.count_nonzero((labels > 0) & mask) < ALIKE * either:
+        return f"whose nuclei are not those of the masks (IoU below {ALIKE:g}); scores of nuclei count the instance map"
+    return "whose numbers are not those of nuclei: most stand for several separate pieces, or lie between others" \
+        if odd_numbers(labels)[1] else ""

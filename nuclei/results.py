@@ -293,8 +293,11 @@ class ResultsFolder:
 
 
 def file_columns(path: Path) -> dict[str, str]:
-    """Return what tells the file of an image from another of its name, as images.csv has it."""
-    found = path.stat()
+    """Return what tells the file of an image from another of its name, as images.csv has it; nothing of none."""
+    try:
+        found = path.stat()
+    except OSError:  # which reading the image names
+        return {}
     modified = datetime.fromtimestamp(found.st_mtime, UTC)
     return {"bytes": str(found.st_size), "modified": modified.isoformat(timespec="microseconds")}
 

@@ -267,7 +267,8 @@ def cut_tile(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 def images_by_stem(folder: Path) -> dict[str, Path]:
     """Return the image files of a folder by stem; raises UserError if a stem occurs twice or there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no folder of that name. Check the path")
+        raise UserError(f"{folder}: a file, where a folder of images is needed. Pass the folder it lies in"
+                        if folder.exists() else f"{folder}: no folder of that name. Check the path")
     listing = list_folder(folder)
     for path, first in listing.twins:
         raise UserError(f"{path}: same name as {first.name}; a stem may occur once. Remove or rename one")

@@ -19,7 +19,7 @@ from images.files import TURNED, ImageFileError, image_size, load_and_tell
 from images.listing import IMAGE_SUFFIXES, composed, has_suffix, name_of, place
 from images.masks import load_drawn
 from images.pairs import originals_among, source_name
-from images.splits import SHARES, SPLITS, DatasetError, group_names
+from images.splits import SHARES, SPLITS, DatasetError, group_names, grouped
 from preparation.annotation_files import read_coco, read_geojson
 from preparation.annotations import Annotation, check_classes, rasterise
 from preparation.data_sets import PreparedData, Source, images_by_stem, new_folder
@@ -163,6 +163,10 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
                 problems.append(str(error))
         if problems:
             raise DatasetError(image_dir, problems)
+        if not any(count.nuclei for count in data.counts.values()):
+            raise UserError(f"{annotations}: no nucleus in it for any of {len(names)} images, so there is nothing to "
+                            f"learn. Was the right layer exported, with outlines?"
+                            + "".join(f"\n- {note}" for note in grouped(data.notes)[:5]))
         return data.finish(microns_per_pixel, max_value=max_value)
 
 

@@ -21,6 +21,7 @@ from images.pyramid import open_pyramids
 from images.report import check_dataset
 from images.splits import DatasetError, leaked, list_splits
 from pap_smear_dataset import PapSmearDataset, create_progressive_dataloaders
+from system.errors import UserError
 
 
 def test_target_size_reaches_workers_that_live_on(shared_root):
@@ -272,3 +273,10 @@ def test_images_that_all_lie_in_train_are_dealt(tmp_path):
 def test_a_pyramid_of_no_image_is_not_the_bundled_sample(shared_root):
     pyramid = open_pyramids(shared_root)["train"].subset([])
     assert len(PapSmearDataset(split="train", pyramid=pyramid)) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 0.5}, {"seed": None}, {"augment_probability": 2},
+                                   {"augment_strength": -1}])
+def test_settings_out_of_range_are_refused_before_anything_is_read(wrong, tmp_path):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}; it must"):
+        PapSmearDataset(tmp_path / "nowhere", "train", 64, **wrong)

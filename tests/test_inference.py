@@ -197,7 +197,8 @@ def test_predictor_refuses(tmp_path):
     torch.save(odd | {"data": odd["data"] | {"sizing": "stretch"}}, tmp_path / "odd.pth")
     for arguments, words in [(([grey, rgb],), "must agree"), (([],), "empty"),
                              ((tmp_path / "odd.pth",), "sizing is 'stretch'"),
-                             ((tmp_path / "none.pth",), "no such file")]:
+                             ((tmp_path / "none.pth",), "no such file"),
+                             ((tmp_path,), "a folder, where a checkpoint is needed. .* it: grey.pth, odd.pth, rgb")]:
         with pytest.raises(ValueError, match=words):
             Predictor(*arguments)
     for tile_side in (200, 1000):

@@ -30,6 +30,7 @@ from images.dealing import write_splits
 from images.duplicates import SIDE, appearance, shared
 from images.files import save_instances, save_png
 from images.listing import list_folder
+from images.masks import load_mask
 from images.pairs import originals, source_name
 from images.recipe import MASK_AND_BOUNDARY
 from images.report import check_dataset
@@ -166,6 +167,40 @@ def test_instance_maps_are_found_whatever_their_type(suffix, data_root):
     assert "instance maps: 1 of 6 images of train, 0 of 3 images of valid" in str(check_dataset(data_root))
     save_instances(folder / "train_1.png", labels)
     assert instance_file(list_splits(data_root)["train"][1]) is not None, "the folder is listed anew"
+
+
+def test_instance_maps_that_are_not_those_of_the_masks_are_named(data_root):
+    folder = data_root / "train/instances"
+    folder.mkdir()
+    masks = sorted((data_root / "train/masks").iterdir())
+    drawn = [load_mask(path)[..., 0] for path in masks[:5]]
+    rows = np.arange(64)[:, None] // 2
+    for path, labels in zip(masks[:5], (
+            drawn[0] * 1, np.roll(drawn[1], 30, axis=1) * 1, drawn[2][:32] * 1, drawn[3] * (1 + rows % 2),
+            drawn[4] * (1 + rows)), strict=True):
+        save_instances(folder / path.name, labels)
+    found = [warning for warning in check_dataset(data_root).warnings if "instance map(s)" in warning]
+    assert len(found) == 3
+    for path, why, warning in zip(masks[1:4], (
+            "1 instance map(s) whose nuclei are not those of the masks (IoU below 0.8)",
+            "1 instance map(s) that cannot serve", "2 instance map(s) whose numbers are not those of nuclei"),
+            found, strict=True):
+        assert warning.startswith(why)
+        assert path.name in warning
+
+
+def test_what_valid_and_test_share_is_named(data_root):
+    assert not check_dataset(data_root).warnings
+    for kind in ("images", "masks"):
+        shutil.copy(data_root / f"valid/{kind}/valid_1.png", data_root / f"test/{kind}/other.png")
+    found = check_dataset(data_root).warnings
+    assert len(found) == 1
+    assert found[0].startswith("1 images of test show, or nearly show, the picture of one in valid, e.g. ")
+    assert "By valid the epoch is chosen" in found[0]
+    for kind in ("images", "masks"):
+        (data_root / f"test/{kind}/other.png").rename(data_root / f"test/{kind}/flipped_valid_1.png")
+    assert [w.split(" as well")[0] for w in check_dataset(data_root).warnings] == [
+        "1 of 4 groups or source images of test are in valid"]
 
 
 def test_names_are_compared_in_one_unicode_form(data_root):

@@ -407,6 +407,7 @@ def test_drawn_annotations_by_group_and_what_does_not_fit(tmp_path, capsys):
     message = refused(command, capsys)
     assert all(part in message for part in ("2 problems", "10x80", "one channel"))
     assert "annotations" in refused([*command, "--annotations", tmp_path / "no"], capsys)
+    assert "a file, where a folder of images is needed" in refused([*command, "--images", images / "a.png"], capsys)
     assert "Stems must be the same" in refused([*command, "--annotations", tmp_path / "d/train"], capsys)
 
 
@@ -415,6 +416,19 @@ def test_a_coco_file_for_images_of_another_size_is_refused(tmp_path, capsys):
     write_images(images, "b", (32, 40))
     command = ["drawn", "--format", "coco", "--images", images, "--annotations", drawn.parent, "--out", tmp_path / "d"]
     assert "32x40 pixels, but it was annotated at 64x80" in refused(command, capsys)
+
+
+def test_where_nothing_is_drawn_there_is_no_data_set(tmp_path, capsys):
+    images, drawn = write_drawn(tmp_path, "coco")
+    content = json.loads(drawn.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    drawn.write_text(json.dumps(content))
+    message = refused(["drawn", "--format", "coco", "--images", images, "--annotations", drawn, "--out",
+                       tmp_path / "d"], capsys)
+    assert "no nucleus in it for any of 4 images" in message
+    assert "a.png: region 0 left out: it has no outline (a box alone?)" in message
+    assert not (tmp_path / "d").exists()
 
 
 def test_labels_beside_their_images(tmp_path):

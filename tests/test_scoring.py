@@ -334,6 +334,18 @@ def test_whole_images_and_instance_maps_are_scored(tmp_path, capsys):
     assert scored_pairs(root, "test")[0].name == "test_0", "a splits.csv decides"
 
 
+def test_nuclei_that_are_all_too_faint_are_named(tmp_path, capsys):
+    """Else an AJI of 0 stands beside a good Dice, and nothing says why."""
+    root = tile_data_set(tmp_path / "data")
+    for spread, faint in ((0.02, True), (5.0, False)):
+        path = write_checkpoint(tmp_path / "a.pth", lively_model(spread=spread), "tile")
+        assert evaluate_papsmear.main([str(path), "--data_root", str(root), "--instances", "--out",
+                                       str(tmp_path / str(spread)), "--device", "cpu"]) == 0
+        assert (read_rows(tmp_path / f"{spread}/scores.csv")[0]["nuclei_found"] == "0") == faint
+        assert ("warning: in 1 of 1 images, e.g. large, all nuclei were left out as too small or too faint" in
+                capsys.readouterr().out) == faint
+
+
 def test_evaluation_repeats_the_table_of_the_training(trained_run, shared_root, tmp_path, capsys):
     folder = trained_run[0]
     before = {p: p.stat().st_mtime_ns for p in shared_root.rglob("*")}

@@ -55,7 +55,8 @@ def test_epochs_per_stage():
     assert epochs_by_stage([1, 2, 3, 4], [3, 4]) == {3: 3, 4: 4}
     assert epochs_by_stage([7, 8], [3, 4]) == {3: 7, 4: 8}
     assert epochs_by_stage([2, 0, 0, 1], [1, 2, 3, 4]) == {1: 2, 4: 1}, "0 skips a stage"
-    for wrong in ([1, 2, 3], [1, 0], [-1, 1], -1, 0):
+    assert epochs_by_stage(np.array([7, 8]), [3, 4]) == {3: 7, 4: 8}
+    for wrong in ([1, 2, 3], [1, 0], [-1, 1], -1, 0, None, 2.5, "ten", np.array([1.5, 2]), [None, 1]):
         with pytest.raises(ValueError, match="epochs_per_stage"):
             epochs_by_stage(wrong, [3, 4])
 
@@ -285,6 +286,9 @@ def test_settings_of_other_types_are_converted_or_refused_at_once(shared_root, t
     trainer, loaders = make_trainer(shared_root, tmp_path / "a", lr=np.float64(1e-3), epochs_per_stage=np.int64(1))
     trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
     assert load_checkpoint(tmp_path / "a/last.pth")["plan"]["lr"] == 1e-3
+    trainer.set_stage(np.int64(2))
+    trainer.record(trainer.train_epoch(loaders[64][0], 0), trainer.validate_epoch(loaders[64][1], 0))
+    assert load_checkpoint(tmp_path / "a/last.pth")["stage"] == 2
     with pytest.raises(ValueError, match=r"config\['root'\]"):
         make_trainer(shared_root, config={"root": Path("x")})
 

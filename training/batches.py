@@ -88,14 +88,13 @@ def agreed_recipe(loader: Loader, known: DataRecipe | None) -> DataRecipe | None
 def finest_masks(loader: Loader, batch: dict, mask: torch.Tensor) -> torch.Tensor | None:
     """Return the masks of a batch at 256 pixels, on the device of `mask` (N, K, S, S).
 
-    None where `mask` is as fine, and for a data set that has no finer ones, or none that fit: of images that are
-    augmented, or whose names a loader leaves out.
+    None where `mask` is as fine, for a data set that has no finer ones, and for images whose names a loader leaves out.
     """
-    data = getattr(loader, "dataset", None)
-    finest = getattr(data, "finest_masks", None)
-    if finest is None or mask.shape[-1] == FINEST or data.augment_probability or "name" not in batch:
+    finest = getattr(getattr(loader, "dataset", None), "finest_masks", None)
+    if finest is None or mask.shape[-1] == FINEST or "name" not in batch:
         return None
-    return finest(batch["name"]).to(mask.device)
+    masks = finest(batch["name"])
+    return None if masks is None else masks.to(mask.device)
 
 
 def recipe_for(model, loader: Loader, known: DataRecipe | None) -> DataRecipe:

@@ -4,7 +4,6 @@ Nothing here has a state, so a resumed run needs none, and the loop of `train_ep
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,13 +28,11 @@ def epochs_by_stage(epochs_per_stage: int | Sequence[int], stages: Sequence[int]
 
     A stage of 0 epochs is left out; the last has at least 1.
     """
-    if isinstance(epochs_per_stage, Sequence):
-        given = list(epochs_per_stage)
-    else:
-        given = [operator.index(epochs_per_stage)] * len(stages)  # NumPy's whole numbers too
+    plain = getattr(epochs_per_stage, "tolist", lambda: epochs_per_stage)()  # of NumPy's numbers and arrays
+    given = list(plain) if isinstance(plain, Sequence) else [plain] * len(stages)
     if len(given) == len(WORK) and len(stages) < len(WORK):
         given = [given[stage - 1] for stage in stages]
-    whole = all(isinstance(n, int) and 0 <= n <= LARGEST for n in given)
+    whole = all(type(n) is int and 0 <= n <= LARGEST for n in given)
     if len(given) != len(stages) or not whole or given[-1] < 1:
         raise UserError(f"epochs_per_stage is {epochs_per_stage!r}; it takes one whole number of at least 1, or one "
                          f"for each of the stages {list(stages)}: 0 skips a stage, and the last has at least 1 "
