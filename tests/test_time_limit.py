@@ -16,6 +16,7 @@ from system.errors import UserError
 from training import time_limit
 from training.schedule import FINAL_RATE
 from training.time_limit import FirstBatches, TimeLimit, rehearse
+from unet import ProgressiveUNet
 
 
 class Clock:
@@ -198,6 +199,16 @@ def test_the_speed_is_measured_on_a_copy(shared_root):
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.stage == 1
     assert trainer.plan.epochs[4] > 100
+
+
+def test_statistics_of_plain_loaders_are_those_of_all_batches(tmp_path, capsys):
+    """They were printed of the few batches that are timed."""
+    plain = {side: [{"image": torch.full((2, 1, side, side), i / 10), "mask": torch.zeros(2, 1, side, side)}
+                    for i in range(9)] for side in RESOLUTIONS}
+    trainer = ProgressiveTrainer(ProgressiveUNet(1, 1, base_channels=4), "cpu", time_limit=TimeLimit(1000))
+    rehearse(trainer, {side: (batches, batches) for side, batches in plain.items()}, say=lambda line: None)
+    assert capsys.readouterr().out.count("the loader carries no data recipe: mean 0.4000 and") == 1
+    assert trainer.recipe.mean == pytest.approx([0.4])
 
 
 def test_too_little_time_is_refused_before_anything_is_trained(shared_root, tmp_path):

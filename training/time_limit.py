@@ -10,6 +10,7 @@ from images.resolutions import RESOLUTIONS
 from system.devices import random_states, set_random_states
 from system.errors import UserError
 from system.processes import all_gather, is_main_process
+from training.batches import check_loader, recipe_for
 from training.dealing import SHARES, check_numbers, deal_work
 from training.survey import SURVEYED
 
@@ -179,6 +180,9 @@ def rehearse(trainer, dataloaders: dict[int, tuple], say: Callable[[str], None] 
         UserError: if the time pays for no epoch of the last stage.
     """
     limit, states = trainer.time_limit, random_states(trainer.device)
+    first = dataloaders[RESOLUTIONS[trainer.model.stage - 1]][0]
+    check_loader(first)
+    trainer.recipe = recipe_for(trainer.model, first, trainer.recipe)  # not from the few batches that are timed
     copied = type(trainer)(copy.deepcopy(trainer.model), trainer.device, 1, trainer.plan.lr, trainer.precision,
                            accumulate=trainer.accumulate, recipe=trainer.recipe,
                            average=trainer.averaged.decay if trainer.averaged else 0.0)
