@@ -205,7 +205,11 @@ def open_data(args: argparse.Namespace) -> tuple[dict, str, list[str]]:
     lines of the report."""
     from images.pyramid import open_pyramids
     from images.report import check_dataset
+    from images.splits import find_data_root
 
+    if args.resume and not find_data_root(args.data_root).exists():
+        raise UserError(f"{args.data_root}: the data set of this run is no longer there. Say with --data_root where it "
+                        f"is now")
     pyramids = open_pyramids(args.data_root, args.in_channels, args.out_channels, args.use_augmented, args.cache_images,
                              targets=args.targets, max_value=args.max_value, mask_suffix=args.mask_suffix)
     if args.overfit:

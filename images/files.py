@@ -334,7 +334,7 @@ def _to_8_bit(path: Path | str, raw: np.ndarray, max_value: int = 0) -> np.ndarr
     if raw.dtype.kind == "f":
         if not (low >= 0 and high <= 1):
             raise ImageFileError(f"{path}: floating-point values {low:g}..{high:g} found; they must lie in [0, 1]. "
-                                 f"Scale the image or save it with 8 or 16 bit")
+                                 f"Scale the image, pass what is white as --max_value, or save it with 8 or 16 bit")
         return np.round(raw * 255).astype(np.uint8)
     if low < 0 or high > 65535:
         raise ImageFileError(f"{path}: values {low}..{high} found; whole numbers of 8 or 16 bit are read. "

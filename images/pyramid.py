@@ -157,9 +157,10 @@ class ImagePyramid:
             return problems
         (image, words), mask = arrays
         if image.shape[:2] != mask.shape[:2]:
+            remedy = "Is one of them turned by EXIF? Then save both upright" if image.shape[:2] == mask.shape[1::-1] \
+                else "Export the mask again at the image's size"
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {pair.mask} has "
-                    f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. Export the mask again at the image's "
-                    f"size"]
+                    f"{mask.shape[0]}x{mask.shape[1]}; both must have one size. {remedy}"]
         if self.recipe.sizing == "tile" and image.shape[:2] != (FINEST, FINEST):
             return [f"{pair.image}: {image.shape[0]}x{image.shape[1]} pixels; dataset.json says that this data set is "
                     f"one of tiles, which have {FINEST}x{FINEST}. Prepare it again, or remove dataset.json to have "

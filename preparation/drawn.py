@@ -195,8 +195,8 @@ def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, 
     if not len(areas):
         data.note(source.origin, "no nucleus is drawn on it; it is kept, with an empty mask")
     elif areas.max() > FRAME_SHARE * labels.size:
-        data.note(source.origin, f"one region covers {areas.max() / labels.size:.0%} of the image. Is it a frame "
-                                 f"around the nuclei? It hides all that come after it")
+        data.note(source.origin, "one region covers more than half of the image. Is it a frame around the nuclei, "
+                                 "which hides all that come after it, or is the mask inverted?")
     image, turned, dark = load_and_tell(path, 3, max_value=max_value)
     data.note(source.origin, *([f"an image {dark}"] if dark else []), *([
         f"{TURNED}; what was drawn on the picture as it is stored does not fit. Look at the contact sheet"]

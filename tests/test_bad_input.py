@@ -252,7 +252,7 @@ REFUSED = {
     "text named .png": (instead(b"hello"), "not a readable image (5 bytes)"),
     "PDF named .png": (instead(b"%PDF-1.4 ..."), "not a readable image"),
     "mask of another size": (new_mask(np.zeros((SIDE, SIDE + 2), np.uint8)), "both must have one size"),
-    "turned by EXIF, sides swapped": (turned(6, (20, 40)), "both must have one size"),
+    "turned by EXIF, sides swapped": (turned(6, (20, 40)), "Is one of them turned by EXIF? Then save"),
     "animated GIF named .png": (animated("GIF"), "an animated GIF of 3 pictures"),
     "animated PNG": (animated("PNG"), "an animated PNG of 3 pictures"),
     "animated WebP named .png": (animated("WEBP"), "an animated WEBP of 3 pictures"),

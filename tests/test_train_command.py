@@ -142,6 +142,12 @@ def test_init_from_another_width_is_refused(trained_run, shared_root, tmp_path, 
     assert "its network has base_channels 4, asked for is 8. Leave --base_channels out" in capsys.readouterr().err
 
 
+def test_a_run_whose_data_were_moved_asks_where_they_are(trained_run, tmp_path, capsys):
+    assert train_papsmear.main(["--resume", str(trained_run[0]), "--data_root", str(tmp_path / "gone")]) == 2
+    assert f"{tmp_path / 'gone'}: the data set of this run is no longer there. Say with --data_root" in \
+        capsys.readouterr().err
+
+
 def test_a_stage_2_file_starts_stage_3_of_another_run(trained_run, shared_root, tmp_path, capsys):
     best = trained_run[0] / "best_stage_2.pth"
     assert train_papsmear.main([
