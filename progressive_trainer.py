@@ -16,7 +16,8 @@ from torch import nn
 
 from checkpoints import check_plain, save_checkpoint
 from images.recipe import DataRecipe
-from system.devices import autocast, choose_device, choose_precision, fitting
+from reporting.report import refresh_report
+from system.devices import autocast, choose_device, choose_precision, fitting, random_states, set_random_states
 from system.errors import UserError
 from system.notebooks import Described, LiveFigure
 from system.processes import is_main_process, progress, world_size
@@ -31,12 +32,13 @@ from training.memory import memory_explained, refuse_large_batches
 from training.optimization import parameter_groups
 from training.parallel import ParallelSteps, synchronised
 from training.run_bar import RunBar
-from training.run_folder import COLUMNS, OF_STEPS, RunFolder, numbers
+from training.run_folder import COLUMNS, OF_STEPS, RunFolder, numbers, said_and_passed_over
 from training.schedule import OLD_LR_SCALE, WORK, TrainingPlan, epochs_by_stage
 from training.snapshots import restore, snapshot
 from training.space import refuse_lack_of_space
 from training.stages import train_stages
 from training.steps import OptimizerSteps
+from training.survey import survey_stage
 from training.time_limit import TimeLimit, rehearse
 from unet import LAST_STAGE, STAGE_RESOLUTIONS, Network
 
@@ -351,3 +353,19 @@ class ProgressiveTrainer(Described):
         return {"network": type(self.model).__name__, "device": f"{self.device}, {self.precision}",
                 **self.course.described(self.model.stage),
                 "writes": str(self.folder.path) if self.folder else "nothing"}
+
+    def show_stage(self, loader: Loader) -> None:
+        """Write pictures and report of the stage that has ended, with an output folder, as `fit` does by itself.
+
+        What comes after is as if nothing had been drawn.
+
+        Args:
+            loader: of the validation images at this stage.
+        """
+        if not self.folder:
+            return
+        states = random_states(self.device)
+        with said_and_passed_over(f"predictions_stage_{self.model.stage}.png"):
+            self.folder.show_stage(survey_stage(self, loader), self.course.run_epoch(self.model.stage))
+        refresh_report(self.folder.path)
+        set_random_states(states, self.device)

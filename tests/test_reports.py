@@ -35,7 +35,6 @@ from scoring.pictures import curves_figure, predictions
 from scoring.scores import compare
 from training import logs, time_limit
 from training.run_folder import RunFolder, read_metrics
-from training.stages import show_stage
 from training.time_limit import TimeLimit
 from unet import ProgressiveUNet, UNet, count_parameters
 
@@ -188,7 +187,7 @@ def test_a_stage_is_shown_with_its_best_weights(shared_root, tmp_path):
     with torch.no_grad():
         trainer.model.heads["32"].linear.bias.fill_(-50)
     drawn = torch.random.get_rng_state()
-    show_stage(trainer, loaders[32][1])
+    trainer.show_stage(loaders[32][1])
     trainer.folder.close()
     assert torch.equal(torch.random.get_rng_state(), drawn), "what comes after is as if nothing had been drawn"
     cases, tables = load_cases(tmp_path / "run/validation_stage_1.npz")
@@ -434,7 +433,7 @@ def test_a_report_is_there_after_the_first_stage(shared_root, tmp_path):
     """Of a run without config, data report and test, as Python may start it."""
     trainer, loaders = make_trainer(shared_root, tmp_path / "run")
     trainer.record(trainer.train_epoch(loaders[32][0], 0), trainer.validate_epoch(loaders[32][1], 0))
-    show_stage(trainer, loaders[32][1])
+    trainer.show_stage(loaders[32][1])
     trainer.folder.close()
     text = (tmp_path / "run/report.html").read_text()
     check_page(Page(text), text)

@@ -1,12 +1,7 @@
-"""Train the stages of a plan one after the other, as `ProgressiveTrainer.fit` does, and show what each has learnt."""
+"""Train the stages of a plan one after the other, as `ProgressiveTrainer.fit` does."""
 
-from reporting.report import refresh_report
-from system.devices import random_states, set_random_states
-from training.batches import Loader
 from training.console import epoch_lines
 from training.run_bar import RunBar
-from training.run_folder import said_and_passed_over
-from training.survey import survey_stage
 from training.time_limit import deal_time
 from unet import STAGE_RESOLUTIONS
 
@@ -40,20 +35,5 @@ def train_stages(trainer, dataloaders: dict[int, tuple], bar: RunBar) -> None:
                 deal_time(trainer)
             if course.left(stage) > 0 or course.next_stage(stage + 1):
                 trainer.keeper.between_epochs()
-        if trainer.folder:
-            show_stage(trainer, valid_loader)
+        trainer.show_stage(valid_loader)
         stage = course.next_stage(stage + 1)
-
-
-def show_stage(trainer, loader: Loader) -> None:
-    """Write pictures and report of the stage that has ended; what comes after is as if nothing had been drawn.
-
-    Args:
-        trainer: a ProgressiveTrainer that has a folder.
-        loader: of the validation images at this stage.
-    """
-    states, folder, stage = random_states(trainer.device), trainer.folder, trainer.model.stage
-    with said_and_passed_over(f"predictions_stage_{stage}.png"):
-        folder.show_stage(survey_stage(trainer, loader), trainer.course.run_epoch(stage))
-    refresh_report(folder.path)
-    set_random_states(states, trainer.device)
