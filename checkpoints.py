@@ -212,8 +212,9 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: an address, and a file is read here. Download it first: python export_model.py "
                         f"hf://{'/'.join(path.parts[1:])} --format archive --out model.pth")
     if path.is_dir():
-        raise UserError(f"{path}: a folder, where a checkpoint is needed. Name one of the files in it: "
-                        f"{', '.join(sorted(file.name for file in path.glob('*.pth'))) or 'it holds no .pth'}")
+        there = ", ".join(sorted(file.name for file in path.glob("*.pth")))
+        raise UserError(f"{path}: a folder, where a checkpoint is needed"
+                        + (f". Name one of the files in it: {there}" if there else ", and no .pth lies in it"))
     if not path.is_file():
         raise UserError(f"{path}: no such file. Checkpoints are OUTPUT_DIR/NAME/best_stage_4.pth and its neighbours")
     verify_archive(path)

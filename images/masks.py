@@ -65,35 +65,36 @@ def load_instances(path: Path) -> np.ndarray:
 def load_drawn(path: Path) -> tuple[np.ndarray, bool, str]:
     """Read an instance map, or a mask in its place, and tell which it is.
 
-    A mask is what `load_mask` reads, if no number but its largest fills an area, and what holds one number alone.
+    A mask is what `load_mask` reads, if its numbers are not those of nuclei or no number but its largest fills an area.
 
     Returns:
-        (H, W) int32, of 0 and 1 for a mask; whether it is a mask; and what is odd about the numbers, '' for nothing.
+        (H, W) int32, of 0 and 1 for a mask and for what holds one number alone; whether it is a mask for certain, which
+        one number is if it is 255 or 65535; and what is odd about the numbers, '' for nothing.
     Raises:
         ImageFileError: also for numbers of classes and for values between numbers, which are no nuclei.
     """
-    lossy = is_lossy(path)
     try:
         mask = load_mask(path)[..., 0].astype(np.int32)
     except ImageFileError:
-        if lossy:
+        if is_lossy(path):
             raise
         mask = None
-    if lossy:
-        return mask, True, ""
     try:
         labels = load_instances(path)
     except ImageFileError:
         if mask is None:
             raise
         return mask, True, ""
-    values = np.unique(labels)
+    numbers = np.unique(labels[labels > 0])
+    if len(numbers) < 2:
+        one = (labels > 0).astype(np.int32) if mask is None else mask
+        return one, numbers.max(initial=0) in (255, 65535), ""
     filling = np.unique(labels[is_flat(labels) & (labels > 0)])
-    if mask is not None and (len(filling) < 2 or len(values) > FEW_VALUES):
+    if mask is not None and filling.tolist() == [numbers[-1]]:
         return mask, True, ""
-    if np.count_nonzero(values) == 1:
-        return (labels > 0).astype(np.int32), True, ""
     odd, most = odd_numbers(labels)
+    if most and mask is not None:
+        return mask, True, ""
     if most:
         raise ImageFileError(f"{path}: {odd}; an instance map has a whole number for each nucleus and nothing between. "
                              f"Number the nuclei, or write 255 for them and 0 for all else")

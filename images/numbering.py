@@ -3,7 +3,9 @@
 import numpy as np
 from scipy import ndimage
 
-SIMILAR = 0.1  # of the largest piece of a number: a second one of this size is no stray pixel
+SIMILAR = 0.1   # of the largest piece of a number: a second one of this size is no stray pixel
+MANY_SHARED = 3  # numbers that several pieces share, and
+MANY_PIECES = 4  # pieces beyond one a number, from which on it is no chance: a nucleus may be cut in two by another
 
 
 def is_flat(raw: np.ndarray) -> np.ndarray:
@@ -25,45 +27,44 @@ def odd_numbers(labels: np.ndarray) -> tuple[str, bool]:
     number = np.zeros(count + 1, np.int64)
     number[pieces] = labels
     names = len(np.unique(number[1:]))
-    touching, enclosed = _meeting(pieces, count)
+    touching, enclosed, at_edge = _meeting(pieces, count)
     thin = np.bincount(pieces[is_flat(labels)], minlength=count + 1) == 0
     between = np.flatnonzero(thin & touching)
-    if len(between) > count / 2:
+    if len(between) > max(count / 2, names):
         return (f"{names} numbers in {count} pieces, most of them thin and at the edge of another, e.g. number "
-                f"{number[between[0]]}, as smooth edges, resizing and JPEG make them", True)
-    inner = np.flatnonzero(enclosed & ~thin)
-    if len(inner) >= count / 2:
-        return (f"{len(inner)} of {count} pieces, e.g. of number {number[inner[0]]}, lie within another, as of classes",
-                True)
-    shared = _shared(number, np.bincount(pieces.ravel(), minlength=count + 1))
-    if len(shared):
-        return (f"{len(shared)} of {names} numbers, e.g. {shared[0]}, stand for several separate pieces",
-                len(shared) > names / 2)
-    return "", False
+                f"{number[between[0]]}, as from smoothing, JPEG or resizing (labels are resized by the nearest "
+                f"neighbour)", True)
+    areas = np.bincount(pieces.ravel(), minlength=count + 1)
+    order = np.lexsort((-areas[1:], number[1:])) + 1  # by number, the largest piece first
+    largest = order[np.append(True, number[order[1:]] != number[order[:-1]])]
+    inner = largest[enclosed[largest] & ~thin[largest]]
+    if len(inner) >= names / 2:
+        return f"{len(inner)} of {names} numbers, e.g. {number[inner[0]]}, lie within another, as of classes", True
+    size = np.zeros(number.max() + 1, np.int64)
+    size[number[largest]] = areas[largest]
+    # A nucleus at the edge of the image may come in twice.
+    whole = np.flatnonzero((np.arange(count + 1) > 0) & (areas >= SIMILAR * size[number]) & ~at_edge)
+    shared, of_each = np.unique(number[whole], return_counts=True)
+    surplus, shared = len(whole) - len(shared), shared[of_each > 1]
+    if not len(shared):
+        return "", False
+    many = len(shared) >= MANY_SHARED or surplus >= MANY_PIECES
+    return (f"{len(shared)} of {names} numbers, e.g. {shared[0]}, stand for several separate pieces",
+            many and (len(shared) > names / 2 or surplus > len(whole) / 2))
 
 
-def _meeting(pieces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tell of each of the pieces 0..count whether it touches another, and whether it lies within one other."""
+def _meeting(pieces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tell of each of the pieces 0..count whether it touches another, lies within one other, and is at the edge."""
     met = []
     for one, other in ((pieces[1:], pieces[:-1]), (pieces[:, 1:], pieces[:, :-1])):
         differ = one != other
         met += [one[differ] * (count + 1) + other[differ], other[differ] * (count + 1) + one[differ]]
-    piece, neighbour = np.divmod(np.unique(np.concatenate(met)), count + 1)
+    pairs = np.sort(np.concatenate(met))  # np.unique takes minutes for millions
+    piece, neighbour = np.divmod(pairs[np.append(True, pairs[1:] != pairs[:-1])[:len(pairs)]], count + 1)
     touching = np.bincount(piece[neighbour > 0], minlength=count + 1) > 0
-    at_edge = np.isin(np.arange(count + 1), np.concatenate([pieces[[0, -1]].ravel(), pieces[:, [0, -1]].ravel()]))
+    at_edge = np.zeros(count + 1, bool)
+    for side in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):
+        at_edge[side] = True
     enclosed = touching & (np.bincount(piece, minlength=count + 1) == 1) & ~at_edge
     touching[0] = enclosed[0] = False
-    return touching, enclosed
-
-
-def _shared(number: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """Return the numbers of which the second largest piece is no stray one.
-
-    Args:
-        number, areas: (pieces + 1,), of each piece; the first is the background.
-    """
-    order = np.lexsort((-areas[1:], number[1:])) + 1  # by number, the largest piece first
-    number, areas = number[order], areas[order]
-    new = np.append(True, number[1:] != number[:-1])
-    second = np.flatnonzero(~new[1:] & new[:-1]) + 1
-    return number[second[areas[second] >= SIMILAR * areas[second - 1]]]
+    return touching, enclosed, at_edge

@@ -74,8 +74,8 @@ def odd_instances(pair: Pair, mask: np.ndarray) -> str:
         return ""
     try:
         labels = drawn_nuclei(pair, mask)
-    except ImageFileError as error:
-        return f"that cannot serve ({error})"
+    except ImageFileError:
+        return "that cannot be read, or have another size than their masks, which scores of nuclei refuse"
     either = np.count_nonzero((labels > 0) | mask)
     if either and np.count_nonzero((labels > 0) & mask) < ALIKE * either:
         return f"whose nuclei are not those of the masks (IoU below {ALIKE:g}); scores of nuclei count the instance map"

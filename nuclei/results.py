@@ -27,7 +27,8 @@ from system.text import cell, shown
 
 IMAGE_COLUMNS = ("image", "height", "width", "nuclei", "cut_by_border", "foreground", "mean_area")
 IMAGE_MICROMETRE_COLUMNS = ("mean_area_um2", "nuclei_per_mm2")
-LAST_COLUMNS = ("highest_probability", "trust", "flags", "unlike_training", "seconds", "bytes", "modified", "run")
+LAST_COLUMNS = ("highest_probability", "trust", "flags", "unlike_training", "seconds", "bytes", "modified",
+                "finished", "run")
 MAY_DIFFER = ("checkpoint", "device", "precision")  # between a prediction and the one that goes on with it
 # A table into which rows are put in the place of others is written anew. Where that took longer than SHORT seconds, it
 # waits, and what is finished with it, for PATIENCE times as long.
@@ -35,7 +36,7 @@ SHORT, PATIENCE = 0.02, 20
 FIRST_LOOKS = 5  # images that are named for a look
 OTHER_FILES = ("overlay.png", "nuclei.geojson", "labels.tif", "labels.ome.tif", "rois.zip")
 UNFINISHED = ".unfinished"
-CORRECTED = 2  # seconds after the last row, from which on a change is none of the prediction's own
+CORRECTED = 2  # seconds after an image was finished, from which on a change is none of the prediction's own
 PART = re.compile(r"images(_\d+_of_(?P<parts>\d+))?\.csv")
 LEFT = re.compile(rf"(?P<picture>.+){UNFINISHED}|\.(?P<file>.+?)({UNFINISHED})?\.\w{{8}}\.tmp",
                   re.DOTALL)  # by a killed process
@@ -133,7 +134,7 @@ class ResultsFolder:
         else:
             self._refuse_existing(paths)
         self._lock.enter_context(held_lock(self._lock_file, "this folder", "choose another --out"))
-        self._run = list(runs)[-1] if go_on else datetime.now(UTC).isoformat(timespec="microseconds")
+        self._run = list(runs)[-1] if go_on else now()
         measured = Counter(row["image"] for row in read_table(self.nuclei))
         recorded = {row["image"]: row if row.get("nuclei") == str(measured[row["image"]]) else {}
                     for row in read_table(self.images)}  # an image whose nuclei were lost is not finished
@@ -154,7 +155,7 @@ class ResultsFolder:
         except BaseException:
             results.discard()
             raise
-        results.row |= {"image": results.name, "run": self._run} | there
+        results.row |= {"image": results.name, "finished": now(), "run": self._run} | there
         self._waiting.append(results)
         if time.monotonic() - self._committed >= PATIENCE * self._took:
             self.commit()
@@ -253,17 +254,23 @@ class ResultsFolder:
                             f"by --overwrite")
 
     def _refuse_corrected(self, paths: list[Path], endings: Iterable[str]) -> None:
-        """Raise UserError for outlines that were changed since, and that would be removed and not replaced."""
-        if not self.images.exists():
-            return
-        begun = self.images.stat().st_mtime + CORRECTED
-        of_png = () if OTHER_FILES[0] in endings else ("instances.png", "instances.tif")
-        others = [name for name in (*of_png, *OTHER_FILES[1:]) if name not in endings]
-        for file in (self.path / f"{path.stem}_{name}" for path in paths for name in others):
-            if file.exists() and file.stat().st_mtime > begun:
-                raise UserError(f"{file}: changed after the prediction that wrote it, as by a correction. --overwrite "
-                                f"would remove it, as --format does not name its kind. Move it away, or choose another "
-                                f"--out")
+        """Raise UserError for pictures and outlines that were changed since, and would be removed and not replaced."""
+        tables = [file for file in self.path.glob("images*.csv") if PART.fullmatch(file.name)]
+        finished: dict[str, str] = {}
+        for row in (row for table in tables for row in read_table(table) if row.get("finished")):
+            finished[row["image"]] = max(row["finished"], finished.get(row["image"], ""))
+        for path in paths:
+            if cell(path.name) not in finished:
+                continue
+            replaced = {self.path / f"{path.stem}_{ending}" for ending in endings}
+            if OTHER_FILES[0] in endings:
+                replaced |= set(picture_files(self.path, path.stem, self.classes)[:-len(OTHER_FILES)])
+            limit = datetime.fromisoformat(finished[cell(path.name)]).timestamp() + CORRECTED
+            for file in picture_files(self.path, path.stem, self.classes):
+                if file not in replaced and file.exists() and file.stat().st_mtime > limit:
+                    raise UserError(f"{file}: changed after the prediction that wrote it, as by a correction. "
+                                    f"--overwrite would remove it, as --format does not name its kind. Move it away, "
+                                    f"or choose another --out")
 
     def other_parts(self) -> list[str]:
         """Return the tables of earlier predictions that shared the images otherwise; what they say may be outdated."""
@@ -290,6 +297,11 @@ class ResultsFolder:
                 rows = (row for row in read_table(table) if row["image"] in kept)
                 write_table(table, columns, ({name: row.get(name, "") for name in columns} for row in rows), sync=False)
             self._names[table] = kept
+
+
+def now() -> str:
+    """Return the time as the tables have it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def file_columns(path: Path) -> dict[str, str]:

@@ -29,17 +29,21 @@ from system.processes import progress
 LABEL_ENDS = ("_instances", "_cp_masks", "_labels", "_label", "_masks", "_mask", "_nuclei")  # what programs add
 OF_PREDICTION = re.compile(r"settings(_\d+_of_\d+)?\.json")  # lies beside the outlines that predict_papsmear.py writes
 BESIDE_INSTANCES = re.compile(r"(.+)_(?:mask|probability|overlay)(?:_\d+)?", re.DOTALL)  # of predictions
+MANY_CLASSES = 9  # numbers in an image, from which on they are hardly those of classes
+SAME = 0.9  # of the label images: so many with the same few numbers look like classes
 FRAME_SHARE = 0.5  # of an image; a nucleus that covers more is more likely a frame
 
 Drawn = tuple[np.ndarray, list[str]]  # instance map (H, W) int32 with labels 1..n, and notes
 
 
 def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
-               classes: Collection[str] = ()) -> dict[str, Callable[[], Drawn]]:
+               classes: Collection[str] = (), seen: list | None = None) -> dict[str, Callable[[], Drawn]]:
     """Return, for each image stem that something belongs to, how to read its instance map.
 
     Outlines are read at once, so that faults are found before anything is written; label images when they are needed.
 
+    Args:
+        seen: see `read_label_image`.
     Raises:
         DatasetError: with every file that cannot serve.
     """
@@ -68,7 +72,7 @@ def find_drawn(kind: str, images: dict[str, Path], annotations: Path,
                 read.append(read_geojson(path, classes))
                 drawn[stem] = _drawer(images.get(stem), read[-1])
             else:
-                drawn[stem] = partial(read_label_image, path, images.get(stem))
+                drawn[stem] = partial(read_label_image, path, images.get(stem), seen)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -111,18 +115,34 @@ def _stem_of_image(path: Path, images: dict[str, Path]) -> str:
     return name.removesuffix(ends[0]) if ends else name
 
 
-def read_label_image(path: Path, image: Path) -> Drawn:
-    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch."""
+def read_label_image(path: Path, image: Path, seen: list | None = None) -> Drawn:
+    """Read an instance map and number its nuclei 1..n; a mask is separated where its pieces do not touch.
+
+    Args:
+        seen: gets the numbers of an instance map as a tuple, the first MANY_CLASSES of them.
+    """
     labels, is_mask, odd = load_drawn(path)
     shape = image_size(image)
     if labels.shape != shape:
         raise ImageFileError(f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but {image} has {shape[0]}x"
                              f"{shape[1]}; both must have one size. Export the labels at the image's size")
-    if is_mask:
+    numbers = np.unique(labels[labels > 0])
+    if seen is not None and not is_mask:
+        seen.append(tuple(numbers[:MANY_CLASSES].tolist()))
+    if is_mask or len(numbers) == 1:
         pieces, count = ndimage.label(labels, np.ones((3, 3)))
         return pieces.astype(np.int32), ["a mask, not labels: each connected piece is taken as one nucleus, also where "
-                                         "several touch"] * (count > 0)
-    return np.searchsorted(np.unique(labels[labels > 0]), labels, side="right").astype(np.int32), [odd] * bool(odd)
+                                         "several touch"] * (count > (not is_mask))
+    return np.searchsorted(numbers, labels, side="right").astype(np.int32), [odd] * bool(odd)
+
+
+def _same_numbers(seen: list[tuple[int, ...]]) -> list[str]:
+    """Return in words that nearly all label images hold the same few numbers, of which there are several."""
+    (numbers, count), = Counter(seen).most_common(1) or [((), 0)]
+    if 1 < len(numbers) < MANY_CLASSES and count >= max(3, SAME * len(seen)):
+        return [f"{count} of {len(seen)} label images hold the same numbers {', '.join(map(str, numbers))}. Are these "
+                f"classes? An instance map has a number for each nucleus; write 255 for the nuclei and 0 for all else"]
+    return []
 
 
 def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group_regex: str | None = None,
@@ -137,7 +157,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
     with new_folder(out, *(path for path in (image_dir, annotations) if path.is_dir())) as root:
         data = PreparedData(root, f"drawn annotations ({kind})", sizing)
         images = _images_alone(images_by_stem(image_dir), image_dir, annotations)
-        drawn = find_drawn(kind, images, annotations, classes)
+        drawn = find_drawn(kind, images, annotations, classes, seen := [])
         missing = [stem for stem in images if stem not in drawn]
         data.notes += [f"{images[stem].name}: left out, as {annotations} holds nothing of the name {stem}"
                        for stem in missing]
@@ -163,6 +183,7 @@ def import_drawn(kind: str, image_dir: Path, annotations: Path, out: Path, group
                 problems.append(str(error))
         if problems:
             raise DatasetError(image_dir, problems)
+        data.notes += _same_numbers(seen)
         if not any(count.nuclei for count in data.counts.values()):
             raise UserError(f"{annotations}: no nucleus in it for any of {len(names)} images, so there is nothing to "
                             f"learn. Was the right layer exported, with outlines?"

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from conftest import draw_pair, write_data_set
 from images.files import ImageFileError, image_size, load_image
 from images.masks import load_drawn, load_instances, load_mask
+from images.numbering import odd_numbers
 from images.report import check_dataset
 from images.splits import DatasetError
 
@@ -126,8 +128,9 @@ def test_a_mask_in_place_of_labels_is_cut_at_half(name, tmp_path):
     mask = DRAWN_AS_MASKS[name]
     Image.fromarray(mask).save(tmp_path / "a.png" if mask.ndim == 3 else tmp_path / "a.tif")
     labels, is_mask, odd = load_drawn(next(tmp_path.iterdir()))
+    one = len(np.unique(mask)) == 2 and mask.max() != 255  # a number, whatever it is
     grey = mask if mask.ndim == 2 else mask[..., 0]
-    assert is_mask
+    assert is_mask == (not one and bool(mask.any()))
     assert not odd
     assert np.array_equal(labels, grey.astype(float) >= max(grey.max() / 2, 1))
 
@@ -149,12 +152,20 @@ def cells_of_classes() -> np.ndarray:
     return labels
 
 
+def with_fragment(labels: np.ndarray) -> np.ndarray:
+    """Return a class map with a piece of class 1 more."""
+    labels[53:58, 40:48] = 1
+    return labels
+
+
 NO_NUMBERS = {
     "classes": (np.where(nuclei_in_rows() % 2, 1, 2) * (nuclei_in_rows() > 0), "2 of 2 numbers, e.g. 1, stand for sev"),
     "128 and 255": (np.where(nuclei_in_rows() % 2, 128, 255) * (nuclei_in_rows() > 0), "2 of 2 numbers, e.g. 128"),
     "numbers that begin again": (np.where(nuclei_in_rows(18) > 9, nuclei_in_rows(18) - 9, nuclei_in_rows(18)),
                                  "9 of 9 numbers, e.g. 1, stand for several separate pieces"),
-    "a class within another": (cells_of_classes(), "1 of 2 pieces, e.g. of number 2, lie within another"),
+    "a class within another": (cells_of_classes(), "1 of 2 numbers, e.g. 2, lie within another, as of classes"),
+    "the same with a fragment": (with_fragment(cells_of_classes()), "1 of 2 numbers, e.g. 2, lie within another"),
+    "one class rare": (np.where(nuclei_in_rows() > 1, 1, nuclei_in_rows() * 2), "1 of 2 numbers, e.g. 1, stand for"),
     "labels made smaller": (np.asarray(Image.fromarray(nuclei_in_rows() * 10).resize((80, 60), Image.Resampling.BOX)),
                             "most of them thin and at the edge of another"),
     "a smooth mask of 180": (np.asarray(SOFT) / 255 * 180, "most of them thin and at the edge of another")}
@@ -181,13 +192,53 @@ def two_of_large_numbers() -> np.ndarray:
     return labels
 
 
-@pytest.mark.parametrize("labels", [nuclei_in_rows(), nuclei_in_rows()[::4, ::4], confluent(), two_of_large_numbers()])
+def small_nuclei(side: int, count: int, first: int = 1) -> np.ndarray:
+    """Return nuclei of side x side pixels with consecutive numbers, one pixel apart."""
+    labels = np.zeros((20 * (side + 1), 20 * (side + 1)), np.uint16)
+    for i in range(count):
+        row, column = (n * (side + 1) for n in divmod(i, 20))
+        labels[row:row + side, column:column + side] = first + i
+    return labels
+
+
+def with_ignored() -> np.ndarray:
+    """Return nuclei 1..40 and a region of the largest number, which some use for pixels to ignore."""
+    labels = small_nuclei(5, 40)
+    labels[60:80, 20:60] = 65535
+    return labels
+
+
+@pytest.mark.parametrize("labels", [
+    nuclei_in_rows(), nuclei_in_rows()[::4, ::4], confluent(), two_of_large_numbers(), small_nuclei(1, 200),
+    small_nuclei(2, 250), np.kron(np.arange(60000, 60100).reshape(10, 10), np.ones((6, 6))), with_ignored(),
+    np.array([[0, 1, 1, 2, 2, 0]]), np.kron(np.arange(1, 101).reshape(10, 10), np.ones((2, 2)))])
 def test_numbers_of_nuclei_are_taken_as_they_are(labels, tmp_path):
-    Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "a.tif")
+    deep = labels.max() > 255
+    Image.fromarray(labels.astype(np.uint16 if deep else np.uint8)).save(tmp_path / "a.tif")
     found, is_mask, odd = load_drawn(tmp_path / "a.tif")
     assert np.array_equal(found, labels)
     assert not is_mask
     assert not odd
+
+
+def test_nuclei_cut_in_two_are_no_classes(tmp_path):
+    """As a tile has them in which one covers another, or whose edge cuts them."""
+    labels = np.zeros((64, 64), np.uint8)
+    labels[10:20, 10:50], labels[5:25, 25:30], labels[:6, :20], labels[:6, 34:64] = 1, 2, 3, 3
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    assert load_drawn(tmp_path / "a.png")[1:] == (
+        False, "1 of 3 numbers, e.g. 1, stand for several separate pieces; each number counts as one nucleus")
+    Image.fromarray(np.where(labels == 1, labels, 0)).save(tmp_path / "a.png")
+    found, is_mask, odd = load_drawn(tmp_path / "a.png")
+    assert (found.max(), is_mask, odd) == (1, False, "")
+
+
+def test_large_maps_are_looked_at_in_seconds():
+    """numpy.unique took half a minute for the edges of one."""
+    noise = np.random.default_rng(0).integers(0, 9, (1500, 1500))
+    begun = time.perf_counter()
+    assert odd_numbers(noise)[1]
+    assert time.perf_counter() - begun < 20
 
 
 def test_a_few_numbers_in_several_pieces_are_named(tmp_path):

@@ -418,6 +418,20 @@ def test_a_coco_file_for_images_of_another_size_is_refused(tmp_path, capsys):
     assert "32x40 pixels, but it was annotated at 64x80" in refused(command, capsys)
 
 
+def test_the_same_few_numbers_in_every_image_are_doubted(tmp_path, capsys):
+    """Nucleus and cytoplasm that are cut by the edge: each number is one piece, and none lies within the other."""
+    images, drawn = write_drawn(tmp_path, "label-tiff")
+    cell = np.zeros((64, 80), np.uint8)
+    cell[:40, :40], cell[:20, :20] = 1, 2
+    for i, path in enumerate(sorted(drawn.iterdir())):
+        Image.fromarray(np.roll(cell, i, axis=1)).save(path)
+    said, _ = import_labels(images, drawn, tmp_path / "d", capsys)
+    assert "4 of 4 label images hold the same numbers 1, 2. Are these classes?" in said
+    Image.fromarray(cell * 3).save(path)
+    said, _ = import_labels(images, drawn, tmp_path / "e", capsys)
+    assert "Are these classes?" not in said
+
+
 def test_where_nothing_is_drawn_there_is_no_data_set(tmp_path, capsys):
     images, drawn = write_drawn(tmp_path, "coco")
     content = json.loads(drawn.read_text())

@@ -26,11 +26,13 @@ from system import tables
 from system.tables import append_rows, columns_of, read_table
 
 NAMES = ("a", "b", "c", "d", "e")
-OF_TIME = ("seconds", "run")
+OF_TIME = ("seconds", "modified", "finished", "run")
 # Do as a command does, but let the n-th call of a function send this process a signal before it does its work.
 SIGNALLED = """
 import os, sys
+import nuclei.results
 import {script}
+nuclei.results.SHORT = 60.0  # a table is written at once, however slow the machine is
 from {module} import {place}
 count, work = 0, {place}.{name}
 def signalled(*arguments, **options):
@@ -245,7 +247,7 @@ def test_another_image_of_the_same_name_is_not_finished(command, images, tmp_pat
     assert content(out) == content(tmp_path / "new")
 
 
-@pytest.mark.parametrize("kind", ["nuclei.geojson", "instances.png"])
+@pytest.mark.parametrize("kind", ["nuclei.geojson", "instances.png", "mask.png"])
 def test_corrected_outlines_are_not_removed_by_a_prediction_of_other_kinds(kind, command, tmp_path, capsys):
     out = tmp_path / "out"
     predict(command, out, "--format", "png,geojson")
@@ -256,6 +258,10 @@ def test_corrected_outlines_are_not_removed_by_a_prediction_of_other_kinds(kind,
     predict(command, out, "--overwrite", "--format", "ome-tiff", code=2)
     assert f"{file}: changed after the prediction that wrote it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+    # Also after another image was predicted into the folder, and by one of several processes.
+    predict([command[0], str(tmp_path / "in/a.png"), *command[2:]], out, "--overwrite", "--format", "png,geojson")
+    predict(command, out, "--overwrite", "--format", "ome-tiff", code=2)
+    predict(command, out, "--overwrite", "--format", "ome-tiff", "--shard", "2/3", code=2)
     predict(command, out, "--overwrite", "--format", "png,geojson")
     predict(command, out, "--overwrite", "--format", "ome-tiff")
     assert not file.exists(), "as the prediction wrote it"
