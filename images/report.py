@@ -193,7 +193,7 @@ def chosen_by_test(pyramids: dict[str, ImagePyramid], group_regex: str | None) -
     """Return what of test is in valid as well, by which the epoch is chosen."""
     valid, test = pyramids["valid"], pyramids["test"]
     end = "By valid the epoch is chosen, so that test is not independent"
-    same, groups = leaked({"train": valid.pairs, "test": test.pairs}, "test", group_regex)
+    same, groups = leaked({"valid": valid.pairs, "test": test.pairs}, "test", group_regex, other="valid")
     if same:
         return [f"{same} of {groups} groups or source images of test are in valid as well. {end}"]
     equal, near = shared(*([facts.appearance for facts in p.facts] for p in (valid, test)))

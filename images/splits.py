@@ -199,14 +199,14 @@ def groups_of_each(pairs: list[Pair], group_regex: str | None) -> list[str]:
 
 
 def leaked(splits: dict[str, list[Pair]], split: str, group_regex: str | None = None,
-           collect: Callable = groups_of) -> tuple[int, int]:
-    """Count the groups of `split` of which any image, original or copy, is in train: (in train, all).
+           collect: Callable = groups_of, other: str = "train") -> tuple[int, int]:
+    """Count the groups of `split` of which any image, original or copy, is in `other`: (in it, all).
 
     Args:
         collect: `groups_of` or `by_source`.
     """
-    train, groups = (collect(splits[name], group_regex) for name in ("train", split))
-    return sum(key in train for key in groups), len(groups)
+    there, groups = (collect(splits[name], group_regex) for name in (other, split))
+    return sum(key in there for key in groups), len(groups)
 
 
 def read_folders(data_root: Path, wanted: Iterable[str], all_needed: bool = True,

@@ -255,9 +255,8 @@ class ResultsFolder:
 
     def _refuse_corrected(self, paths: list[Path], endings: Iterable[str]) -> None:
         """Raise UserError for pictures and outlines that were changed since, and would be removed and not replaced."""
-        tables = [file for file in self.path.glob("images*.csv") if PART.fullmatch(file.name)]
         finished: dict[str, str] = {}
-        for row in (row for table in tables for row in read_table(table) if row.get("finished")):
+        for row in (row for table in self._image_tables() for row in read_table(table) if row.get("finished")):
             finished[row["image"]] = max(row["finished"], finished.get(row["image"], ""))
         for path in paths:
             if cell(path.name) not in finished:
@@ -275,8 +274,11 @@ class ResultsFolder:
     def other_parts(self) -> list[str]:
         """Return the tables of earlier predictions that shared the images otherwise; what they say may be outdated."""
         ours = PART.fullmatch(self.images.name)["parts"]
-        return sorted(file.name for file in self.path.iterdir()
-                      if (match := PART.fullmatch(file.name)) and match["parts"] != ours)
+        return [table.name for table in self._image_tables() if PART.fullmatch(table.name)["parts"] != ours]
+
+    def _image_tables(self) -> list[Path]:
+        """Return the tables of images that predictions have written here, those of all processes."""
+        return sorted(file for file in self.path.glob("images*.csv") if PART.fullmatch(file.name))
 
     def _tidy(self, paths: list[Path], recorded: set[str]) -> None:
         """Take away what a killed process left: unfinished pictures, and rows of images that it did not finish.

@@ -219,9 +219,11 @@ def convert(data: PreparedData, source: Source, path: Path, labels: np.ndarray, 
         data.note(source.origin, "one region covers more than half of the image. Is it a frame around the nuclei, "
                                  "which hides all that come after it, or is the mask inverted?")
     image, turned, dark = load_and_tell(path, 3, max_value=max_value)
-    data.note(source.origin, *([f"an image {dark}"] if dark else []), *([
-        f"{TURNED}; what was drawn on the picture as it is stored does not fit. Look at the contact sheet"]
-        if turned else []))
+    if dark:
+        data.note(source.origin, f"an image {dark}")
+    if turned:
+        data.note(source.origin, f"{TURNED}; what was drawn on the picture as it is stored does not fit. Look at the "
+                                 f"contact sheet")
     data.add(source, image, labels, overlap)
 
 
